@@ -1,0 +1,133 @@
+"""Where training meets sampling: checkpoints, sample grids, evaluation, the progress bar."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from pfgm import metrics, plot
+from pfgm.module import PFGM
+from pfgm.ode import SolverError
+from pfgm.storage import replacing
+
+
+def checkpoint_path(run_dir: str | Path) -> Path:
+    """The newest checkpoint of a run."""
+    return Path(run_dir) / "checkpoints" / "last.ckpt"
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes `<run_dir>/checkpoints/last.ckpt` every `every_n_steps` optimizer steps and at the end of training."""
+
+    def __init__(self, every_n_steps: int = 500):
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps = {every_n_steps} must be at least 1")
+        self.every_n_steps, self.saved = every_n_steps, 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step != self.saved:
+            trainer.save_checkpoint(checkpoint_path(trainer.default_root_dir))
+            self.saved = trainer.global_step
+
+
+class SampleGrid(Callback):
+    """After each validation, `n` samples of seed 0 as `<run_dir>/grids/<step>.png`, and the loss curve as loss.png.
+
+    Images make a grid, 2-D data a scatter plot, other shapes nothing. Placed before EMA, so that the averaged weights draw.
+    """
+
+    def __init__(self, n: int = 64):
+        if n < 0:
+            raise ValueError(f"n = {n} must not be negative")
+        self.n = n
+
+    @rank_zero_only
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, PFGM)
+        flow, folder = pl_module.flow, Path(trainer.default_root_dir)
+        if trainer.sanity_checking or not self.n or not (plot.is_image(flow.shape) or flow.shape == (2,)):
+            return
+        (folder / "grids").mkdir(parents=True, exist_ok=True)
+        try:
+            x = flow.sample(self.n).x
+        except SolverError as error:
+            pl.utilities.rank_zero_warn(f"no sample grid at step {trainer.global_step}: {error}")
+            return
+        plot.save_samples(folder / "grids" / f"{trainer.global_step:08d}.png", x, flow.value_range)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        log = Path(trainer.default_root_dir) / "metrics.csv"
+        if log.exists():
+            plot.save_loss_curve(log.with_name("loss.png"), log)
+
+
+class Evaluation(Callback):
+    """In `test`: distances of `sets` disjoint sets of `n` samples to training and held-out data, printed and in test.json."""
+
+    def __init__(self, n: int = 1000, sets: int = 3):
+        if n < 2 or sets < 1:
+            raise ValueError(f"n = {n}, sets = {sets}: give n >= 2 samples and at least one set")
+        self.n, self.sets = n, sets
+
+    @rank_zero_only
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, PFGM)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        train, held_out = data.train_x.to(pl_module.device), data.held_out_x.to(pl_module.device)
+        draws = [pl_module.flow.sample(self.n, seed=seed) for seed in range(self.sets)]
+        result = {
+            "samples against training data": compare([draw.x for draw in draws], train),
+            "samples against held-out data": compare([draw.x for draw in draws], held_out),
+            "held-out against training data": compare([held_out], train),
+            "calls": max(draw.calls for draw in draws),
+            "seconds": sum(draw.seconds for draw in draws),
+            "samples": [self.sets, self.n],
+            "test_loss": float(trainer.callback_metrics["test_loss"]),
+        }
+        with replacing(Path(trainer.default_root_dir) / "test.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
+        print(table(result))
+
+
+def compare(sets: list[Tensor], reference: Tensor) -> dict[str, list[float]]:
+    """Energy and Fréchet distance and nearest-neighbour accuracy of each set to `reference`."""
+    measures = {"energy": metrics.energy_distance, "frechet": metrics.frechet_distance, "1-nn": metrics.nearest_neighbour_accuracy}
+    return {name: [measure(x, reference) for x in sets] for name, measure in measures.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as a table: mean and, over several sets, standard deviation."""
+    sets, n = result["samples"]
+    lines = [f"{sets} sets of {n} samples, {result['calls']} network calls, {result['seconds']:.1f} s; mean (sd over sets)"]
+    lines.append(f"{'':32}{'energy distance':>20}{'Fréchet (raw)':>20}{'1-NN accuracy':>20}")
+    for name, row in result.items():
+        if isinstance(row, dict):
+            lines.append(f"{name:32}" + "".join(f"{_mean_sd(values):>20}" for values in row.values()))
+    return "\n".join(lines)
+
+
+def _mean_sd(values: list[float]) -> str:
+    x = torch.tensor(values, dtype=torch.float64)
+    return f"{x.mean():.4f}" + (f" ({x.std():.4f})" if len(x) > 1 else "")
+
+
+class StepProgressBar(TQDMProgressBar):
+    """A progress bar over training steps, since the stream of batches has no epochs."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Steps until max_steps."""
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches

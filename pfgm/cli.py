@@ -1,0 +1,133 @@
+"""train.py: LightningCLI with a run directory that the same command starts and resumes."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from pfgm import storage
+from pfgm.callbacks import Evaluation, LastCheckpoint, SampleGrid, StepProgressBar, checkpoint_path
+from pfgm.data import DataModule
+from pfgm.ema import EMA
+from pfgm.flow import load
+from pfgm.module import PFGM, NonFiniteLoss
+from pfgm.ode import SolverError
+from pfgm.runlog import RunLog
+
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,
+    "logger": False,
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": 0,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 500,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+
+
+class TrainCLI(LightningCLI):
+    """`fit` starts a run or resumes it, `test` evaluates it; `--run_dir` is where it lives."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        hidden = {"model", "datamodule", "ckpt_path", "weights_only", "verbose"}
+        return {"fit": hidden | {"train_dataloaders", "val_dataloaders"}, "test": hidden | {"dataloaders"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str, required=True, help="Folder of the run: checkpoints, log, pictures.")
+        parser.add_argument("--init_from", type=str | None, default=None, help="Checkpoint or export whose weights start a new run.")
+        parser.add_lightning_class_args(SampleGrid, "grid")
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Evaluation, "evaluation")
+        parser.add_lightning_class_args(StepProgressBar, "progress_bar")
+        parser.link_arguments("run_dir", "trainer.default_root_dir")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.link_arguments("data.summary", "model.data", apply_on="instantiate")
+        parser.link_arguments("data.shape", "model.net.init_args.shape", apply_on="instantiate")
+        parser.link_arguments("data.num_classes", "model.net.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("model.loss", "model.net.init_args.extra_channels", lambda loss: loss.extra_channels, apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        config = self._get(self.config_init, "trainer")
+        if self.subcommand == "fit" and config["max_steps"] < 0:
+            raise ValueError(f"trainer.max_steps = {config['max_steps']}: training counts steps; give a number such as 2000")
+        if config["logger"] is False:
+            kwargs["logger"] = RunLog(self._get(self.config, "run_dir"))
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, model: PFGM, datamodule: DataModule) -> None:
+        """Resume if the run has a checkpoint, else start, from `--init_from` if given."""
+        run_dir, source = Path(self._get(self.config, "run_dir")), self._get(self.config, "init_from")
+        last = checkpoint_path(run_dir)
+        if last.exists():
+            check_same_run(storage.read_checkpoint(last), model, datamodule, run_dir)
+            print(f"resuming {last}", file=sys.stderr)
+        elif source is not None:
+            initialize(model, source)
+        self.trainer.fit(model, datamodule=datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
+
+    def test(self, model: PFGM, datamodule: DataModule) -> None:
+        """Evaluate the newest checkpoint of the run."""
+        last = checkpoint_path(self._get(self.config, "run_dir"))
+        check_same_run(storage.read_checkpoint(last), model, datamodule, last.parent.parent)
+        self.trainer.test(model, datamodule=datamodule, ckpt_path=last, weights_only=True, verbose=False)
+
+
+def check_same_run(checkpoint: dict[str, Any], model: PFGM, data: DataModule, run_dir: Path) -> None:
+    """ValueError naming what differs, if `checkpoint` was made with another model, loss or data than these."""
+    old = {"model": checkpoint["hyper_parameters"], "data": checkpoint[storage.KEY]["data"]}
+    before, now = flatten(old), flatten({"model": model.spec["init_args"], "data": data.spec})
+    changes = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changes:
+        raise ValueError(
+            f"run_dir = {run_dir} holds a run with other settings ({'; '.join(changes)}). Repeat its command to resume it, or "
+            "give another --run_dir (with --init_from to start from its weights)"
+        )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as {"a.b": value}, with the level "init_args" left out."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    items = (flatten(value, prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")) for key, value in tree.items())
+    return {name: value for item in items for name, value in item.items()}
+
+
+def initialize(model: PFGM, source: str) -> None:
+    """Load the averaged weights of a checkpoint or export into the network of `model`; mean and units stay the data's.
+
+    ValueError if the networks differ.
+    """
+    weights = load(source).denoiser.state_dict()
+    try:
+        model.flow.denoiser.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"init_from = {source}: its network is not that of this configuration: {error}") from error
+
+
+def main(args: list[str] | None = None) -> TrainCLI:
+    """The command line of train.py; `args` for use in Python, where errors are raised as they are."""
+    return TrainCLI(
+        PFGM,
+        DataModule,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        trainer_defaults=TRAINER_DEFAULTS,
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )
+
+
+def run() -> None:
+    """train.py: an error of the user's making is one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError, NonFiniteLoss, SolverError) as error:
+        sys.exit(f"train.py: error: {error}")

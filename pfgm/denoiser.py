@@ -1,0 +1,116 @@
+"""From a network to `denoise(x, sigma, label=None) -> denoised`.
+
+Everything below the networks speaks this one language. `PreconditionedDenoiser` learns the denoised point itself (EDM,
+PFGM++); `FieldDenoiser` learns PFGM's normalised field and inverts it. Both keep the arithmetic around the network in float32
+at least, and run the network in the dtype of its parameters. All in centred model space.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pfgm.field import denoised_from_field
+from pfgm.kernel import StudentTKernel, expand, norm, per_sample
+from pfgm.spec import Recorded
+
+
+class Denoiser(Protocol):
+    """Anything that maps `x` [B, ...], `sigma` (float or [B]) and an optional `label` [B] to E[y | x, sigma], like x."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor: ...
+
+
+class PreconditionedDenoiser(Recorded, nn.Module):
+    """denoised = c_skip x + c_out net(c_in x, log(level)/4), EDM's preconditioning (arXiv 2206.00364, table 1) for every D.
+
+    `estimated_level` takes the place of sigma, since for small D the noise in x can be hundreds of times sigma.
+    `sigma_data`, `power_std` and `max_rms` are those of `DataSummary`; see `Network` for `net`.
+    """
+
+    def __init__(self, net: nn.Module, D: float, sigma_data: float, power_std: float, max_rms: float):
+        super().__init__()
+        self.net, self.kernel = net, StudentTKernel(D)
+        self.sigma_data, self.power_std, self.max_rms = sigma_data, power_std, max_rms
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which samples should come: that of the parameters, float32 at least."""
+        return torch.promote_types(_parameter_dtype(self.net), torch.float32)
+
+    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        level = estimated_level(x, per_sample(sigma, x), self.kernel, self.sigma_data, self.power_std, self.max_rms)
+        skip, out = preconditioning(level, self.sigma_data)
+        return expand(skip, x) * x + expand(out, x) * _call(self.net, x, level, self.sigma_data, label, 0)
+
+
+class FieldDenoiser(Recorded, nn.Module):
+    """A network that predicts PFGM's normalised field (D = 1), read as a denoiser through the field's inverse.
+
+    The network's output is preconditioned so that zero means the field of Gaussian data: with R = |(sqrt(N) level, z)| the
+    distance to expect, v_x = -sqrt(N) (x - (c_skip x + c_out F_x)) / (R + gamma) and
+    v_z = -sqrt(N) z (1 + c_out/level F_z) / (R + gamma), where F_z is the mean of the network's extra channel. `gamma` > 0 is
+    the field's regulariser in model units; the other arguments are those of `PreconditionedDenoiser`.
+    """
+
+    def __init__(self, net: nn.Module, gamma: float, sigma_data: float, power_std: float, max_rms: float):
+        super().__init__()
+        self.net, self.kernel, self.gamma = net, StudentTKernel(1.0), gamma
+        self.sigma_data, self.power_std, self.max_rms = sigma_data, power_std, max_rms
+
+    dtype = PreconditionedDenoiser.dtype
+
+    def field(self, x: Tensor, z: float | Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The predicted v_x, like `x` [B, C, ...], and v_z [B]."""
+        height, N, C = per_sample(z, x, "z"), x[0].numel(), x.shape[1]
+        level = estimated_level(x, height, self.kernel, self.sigma_data, self.power_std, self.max_rms)
+        skip, out = preconditioning(level, self.sigma_data)
+        factor = -math.sqrt(N) / (torch.hypot(math.sqrt(N) * level, height) + self.gamma)
+        F = _call(self.net, x, level, self.sigma_data, label, 1)
+        v_x = expand(factor * (1 - skip), x) * x - expand(factor * out, x) * F[:, :C]
+        return v_x, (factor * height * (1 + out / level * F[:, C:].flatten(1).mean(1))).to(x.dtype)
+
+    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        v_x, v_z = self.field(x, sigma, label)
+        return denoised_from_field(x, sigma, v_x, v_z, self.gamma)
+
+
+def estimated_level(
+    x: Tensor, sigma: Tensor, kernel: StudentTKernel, sigma_data: float, power_std: float, max_rms: float
+) -> Tensor:
+    """The effective noise level to expect at `x` [B, ...], `sigma` [B] when the source is not known: [B] in float64.
+
+    level² = a sigma² + (1-a) v with a = D/(N+D) and v an estimate of |x-y|²/N from two sources, weighted by their variances:
+    the kernel says v ≈ sigma², within a factor of about 1 ± sqrt(2/(2+D)); the sample says v ≈ |x|²/N - sigma_data², within
+    the spread of |y|²/N and of 2 x·y/N. Where |x|/sqrt(N) exceeds what any data has (max_rms), the noise is as large as that
+    excess, and the kernel's width grows with it. So level = sigma at D = inf, level/sigma -> 1 as sigma -> 0 for every x that
+    the data explains, and far away level is that of the hemisphere on which x lies.
+    """
+    a, N = kernel.level_weight(x[0].numel()), x[0].numel()
+    power, prior = norm(x).square() / N, sigma.square()
+    scale = torch.maximum(prior, power - max_rms**2)
+    variance = (power_std**2 + 4 * sigma_data**2 * scale / N) * (1 + kernel.D / 2)
+    weight = 1 / (1 + variance / scale.square())
+    return (a * prior + (1 - a) * torch.lerp(prior, (power - sigma_data**2).clamp(min=0), weight)).sqrt()
+
+
+def preconditioning(level: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """EDM's c_skip = s²/(level² + s²) and c_out = level s/sqrt(level² + s²), [B] each."""
+    total = level.square() + sigma_data**2
+    return sigma_data**2 / total, level * sigma_data * total.rsqrt()
+
+
+def _call(net: nn.Module, x: Tensor, level: Tensor, sigma_data: float, label: Tensor | None, extra: int) -> Tensor:
+    """The raw network at c_in x and c_noise = log(level)/4, in the dtype of its parameters; returned in that of x."""
+    dtype = _parameter_dtype(net)
+    c_in = (level.square() + sigma_data**2).rsqrt()
+    F = net((expand(c_in, x) * x).to(dtype), (level.log() / 4).to(torch.float32), label)
+    expected = (len(x), x.shape[1] + extra, *x.shape[2:])
+    if F.shape != expected:
+        raise ValueError(f"net returned shape {tuple(F.shape)} where {expected} is needed; check its shape and extra_channels = {extra}")
+    return F.to(x.dtype)
+
+
+def _parameter_dtype(net: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in net.parameters()), torch.float32)

@@ -1,0 +1,174 @@
+"""Drawing to disk: samples of a flow as pictures or arrays."""
+
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from pfgm import plot
+from pfgm.flow import PoissonFlow, load
+from pfgm.ode import SolverError
+from pfgm.sampler import Samples, seed_pairs
+from pfgm.storage import replacing
+
+ARRAYS = (".npz", ".pt")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "1,2,5-10" as a list of seeds. ValueError for anything else."""
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
+        raise ValueError(f"seeds = {text!r}: give numbers and ranges such as 0-63 or 1,2,5-10, none negative") from None
+    return seeds
+
+
+def check_output(out: Path, shape: Sequence[int]) -> None:
+    """Make the folder of `out` and make sure that it can be written and can hold samples of `shape`.
+
+    `out` is a file .png (grid or scatter plot), .npz or .pt, or a folder of separate PNGs. ValueError or OSError otherwise.
+    """
+    if out.suffix and out.suffix not in (".png", *ARRAYS):
+        raise ValueError(f"out = {out}: the ending {out.suffix!r} is unknown; use .png, .npz, .pt, or a folder for separate PNGs")
+    points = tuple(shape) == (2,) and out.suffix
+    if out.suffix not in ARRAYS and not (plot.is_image(shape) or points):
+        raise ValueError(f"out = {out}: samples of shape {tuple(shape)} are no images; use a file ending in .npz or .pt")
+    if out.suffix and out.is_dir() or not out.suffix and out.is_file():
+        raise ValueError(f"out = {out} is a {'folder' if out.is_dir() else 'file'}; choose another name")
+    folder = out.parent if out.suffix else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"out = {out} cannot be written: {error.strerror}; choose another folder") from error
+
+
+def write_samples(
+    out: Path, samples: Samples, pairs: Sequence[tuple[int, int]], labels: Any, value_range: plot.ValueRange
+) -> None:
+    """Write drawn `samples` of (seed, index) `pairs` to `out`, by its ending; see `check_output`."""
+    if out.suffix == ".png":
+        plot.save_samples(out, samples.x, value_range)
+    elif out.suffix in ARRAYS:
+        arrays = {"x": samples.x.float().cpu(), "seeds": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)}
+        if labels is not None:
+            arrays["labels"] = labels.cpu()
+        with replacing(out) as temporary:
+            if out.suffix == ".pt":
+                torch.save(arrays, temporary)
+            else:
+                np.savez(temporary, **{name: tensor.numpy() for name, tensor in arrays.items()})
+    else:
+        for (seed, index), image in zip(pairs, plot.to_bytes(samples.x, value_range), strict=True):
+            plot.save_image(out / f"{seed:06d}-{index:06d}.png", image)
+
+
+def draw(
+    checkpoint: Path,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    seeds: str | None = None,
+    labels: list[int] | None = None,
+    out: Path = Path("samples.png"),
+    trajectory: Path | None = None,
+    method: str | None = None,
+    coordinates: str | None = None,
+    start: str | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    steps: int | None = None,
+    batch_size: int = 256,
+    device: str | None = None,
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
+    ema: bool = True,
+    trust: list[str] = [],  # noqa: B006 (read only; jsonargparse shows it as the default)
+) -> None:
+    """Draw samples from a trained Poisson flow and write them to disk.
+
+    Args:
+        checkpoint: a .ckpt written by train.py, or a folder written by save_pretrained.
+        n: number of samples (default 64, unless seeds are given); sample i is a function of (seed, i).
+        seed: the seed of all n samples.
+        seeds: instead of n and seed, one sample for each of these, such as 0-63 or 1,2,5-10.
+        labels: one class for all samples, or one for each ([1,7,...]).
+        out: a file .png (grid, or scatter plot of 2-D data), .npz or .pt, or a folder of separate PNGs.
+        trajectory: a .png of the way from the hemisphere: a strip for images, field lines for 2-D data.
+        method: adaptive dopri5, dopri8, bosh3, adaptive_heun (default), or fixed euler, midpoint, heun2, rk4.
+        coordinates: angle (default) or log_sigma.
+        start: hemisphere (default) or hyperplane.
+        rtol: relative tolerance of adaptive methods (default .03).
+        atol: absolute tolerance of adaptive methods (default .01).
+        steps: number of steps of fixed methods.
+        batch_size: samples drawn at a time.
+        device: cpu, cuda, cuda:1, ... (default: cuda if there is one).
+        dtype: of the network's weights and arithmetic.
+        ema: use the averaged weights rather than the raw ones.
+        trust: modules outside pfgm whose networks the checkpoint may name.
+    """
+    pairs = seed_pairs(64 if n is None and seeds is None else n, seed, None if seeds is None else parse_seeds(seeds))
+    place = check_device(device)
+    flow = load(checkpoint, place, ema, trust)
+    flow.denoiser.to(getattr(torch, dtype))
+    label = flow.check_labels(labels[0] if labels and len(labels) == 1 else labels, len(pairs))
+    check_output(out, flow.shape)
+    if trajectory is not None:
+        check_trajectory(trajectory, flow.shape)
+    options = {"method": method, "coordinates": coordinates, "start": start, "rtol": rtol, "atol": atol, "steps": steps}
+    samples = flow.draw(pairs, labels=label, batch_size=batch_size, progress=True, **options)
+    write_samples(out, samples, pairs, label, flow.value_range)
+    print(f"{len(pairs)} samples in {samples.calls} network calls and {samples.seconds:.2f} s -> {out}")
+    if trajectory is not None:
+        draw_trajectory(trajectory, flow, pairs, label, samples, options)
+        print(f"their way from the {flow.sampler(**options).start} -> {trajectory}")
+
+
+def draw_trajectory(
+    path: Path, flow: PoissonFlow, pairs: list[tuple[int, int]], label: Any, samples: Samples, options: dict[str, Any]
+) -> None:
+    """A picture of the first samples' way down: a strip of 8 images, or field lines of 2-D data above all `samples`."""
+    image = plot.is_image(flow.shape)
+    few = pairs[: 8 if image else 200]
+    sampler = flow.sampler(**options)
+    states, sigma = sampler.trajectory(few, 12 if image else 60, None if label is None else label[: len(few)])
+    states = torch.cat([flow.to_user(states.flatten(0, 1)).unflatten(0, states.shape[:2]), samples.x[None, : len(few)].double()])
+    if image:
+        plot.save_strip(path, states, flow.value_range)
+    else:
+        r = torch.cat([sigma, torch.zeros_like(sigma[:1])]) * flow.scale * math.sqrt(min(flow.kernel.D, 1e6))
+        plot.save_field_lines(path, states, r, samples.x)
+
+
+def check_trajectory(path: Path, shape: Sequence[int]) -> None:
+    """ValueError unless `path` is a .png for samples whose way can be drawn."""
+    if path.suffix != ".png" or not (plot.is_image(shape) or tuple(shape) == (2,)):
+        raise ValueError(f"trajectory = {path}: it is a .png, for images (1 or 3, H, W) or points (2,); the samples have shape {tuple(shape)}")
+    check_output(path, shape)
+
+
+def check_device(device: str | None) -> torch.device:
+    """The device of that name, or the best there is. ValueError if it is unknown or not here."""
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = {device!r} cannot be used here ({str(error).partition(chr(10))[0]}); try cpu") from error
+    return place
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line of sample.py. An error of the user's making is one line on stderr and exit code 2."""
+    from jsonargparse import auto_cli
+
+    try:
+        auto_cli(draw, args=args, as_positional=True)
+    except (ValueError, OSError, SolverError) as error:
+        sys.exit(f"sample.py: error: {error}")

@@ -1,0 +1,194 @@
+"""PoissonFlow: a trained model as its users meet it, in their own units.
+
+The flow holds the kernel, the denoiser and what the data was like. Everything below it works in centred model space,
+model = user / scale - mean; here, and only here, samples come and go in the user's units.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pfgm import storage
+from pfgm.kernel import StudentTKernel, per_sample
+from pfgm.progress import DrawProgress
+from pfgm.sampler import Latent, Sampler, Samples, check_levels, seed_pairs
+from pfgm.spec import build, to_json
+
+PREFIX = "flow."
+"""Of the flow's tensors in the state of the training module."""
+
+
+class PoissonFlow(nn.Module):
+    """A denoiser with its kernel, its range of noise and its units.
+
+    `denoiser` works in centred model space for data of event `shape`; `D` is the number of augmented dimensions. `mean`
+    [*shape] (default 0) and `scale` take model space to the user's units, user = (model + mean) scale. sigma_min, sigma_max
+    and sigma_data are in model units. `value_range` (low, high) of the user's units is what pictures map to black and white;
+    `num_classes` is 0 for a model without labels; `start` as in `Sampler`.
+    """
+
+    mean: Tensor
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        D: float,
+        *,
+        shape: Sequence[int],
+        sigma_min: float,
+        sigma_max: float,
+        sigma_data: float = 0.5,
+        mean: Tensor | None = None,
+        scale: float = 1.0,
+        value_range: Sequence[float] | None = None,
+        num_classes: int = 0,
+        start: str = "hemisphere",
+    ):
+        super().__init__()
+        check_levels(sigma_min, sigma_max)
+        self.denoiser, self.kernel = denoiser, StudentTKernel(D)
+        self.shape, self.scale, self.num_classes, self.start = tuple(shape), scale, num_classes, start
+        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.value_range = None if value_range is None else tuple(value_range)
+        self.register_buffer("mean", torch.zeros(self.shape) if mean is None else mean)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All but the tensors, as strict JSON data; `from_config` makes the flow again."""
+        names = ("shape", "sigma_min", "sigma_max", "sigma_data", "scale", "value_range", "num_classes", "start")
+        return to_json({"denoiser": self.denoiser, "D": self.kernel.D} | {name: getattr(self, name) for name in names})
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], trust: Sequence[str] = ()) -> "PoissonFlow":
+        """A flow with fresh weights. ValueError for class paths outside this package and outside the modules `trust`."""
+        return cls(build(config["denoiser"], trust), **{name: value for name, value in config.items() if name != "denoiser"})
+
+    def to_model(self, x: Tensor) -> Tensor:
+        """The user's units [B, *shape] -> centred model space."""
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"x has samples of shape {tuple(x.shape[1:])}; this flow's are {self.shape}")
+        return x / self.scale - self.mean.to(x.dtype)
+
+    def to_user(self, x: Tensor) -> Tensor:
+        """Centred model space [B, *shape] -> the user's units."""
+        return (x + self.mean.to(x.dtype)) * self.scale
+
+    def sampler(self, **options: Any) -> Sampler:
+        """The `Sampler` of this flow; `options` are its method, coordinates, start, rtol, atol and steps."""
+        settings = {"start": self.start} | {name: value for name, value in options.items() if value is not None}
+        return Sampler(
+            self.denoiser,
+            self.kernel,
+            shape=self.shape,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            sigma_data=self.sigma_data,
+            **settings,
+        )
+
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        labels: int | Sequence[int] | Tensor | None = None,
+        method: str | None = None,
+        coordinates: str | None = None,
+        start: str | None = None,
+        rtol: float | None = None,
+        atol: float | None = None,
+        steps: int | None = None,
+        batch_size: int = 256,
+        progress: bool = False,
+    ) -> Samples:
+        """`n` samples of `seed`, or one for each of `seeds`, in the user's units: `Samples` with x [n, *shape].
+
+        Sample i is a function of (seed, i), `seeds` = [k, ...] gives those of (k, 0). `labels` is one class for all or one for
+        each. `batch_size` samples are drawn at a time, with a progress bar if `progress`. The other arguments are those of
+        `Sampler`. ValueError for arguments out of range, before the first network call; SolverError if solving fails.
+        """
+        options = {"method": method, "coordinates": coordinates, "start": start, "rtol": rtol, "atol": atol, "steps": steps}
+        return self.draw(seed_pairs(n, seed, seeds), labels=labels, batch_size=batch_size, progress=progress, **options)
+
+    def draw(
+        self, pairs: Sequence[tuple[int, int]], *, labels: Any = None, batch_size: int = 256, progress: bool = False, **options: Any
+    ) -> Samples:
+        """One sample for each (seed, index) of `pairs`; the other arguments are those of `sample`."""
+        sampler, label = self.sampler(**options), self.check_labels(labels, len(pairs))
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size} must be at least 1")
+        parts = []
+        with DrawProgress(len(pairs), sampler, progress) as bar:
+            for i in range(0, max(1, len(pairs)), batch_size):
+                batch, part = pairs[i : i + batch_size], None if label is None else label[i : i + batch_size]
+                bar.batch(len(batch))
+                parts.append(sampler.draw(batch, part, bar))
+        x = self.to_user(torch.cat([part.x for part in parts]))
+        return Samples(x, max(part.calls for part in parts), sum(part.seconds for part in parts))
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        """E[y | x, sigma] for `x` [B, *shape] and `sigma` (float or [B]) in the user's units: like x."""
+        return self.to_user(self.denoiser(self.to_model(x), per_sample(sigma, x) / self.scale, label))
+
+    def encode(self, x: Tensor, *, labels: Any = None, **options: Any) -> Latent:
+        """The latent on the plane sigma_max that flows to `x` [B, *shape] (user's units, read at sigma_min).
+
+        `options` are those of `Sampler`; tolerances of 1e-5 make the round trip through `decode` accurate.
+        """
+        latent = self.sampler(**options).encode(self.to_model(x), self.check_labels(labels, len(x)))
+        return dataclasses.replace(latent, level=latent.level * self.scale)
+
+    def decode(self, latent: Latent, *, labels: Any = None, **options: Any) -> Tensor:
+        """Follow the flow from `latent`, on the surface that it names, to sigma_min; without the last denoising that
+        sampling does. [B, *shape] in the user's units."""
+        model = dataclasses.replace(latent, level=latent.level / self.scale)
+        return self.to_user(self.sampler(**options).decode(model, self.check_labels(labels, len(latent.t))))
+
+    def check_labels(self, labels: int | Sequence[int] | Tensor | None, n: int) -> Tensor | None:
+        """`labels` as [n] on the flow's device. ValueError if out of range, of the wrong number, or given in vain."""
+        if labels is None:
+            return None
+        if not self.num_classes:
+            raise ValueError(f"labels = {labels}: this model was trained without labels; leave labels out")
+        label = torch.as_tensor(labels, device=self.mean.device)
+        if label.is_floating_point() or label.numel() and not bool(((label >= 0) & (label < self.num_classes)).all()):
+            raise ValueError(f"labels = {labels}: this model's labels are the integers 0..{self.num_classes - 1}")
+        if label.ndim > 1 or label.ndim == 1 and len(label) != n:
+            raise ValueError(f"labels has shape {tuple(label.shape)}; give one label, or one for each of the {n} samples")
+        return label.long().expand(n)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Export to `folder`: config.json (valid JSON, also for D = inf) and model.safetensors; `pfgm.load` reads it."""
+        storage.write_export(folder, self.config, self.state_dict())
+
+
+def load(
+    path: str | Path, device: str | torch.device = "cpu", ema: bool = True, trust: Sequence[str] = ()
+) -> PoissonFlow:
+    """The flow of a checkpoint (`.ckpt`) or of a folder written by `save_pretrained`, in eval mode on `device`.
+
+    `ema` takes the averaged weights of a checkpoint, otherwise the raw ones. No code of the file is run; networks from other
+    packages are made only if their module is in `trust`. FileNotFoundError if there is nothing, CheckpointError if it is
+    damaged, altered, of another format, or if weights and network do not match; ValueError for a class path not trusted.
+    """
+    if Path(path).is_dir():
+        if not ema:
+            raise ValueError(f"ema = False: the export {path} holds the averaged weights only; give a .ckpt file")
+        config, state = storage.read_export(path)
+    else:
+        checkpoint = storage.read_checkpoint(path)
+        config = checkpoint[storage.KEY]["flow"]
+        weights = checkpoint["state_dict"] if ema else checkpoint.get("current_model_state", checkpoint["state_dict"])
+        state = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
+    flow = PoissonFlow.from_config(config, trust)
+    try:
+        flow.load_state_dict(state)
+    except RuntimeError as error:
+        raise storage.CheckpointError(f"{path}: the weights do not match the network that the file describes: {error}") from error
+    return flow.to(device).eval()

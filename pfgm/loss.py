@@ -1,0 +1,133 @@
+"""Training objectives: one number for each sample.
+
+Both take clean data in centred model space and draw their own noise. `DenoisingLoss` is PFGM++'s (D = inf: EDM's),
+`PoissonFieldLoss` PFGM's own. An objective also makes the denoiser that it trains, and knows where its flow has to start.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser, preconditioning
+from pfgm.field import normalized_field, posterior_mean
+from pfgm.kernel import expand, norm
+from pfgm.noise import DataSummary, LogNormal, LogUniform, PoissonFlowNoise, recommended_sigma_max
+from pfgm.rng import Generators
+from pfgm.spec import Recorded
+
+
+class Loss(Recorded, ABC):
+    """An objective: compares a denoiser with data. Subclasses say how many charges and network outputs they need."""
+
+    reference_size: int
+    extra_channels: int
+
+    @abstractmethod
+    def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> nn.Module:
+        """The denoiser that this objective trains, around the network `net`."""
+
+    @abstractmethod
+    def recommended_sigma_max(self, data: DataSummary) -> float:
+        """Where the flow should start, in model units."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        denoiser: Any,
+        y: Tensor,
+        label: Tensor | None = None,
+        *,
+        data: DataSummary,
+        reference: Tensor | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Loss [B] for clean `y` [B, ...] in centred model space, `label` [B] and charges `reference` [L, ...] that include y
+        (needed if reference_size > 0)."""
+
+
+class DenoisingLoss(Loss):
+    """|denoise(x, sigma) - y|² / (N c_out(varsigma)²): PFGM++ (arXiv 2302.04265, eq. 9) with EDM's weight.
+
+    x comes from the Student-t kernel of the denoiser's D at a sigma drawn by `noise`. The weight takes the true effective noise
+    level varsigma, known in training because y is. With `reference_size` L > 0 the target is not y but the posterior mean over
+    L charges that include y, which has the same minimiser and less variance (stable target field, arXiv 2302.00670).
+    """
+
+    extra_channels = 0
+
+    def __init__(self, noise: LogNormal | LogUniform | None = None, reference_size: int = 0):
+        self.noise, self.reference_size = noise or LogNormal(), check_reference_size(reference_size, 0)
+
+    def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> PreconditionedDenoiser:
+        return PreconditionedDenoiser(net, D, data.sigma_data, data.power_std, data.max_rms)
+
+    def recommended_sigma_max(self, data: DataSummary) -> float:
+        return recommended_sigma_max(data.sigma_data)
+
+    def __call__(
+        self,
+        denoiser: PreconditionedDenoiser,
+        y: Tensor,
+        label: Tensor | None = None,
+        *,
+        data: DataSummary,
+        reference: Tensor | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        sigma = self.noise.sample(y, data.sigma_data, generator)
+        x = denoiser.kernel.sample(y, sigma, generator)
+        target = posterior_mean(x, sigma, reference, denoiser.kernel.D) if reference is not None else y
+        level = denoiser.kernel.effective_level(norm(x - y), sigma, y[0].numel())
+        weight = 1 / preconditioning(level, data.sigma_data)[1]
+        error = expand(weight, x) * (denoiser(x, sigma, label) - target)
+        return error.square().flatten(1).mean(1)
+
+
+class PoissonFieldLoss(Loss):
+    """|v(x, z) - target|² / (N+1), D = 1: PFGM (arXiv 2209.11178, eq. 7) against the field of a large reference batch.
+
+    (x, z) comes from PFGM's own perturbation `noise`; the target is the normalised field of `reference_size` charges that
+    include the sample's source. `gamma` is the field's regulariser in model units.
+    """
+
+    extra_channels = 1
+
+    def __init__(self, gamma: float = 5.0, reference_size: int = 4096, noise: PoissonFlowNoise | None = None):
+        if not 0 < gamma < math.inf:
+            raise ValueError(f"gamma = {gamma} must be a positive finite number, in model units")
+        self.gamma, self.noise = gamma, noise or PoissonFlowNoise()
+        self.reference_size = check_reference_size(reference_size, 1)
+
+    def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> FieldDenoiser:
+        if D != 1:
+            raise ValueError(f"D = {D}: PoissonFieldLoss is PFGM's objective and needs D = 1; use DenoisingLoss for other D")
+        return FieldDenoiser(net, self.gamma, data.sigma_data, data.power_std, data.max_rms)
+
+    def recommended_sigma_max(self, data: DataSummary) -> float:
+        return self.noise.z_max(data.norm, math.prod(data.shape))
+
+    def __call__(
+        self,
+        denoiser: FieldDenoiser,
+        y: Tensor,
+        label: Tensor | None = None,
+        *,
+        data: DataSummary,
+        reference: Tensor | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        if reference is None:
+            raise ValueError("reference = None: PoissonFieldLoss needs charges [L, ...] that include y")
+        x, z = self.noise.perturb(y, data.norm, generator)
+        t_x, t_z = normalized_field(x, z, reference, self.gamma)
+        v_x, v_z = denoiser.field(x, z, label)
+        return ((v_x - t_x).square().flatten(1).sum(1) + (v_z - t_z).square()) / (y[0].numel() + 1)
+
+
+def check_reference_size(value: int, lowest: int) -> int:
+    """`value`; ValueError below `lowest`."""
+    if value < lowest:
+        raise ValueError(f"reference_size = {value} must be at least {lowest}")
+    return value

@@ -1,0 +1,138 @@
+"""PFGM: the LightningModule that trains a flow. It knows no data set and no sampler."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from pfgm import rng, storage
+from pfgm.flow import PoissonFlow
+from pfgm.loss import DenoisingLoss, Loss
+from pfgm.noise import DataSummary, recommended_sigma_min
+from pfgm.spec import Recorded, build
+
+TRAINING, VALIDATION = 2, 3
+"""First counters of the noise streams."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The training loss became NaN or infinite."""
+
+
+class PFGM(Recorded, pl.LightningModule):
+    """A flow, its objective and its optimizer (Adam with linear warm-up).
+
+    `net` is the network (see `pfgm.nn.Network`), `data` the summary of the training data, `loss` the objective (default
+    DenoisingLoss), `D` the number of augmented dimensions, a real number from .5 to inf. `sigma_min`, `sigma_max`,
+    `sigma_data` and `data_norm`, in model units, come from the data unless given. `lr` is reached after `warmup_steps`;
+    `seed` fixes the noise. Stored specs are accepted in place of net, loss and data, which is how `load_from_checkpoint`
+    makes the module without arguments.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        data: DataSummary,
+        loss: Loss | None = None,
+        *,
+        D: float = 128.0,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        sigma_data: float | None = None,
+        data_norm: float | None = None,
+        start: str = "hemisphere",
+        lr: float = 1e-3,
+        warmup_steps: int = 100,
+        seed: int = 0,
+    ):
+        super().__init__()
+        net, data, loss = _made(net), _made(data), _made(loss) or DenoisingLoss()
+        if not 0 < lr < math.inf or warmup_steps < 0:
+            raise ValueError(f"lr = {lr}, warmup_steps = {warmup_steps}: lr must be positive and finite, warmup_steps >= 0")
+        given = {name: value for name, value in (("sigma_data", sigma_data), ("norm", data_norm)) if value is not None}
+        self.data, self.loss, self.lr, self.warmup_steps, self.seed = dataclasses.replace(data, **given), loss, lr, warmup_steps, seed
+        self.flow = PoissonFlow(
+            loss.make_denoiser(net, D, self.data),
+            D,
+            shape=data.shape,
+            sigma_min=recommended_sigma_min(self.data.sigma_data) if sigma_min is None else sigma_min,
+            sigma_max=loss.recommended_sigma_max(self.data) if sigma_max is None else sigma_max,
+            sigma_data=self.data.sigma_data,
+            mean=data.mean,
+            scale=data.scale,
+            value_range=data.value_range,
+            num_classes=data.num_classes,
+            start=start,
+        )
+        self.spec  # noqa: B018 (a network that cannot be stored is refused now, not at the first checkpoint)
+
+    @property
+    def reference_size(self) -> int:
+        """Charges that the objective asks of each batch; 0 if none."""
+        return self.loss.reference_size
+
+    def on_fit_start(self) -> None:
+        """Say what the flow took from the data."""
+        flow, data, noise = self.flow, self.data, getattr(self.loss, "noise", None)
+        text = f"D = {flow.kernel.D:g}, N = {math.prod(flow.shape)}, scale {data.scale:.4g}, sigma_data {data.sigma_data:.4g}, "
+        text += f"data norm {data.norm:.4g}, sigma {flow.sigma_min:.4g} .. {flow.sigma_max:.4g}"
+        if hasattr(noise, "exponent"):
+            text += f", M = {noise.exponent(data.norm, math.prod(flow.shape)):.1f}"
+        pl.utilities.rank_zero_info(text)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean loss of a batch. NonFiniteLoss if it is not finite, before the weights change."""
+        loss = self._loss(batch, TRAINING).mean()
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteLoss(
+                f"the training loss is {float(loss)} at step {self.global_step}; the last checkpoint was written before it and is "
+                "kept. A lower model.lr, a longer model.warmup_steps or trainer.precision=32 usually helps"
+            )
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Mean loss on held-out data, with the same noise for each sample every time."""
+        loss = self._loss(batch, VALIDATION)
+        self.log("val_loss", loss.mean(), prog_bar=True, batch_size=len(loss), sync_dist=True)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """The same on the test data."""
+        loss = self._loss(batch, VALIDATION)
+        self.log("test_loss", loss.mean(), batch_size=len(loss), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """Adam and a linear warm-up."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, betas=(0.9, 0.99))
+        warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / (self.warmup_steps + 1)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what loading needs, and a digest of the weights."""
+        checkpoint["hyper_parameters"] = self.spec["init_args"]
+        storage.seal(checkpoint, self.flow.config, getattr(getattr(self.trainer, "datamodule", None), "spec", None))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """CheckpointError if the weights are not those that were stored."""
+        storage.check_seal(checkpoint)
+
+    def _loss(self, batch: dict[str, Any], stream: int) -> Tensor:
+        y = self.flow.to_model(batch["x"].float())
+        reference = batch.get("reference")
+        return self.loss(
+            self.flow.denoiser,
+            y,
+            batch.get("label"),
+            data=self.data,
+            reference=None if reference is None else self.flow.to_model(reference.float()),
+            generator=rng.generator(self.seed, stream, *map(int, batch["counters"]), device=y.device),
+        )
+
+
+def _made(value: Any) -> Any:
+    """`value`, or what a stored spec describes."""
+    return build(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,41 @@
+"""What every network shares: the contract, and the embedding of noise level and label."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pfgm.spec import Recorded
+
+
+class Network(Recorded, nn.Module):
+    """Base of networks: remembers its constructor arguments, so that a checkpoint can make it again.
+
+    The contract is `net(x, c_noise, label=None)`: `x` [B, C, ...] of about unit variance, `c_noise` [B] (log of the noise
+    level, over 4), `label` [B] in 0..num_classes-1 or None -> [B, C + extra_channels, ...]. Constructors take
+    `shape` = (C, ...), `num_classes` (0: no labels) and `extra_channels` (further outputs; PFGM's v_z needs one).
+    """
+
+
+class Embedding(nn.Module):
+    """Noise level and label -> [B, width].
+
+    Sines and cosines of c_noise = log(sigma)/4 at geometric frequencies, so that each factor of sigma is resolved alike, from
+    the smallest noise to the horizon. `num_classes` > 0 adds a learned vector for each label and one for "no label".
+    """
+
+    def __init__(self, width: int, num_classes: int = 0, features: int = 32):
+        super().__init__()
+        self.features = features
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.labels = nn.Embedding(num_classes + 1, features) if num_classes else None
+
+    def forward(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        # Not a buffer: in bfloat16 the rounded frequencies would shift the highest by a third of a radian.
+        frequencies = 2 * math.pi * torch.logspace(-3, 3, self.features // 2, base=2.0, device=c_noise.device)
+        phase = c_noise[:, None] * frequencies
+        features = torch.cat([phase.sin(), phase.cos()], dim=1).to(self.mlp[0].weight.dtype)
+        if self.labels is not None:
+            none = self.labels.num_embeddings - 1
+            features = features + self.labels(torch.full_like(c_noise, none, dtype=torch.long) if label is None else label)
+        return self.mlp(features)

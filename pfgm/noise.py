@@ -1,0 +1,159 @@
+"""Training laws of the noise level, and values recommended from the data.
+
+sigma is in the units of model space. A law draws sigma for the denoising objective; `PoissonFlowNoise` is PFGM's own
+perturbation, which draws x and z together.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfgm import rng
+from pfgm.kernel import expand, norm
+from pfgm.rng import Generators
+from pfgm.spec import Recorded, to_json
+
+
+@dataclass(frozen=True)
+class DataSummary(Recorded):
+    """What a flow has to know of its data.
+
+    The user's units are (model + mean) scale. In model units: `mean` [*shape] over samples (None: to be loaded with the
+    weights) and, of the centred data, `sigma_data`, the RMS over samples and coordinates, `norm`, the mean Euclidean norm of a
+    sample, `power_std`, the standard deviation over samples of |y|²/N, and `max_rms`, the largest |y|/sqrt(N). `value_range`
+    (low, high), in the user's units, is what pictures map to black and white; `num_classes` is 0 without labels.
+    """
+
+    shape: tuple[int, ...]
+    sigma_data: float
+    norm: float
+    power_std: float
+    max_rms: float
+    scale: float = 1.0
+    value_range: tuple[float, float] | None = None
+    num_classes: int = 0
+    mean: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        data: Tensor,
+        *,
+        scale: float = 1.0,
+        value_range: tuple[float, float] | None = None,
+        num_classes: int = 0,
+        mean: float | None = None,
+    ) -> "DataSummary":
+        """Summary of `data` [n, *shape] in the user's units, centred on its own mean or on a given number.
+
+        ValueError if all samples are equal.
+        """
+        model = data.double() / scale
+        centre = model.mean(0) if mean is None else torch.full_like(model[0], mean / scale)
+        norms = norm(model - centre)
+        power = norms.square() / centre.numel()
+        if bool((model == model[0]).all()):
+            raise ValueError(f"data: all {len(data)} samples are equal; there is no distribution to learn")
+        return cls(
+            tuple(centre.shape),
+            sigma_data=math.sqrt(power.mean()),
+            norm=float(norms.mean()),
+            power_std=float(power.std(correction=0)),
+            max_rms=math.sqrt(power.max()),
+            scale=scale,
+            value_range=value_range,
+            num_classes=num_classes,
+            mean=centre.float(),
+        )
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """As for every Recorded, without the mean, which is stored with the weights."""
+        init_args = {field.name: to_json(getattr(self, field.name)) for field in fields(self) if field.name != "mean"}
+        return {"class_path": f"{__name__}.DataSummary", "init_args": init_args}
+
+
+def recommended_sigma_max(sigma_data: float) -> float:
+    """80 sigma_data: the error of the prior falls as 1/sigma_max² (EDM's 80 at sigma_data = .5 is 160 sigma_data)."""
+    return 80 * sigma_data
+
+
+def recommended_sigma_min(sigma_data: float) -> float:
+    """sigma_data / 50: below it the final denoising removes all that is left."""
+    return sigma_data / 50
+
+
+class LogNormal(Recorded):
+    """log(sigma / sigma_data) ~ N(mean, std²). EDM (arXiv 2206.00364) has P_mean = -1.2 at sigma_data = .5, that is mean = -.5."""
+
+    def __init__(self, mean: float = -0.5, std: float = 1.2):
+        _check_finite("mean", mean)
+        _check_positive("std", std)
+        self.mean, self.std = mean, std
+
+    def sample(self, y: Tensor, sigma_data: float, generator: Generators = None) -> Tensor:
+        """One sigma for each sample of `y` [B, ...]: [B] in float64."""
+        like = torch.empty(0, dtype=torch.float64, device=y.device)
+        return sigma_data * torch.exp(self.mean + self.std * rng.normal((len(y),), generator, like=like))
+
+
+class LogUniform(Recorded):
+    """log(sigma / sigma_data) uniform between log(low) and log(high)."""
+
+    def __init__(self, low: float = 0.002, high: float = 100.0):
+        _check_positive("low", low)
+        _check_positive("high", high)
+        if low >= high:
+            raise ValueError(f"low = {low} must be below high = {high}")
+        self.low, self.high = low, high
+
+    def sample(self, y: Tensor, sigma_data: float, generator: Generators = None) -> Tensor:
+        """One sigma for each sample of `y` [B, ...]: [B] in float64."""
+        u = rng.uniform(len(y), generator, device=y.device)
+        return sigma_data * self.low * (self.high / self.low) ** u
+
+
+class PoissonFlowNoise(Recorded):
+    """PFGM's perturbation (arXiv 2209.11178, section 3.2 and appendix B): rays from the data into the upper half space.
+
+    x = y + |eps_x| (1+tau)^m u, z = |eps_z| (1+tau)^m, eps ~ N(0, sigma_end² I_{N+1}), u uniform on the sphere, m ~ U[0, M].
+    """
+
+    def __init__(self, sigma_end: float = 0.01, tau: float = 0.03, M: float | None = None):
+        _check_positive("sigma_end", sigma_end)
+        _check_positive("tau", tau)
+        if M is not None:
+            _check_positive("M", M)
+        self.sigma_end, self.tau, self.M = sigma_end, tau, M
+
+    def exponent(self, data_norm: float, N: int) -> float:
+        """M, or the published rule .75 log(norm²/(2 sqrt(N) sigma_end²)) / log(1+tau) for a mean norm `data_norm`."""
+        if self.M is not None:
+            return self.M
+        return 0.75 * math.log(data_norm**2 / (2 * math.sqrt(N) * self.sigma_end**2)) / math.log1p(self.tau)
+
+    def z_max(self, data_norm: float, N: int) -> float:
+        """The mean of z at m = M, sqrt(2/pi) sigma_end (1+tau)^M: where PFGM starts its flow."""
+        return math.sqrt(2 / math.pi) * self.sigma_end * (1 + self.tau) ** self.exponent(data_norm, N)
+
+    def perturb(self, y: Tensor, data_norm: float, generator: Generators = None) -> tuple[Tensor, Tensor]:
+        """Perturbed `y` [B, ...] and heights z [B] in float64."""
+        N, like = y[0].numel(), y.new_empty(0, dtype=torch.float64)
+        m = rng.uniform(len(y), generator, device=y.device) * self.exponent(data_norm, N)
+        growth = self.sigma_end * (1 + self.tau) ** m
+        # |eps_x| u is itself N(0, sigma_end² I): a Gaussian vector is its norm times an independent uniform direction.
+        x = y + expand(growth, y) * rng.normal(y.shape, generator, like=y)
+        return x, growth * rng.normal((len(y),), generator, like=like).abs()
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} = {value} must be a positive finite number")
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} = {value} must be a finite number")

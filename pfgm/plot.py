@@ -1,0 +1,115 @@
+"""Pictures: grids, scatter plots, the way down from the hemisphere, field lines, loss curves.
+
+Each function draws into a new PNG file; arrays are in the user's units, on any device.
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pfgm.storage import replacing
+
+ValueRange = Sequence[float] | None
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether an event of `shape` can be shown as an image: (1 or 3, height, width)."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def to_bytes(x: Tensor, value_range: ValueRange) -> Tensor:
+    """Images [n, C, H, W] as uint8; `value_range` (default: that of x) is mapped to 0..255 and clipped."""
+    low, high = (float(x.min()), float(x.max())) if value_range is None else value_range
+    return ((x.double() - low) / max(high - low, 1e-12) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def save_image(path: Path, image: Tensor) -> None:
+    """Write one uint8 image [C, H, W] as it is."""
+    from torchvision.utils import save_image
+
+    with replacing(path) as temporary:
+        save_image(image.float() / 255, temporary)
+
+
+def save_grid(path: Path, x: Tensor, value_range: ValueRange = None, columns: int | None = None) -> None:
+    """Images [n, C, H, W] side by side, small ones enlarged to at least 32 pixels by whole factors."""
+    from torchvision.utils import make_grid
+
+    factor = max(1, -(-32 // min(x.shape[-2:])))
+    large = to_bytes(x, value_range).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    save_image(path, make_grid(large, nrow=columns or int(np.ceil(np.sqrt(len(x)))), padding=2, pad_value=128))
+
+
+def save_scatter(path: Path, x: Tensor) -> None:
+    """A scatter plot of points [n, 2]."""
+    figure = _figure(5, 5)
+    axes = figure.add_subplot()
+    axes.scatter(*x.detach().cpu().T.numpy(), s=4, alpha=0.5, linewidths=0)
+    axes.set_aspect("equal")
+    _save(figure, path)
+
+
+def save_samples(path: Path, x: Tensor, value_range: ValueRange = None) -> None:
+    """A grid of images or a scatter plot of points. ValueError for other shapes."""
+    if is_image(x.shape[1:]):
+        save_grid(path, x, value_range)
+    elif x.shape[1:] == (2,):
+        save_scatter(path, x)
+    else:
+        raise ValueError(f"no picture for samples of shape {tuple(x.shape[1:])}: it takes images (1 or 3, H, W) or points (2,); write .npz or .pt")
+
+
+def save_strip(path: Path, states: Tensor, value_range: ValueRange = None) -> None:
+    """One batch on its way down: states [points, n, C, H, W], a row for each sample, the last column its end.
+
+    Each column is scaled to the spread of the data, since the noise above is far larger than the picture.
+    """
+    end = states[-1].double().std()
+    scaled = states.double() * (end / states.double().flatten(2).std(2).clamp(min=end))[..., None, None, None]
+    points, n = states.shape[:2]
+    save_grid(path, scaled.transpose(0, 1).reshape(points * n, *states.shape[2:]), value_range, columns=points)
+
+
+def save_field_lines(path: Path, states: Tensor, heights: Tensor, charges: Tensor) -> None:
+    """Field lines of 2-D data in the augmented space: states [points, n, 2] at `heights` [points, n], charges [m, 2] at 0."""
+    figure = _figure(7, 6)
+    axes: Any = figure.add_subplot(projection="3d")
+    lines, z = states.cpu().numpy(), heights.cpu().numpy()
+    for i in range(lines.shape[1]):
+        axes.plot(lines[:, i, 0], lines[:, i, 1], z[:, i], color="tab:blue", alpha=0.5, linewidth=0.7)
+    axes.scatter(lines[0, :, 0], lines[0, :, 1], z[0], s=6, color="tab:blue")
+    axes.scatter(charges[:, 0].cpu(), charges[:, 1].cpu(), 0, s=2, color="tab:red", alpha=0.6, linewidths=0)
+    axes.set(xlabel="$x_1$", ylabel="$x_2$", zlabel="$r$")
+    axes.view_init(elev=20, azim=-70)
+    _save(figure, path)
+
+
+def save_loss_curve(path: Path, log: Path) -> None:
+    """Training and validation loss over steps, from a run's metrics.csv."""
+    figure = _figure(6, 4)
+    axes = figure.add_subplot()
+    rows = list(csv.DictReader(log.open()))
+    for name, style in (("train_loss", {"alpha": 0.5}), ("val_loss", {"marker": "o", "markersize": 3})):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    if axes.lines:
+        axes.legend()
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary)

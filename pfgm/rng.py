@@ -1,0 +1,60 @@
+"""Random numbers as functions of counters.
+
+The noise of training step k on rank j and the latent of sample i of seed s are functions of (seed, k, j) and (s, i), not
+of how many numbers were drawn before. Resuming, the batch size and the number of devices then cannot change a result, and
+no generator state has to be saved.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for a whole batch, one for each sample, or None for torch's global one."""
+
+
+def generator(*counters: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator on `device` whose stream is a function of the non-negative integers `counters` alone."""
+    high, low = (int(word) for word in np.random.SeedSequence(counters).generate_state(2, np.uint32))
+    return torch.Generator(device).manual_seed((high << 31) ^ low)
+
+
+def normal(shape: Sequence[int], generator: Generators = None, *, like: Tensor) -> Tensor:
+    """Standard normal numbers of `shape` [B, ...], with the dtype and the device of `like`."""
+
+    def draw(rows: slice, g: torch.Generator | None) -> Tensor:
+        size = (rows.stop - rows.start, *shape[1:])
+        return torch.randn(size, generator=g, dtype=like.dtype, device=like.device if g is None else g.device)
+
+    return _by_sample(draw, shape[0], generator).to(like.device)
+
+
+def uniform(count: int, generator: Generators = None, *, device: torch.device | str = "cpu") -> Tensor:
+    """`count` float64 numbers [B], uniform on [0, 1)."""
+
+    def draw(rows: slice, g: torch.Generator | None) -> Tensor:
+        place = device if g is None else g.device
+        return torch.rand(rows.stop - rows.start, generator=g, dtype=torch.float64, device=place)
+
+    return _by_sample(draw, count, generator).to(device)
+
+
+def gamma(alpha: Tensor, generator: Generators = None) -> Tensor:
+    """Gamma-distributed float64 numbers [B] of rate 1 and shape parameters `alpha` [B] > 0."""
+
+    def draw(rows: slice, g: torch.Generator | None) -> Tensor:
+        # torch.distributions takes no generator; this is the function it calls.
+        return torch._standard_gamma(alpha[rows].double().to(alpha.device if g is None else g.device), generator=g)
+
+    return _by_sample(draw, len(alpha), generator).to(alpha.device)
+
+
+def _by_sample(draw: Callable[[slice, torch.Generator | None], Tensor], count: int, generator: Generators) -> Tensor:
+    """All rows from one generator at once, or each row from its own."""
+    if not isinstance(generator, Sequence):
+        return draw(slice(0, count), generator)
+    if len(generator) != count:
+        raise ValueError(f"generator: {len(generator)} generators for {count} samples; give one, or one for each sample")
+    return torch.cat([draw(slice(i, i + 1), g) for i, g in enumerate(generator)] or [draw(slice(0, 0), None)])

@@ -1,0 +1,204 @@
+"""From noise to samples: the start, the way down, the last denoising.
+
+All in centred model space. Every sample has noise of its own, a function of (seed, i), so that it does not depend on which
+batch it is drawn in.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pfgm import rng
+from pfgm.kernel import StudentTKernel, expand, norm
+from pfgm.ode import CountedDenoiser, Solver, solve
+
+STARTS = ("hemisphere", "hyperplane")
+
+
+@dataclass
+class Samples:
+    """What a draw returns: `x` [n, ...], `calls` of the network for each batch (the most, if batches differ), the final
+    denoising included, and wall-clock `seconds`."""
+
+    x: Tensor
+    calls: int
+    seconds: float
+
+
+@dataclass
+class Latent:
+    """A point high above the data: direction `t` = x/sigma [n, ...] at `level`, on the "plane" or the "hemisphere".
+
+    On the plane x = level t at sigma = level; on the hemisphere sigma = level/ratio with the ratio varsigma/sigma of t.
+    """
+
+    t: Tensor
+    level: float
+    surface: str
+
+    def __post_init__(self) -> None:
+        if self.surface not in ("plane", "hemisphere"):
+            raise ValueError(f"surface = {self.surface!r} is unknown; choose plane or hemisphere")
+        if not 0 < self.level < math.inf:
+            raise ValueError(f"level = {self.level} must be a positive finite number")
+
+
+class Sampler:
+    """Draw from any denoiser by following its flow down from `sigma_max` to `sigma_min`, then denoising once.
+
+    `denoiser(x, sigma, label=None)` is a trained network or any callable, `kernel` the StudentTKernel it was made for,
+    `shape` the event's. With `start` = "hemisphere" each sample starts at the height where its direction t meets the
+    hemisphere of level sigma_max: sigma_0 = sigma_max/ratio, ratio² = a + (1-a)|t|²/N. Nothing is clipped, and the whole batch
+    runs on one clock, level = ratio sigma. The network is asked for sigma = level/ratio, below sigma_min for samples of heavy
+    tails; this is not clamped, since c_out is negligible there. "hyperplane" starts all samples at sigma_max, for comparison
+    and for data that is itself heavy-tailed. The other arguments are those of `pfgm.ode.Solver`.
+
+    ValueError for levels that are not 0 < sigma_min < sigma_max < inf, and for unknown names.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[..., Tensor],
+        kernel: StudentTKernel,
+        *,
+        shape: Sequence[int],
+        sigma_min: float,
+        sigma_max: float,
+        sigma_data: float = 0.5,
+        method: str = "adaptive_heun",
+        coordinates: str = "angle",
+        start: str = "hemisphere",
+        rtol: float | None = None,
+        atol: float | None = None,
+        steps: int | None = None,
+    ):
+        self.solver = Solver(method, coordinates, rtol, atol, steps)
+        check_levels(sigma_min, sigma_max)
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data = {sigma_data} must be a positive finite number")
+        if start not in STARTS:
+            raise ValueError(f"start = {start!r} is unknown; choose one of {', '.join(STARTS)}")
+        self.denoiser, self.kernel, self.shape, self.start = denoiser, kernel, tuple(shape), start
+        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        labels: Tensor | Sequence[int] | None = None,
+        on_call: Callable[[int, float], None] | None = None,
+    ) -> Samples:
+        """`n` samples of `seed`, sample i from (seed, i), or one sample (k, 0) for each k of `seeds`; `labels` [n] or None.
+
+        float32 [n, *shape] (the network's dtype if that is wider). `on_call(calls, level)` follows the progress.
+        """
+        return self.draw(seed_pairs(n, seed, seeds), labels, on_call)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        labels: Tensor | Sequence[int] | None = None,
+        on_call: Callable[[int, float], None] | None = None,
+    ) -> Samples:
+        """One sample for each (seed, index) of `pairs`."""
+        began = time.perf_counter()
+        denoise = self._counted(labels, len(pairs), torch.float32, on_call)
+        if not pairs:
+            return Samples(torch.empty(0, *self.shape, dtype=denoise.dtype, device=self._device), 0, 0.0)
+        latent = self.prior(pairs)
+        x, ratio = self._lift(latent)
+        x = self._solve(denoise, x, latent.level, self.sigma_min, ratio)[0][-1]
+        x = denoise(x, torch.tensor(self.sigma_min, dtype=torch.float64, device=x.device), ratio)
+        x = x.to(denoise.dtype)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return Samples(x, denoise.calls, time.perf_counter() - began)
+
+    def prior(self, pairs: Sequence[tuple[int, int]]) -> Latent:
+        """The latents of (seed, index) `pairs`: directions drawn on the CPU in float64, one generator each."""
+        like = torch.empty(0, dtype=torch.float64)
+        t = self.kernel.direction((len(pairs), *self.shape), [rng.generator(*pair) for pair in pairs], like=like)
+        return Latent(t.to(self._device), self.sigma_max, "plane" if self.start == "hyperplane" else "hemisphere")
+
+    @torch.no_grad()
+    def decode(self, latent: Latent, labels: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Follow the flow from `latent` down to the level sigma_min, without denoising: [n, ...] in the dtype of latent.t."""
+        denoise = self._counted(labels, len(latent.t), latent.t.dtype)
+        x, ratio = self._lift(latent)
+        return self._solve(denoise, x, latent.level, self.sigma_min, ratio)[0][-1].to(latent.t.dtype)
+
+    def encode(self, x: Tensor, labels: Tensor | Sequence[int] | None = None) -> Latent:
+        """Follow the flow from `x` [n, ...] at sigma_min up the plane clock to sigma_max; `decode` inverts it."""
+        top = self.integrate(x, self.sigma_min, self.sigma_max, labels)
+        return Latent(top / self.sigma_max, self.sigma_max, "plane")
+
+    @torch.no_grad()
+    def integrate(
+        self, x: Tensor, sigma_from: float, sigma_to: float, labels: Tensor | Sequence[int] | None = None
+    ) -> Tensor:
+        """The flow's map from the plane sigma_from to the plane sigma_to, in either direction: like `x` [n, ...]."""
+        for name, sigma in (("sigma_from", sigma_from), ("sigma_to", sigma_to)):
+            if not 0 < sigma < math.inf:
+                raise ValueError(f"{name} = {sigma} must be a positive finite number")
+        denoise = self._counted(labels, len(x), x.dtype)
+        return self._solve(denoise, x, sigma_from, sigma_to, None)[0][-1].to(x.dtype)
+
+    @torch.no_grad()
+    def trajectory(
+        self, pairs: Sequence[tuple[int, int]], points: int, labels: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The way of the samples (seed, index) of `pairs`: x [points, n, ...] in float64 and sigma [points, n].
+
+        The points are equally spaced in the coordinate's time; the last is at the level sigma_min, not denoised.
+        """
+        denoise, latent = self._counted(labels, len(pairs), torch.float32), self.prior(pairs)
+        x, ratio = self._lift(latent)
+        states, levels = self._solve(denoise, x, latent.level, self.sigma_min, ratio, points)
+        return states, levels[:, None] / ratio
+
+    def _lift(self, latent: Latent) -> tuple[Tensor, Tensor]:
+        """The point x [n, ...] of a latent and its ratio level/sigma [n]."""
+        t = latent.t.to(self._device, torch.float64)
+        ones = torch.ones(len(t), dtype=torch.float64, device=t.device)
+        ratio = ones if latent.surface == "plane" else self.kernel.effective_level(norm(t), ones, t[0].numel())
+        return expand(latent.level / ratio, t) * t, ratio
+
+    def _solve(
+        self, denoise: CountedDenoiser, x: Tensor, start: float, end: float, ratio: Tensor | None, points: int = 2
+    ) -> tuple[Tensor, Tensor]:
+        return solve(denoise, x, start, end, solver=self.solver, sigma_data=self.sigma_data, ratio=ratio, points=points)
+
+    def _counted(self, labels: Any, n: int, dtype: torch.dtype, on_call: Any = None) -> CountedDenoiser:
+        label = None if labels is None else torch.as_tensor(labels, dtype=torch.long, device=self._device)
+        if label is not None and label.shape != (n,):
+            raise ValueError(f"labels has shape {tuple(label.shape)}; give one label for each of the {n} samples")
+        return CountedDenoiser(self.denoiser, label, dtype=dtype, on_call=on_call)
+
+    @property
+    def _device(self) -> torch.device:
+        tensors = [*self.denoiser.parameters(), *self.denoiser.buffers()] if isinstance(self.denoiser, nn.Module) else []
+        return tensors[0].device if tensors else torch.device("cpu")
+
+
+def seed_pairs(n: int | None = None, seed: int = 0, seeds: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """(seed, 0), ..., (seed, n-1), or (k, 0) for each k of `seeds`. ValueError unless exactly one is given and none is < 0."""
+    if (n is None) == (seeds is None):
+        raise ValueError(f"n = {n}, seeds = {seeds}: give either a number of samples n or a list of seeds")
+    for name, value in (("n", n or 0), ("seed", seed), ("seeds", min(seeds or [0]))):
+        if value < 0:
+            raise ValueError(f"{name} has the value {value}; it must not be negative")
+    return [(seed, i) for i in range(n)] if n is not None else [(int(k), 0) for k in seeds or []]
+
+
+def check_levels(sigma_min: float, sigma_max: float) -> None:
+    """ValueError unless 0 < sigma_min < sigma_max < inf."""
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: noise levels must be finite, 0 < sigma_min < sigma_max")

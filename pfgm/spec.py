@@ -1,0 +1,89 @@
+"""Objects that remember how they were made.
+
+A checkpoint stores of every network, loss and noise law its `spec`, {"class_path": ..., "init_args": {...}}, which is plain
+JSON. Loading makes the object again from it and needs neither arguments nor pickle. Class paths are followed only into this
+package and into modules that the caller names in `trust`.
+"""
+
+import importlib
+import inspect
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+PACKAGE = __name__.partition(".")[0]
+
+
+class Recorded:
+    """Mixin: instances know their `spec`, the class path and the arguments they were made with."""
+
+    _arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Recorded":
+        self = super().__new__(cls)
+        # bind_partial: copying calls __new__ without arguments and restores `_arguments` with the other attributes.
+        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
+        bound.apply_defaults()
+        object.__setattr__(self, "_arguments", dict(list(bound.arguments.items())[1:]))
+        return self
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """{"class_path": ..., "init_args": ...} as strict JSON data; TypeError for an argument that has no such form."""
+        class_path = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class_path": class_path, "init_args": to_json(self._arguments)}
+
+
+def to_json(value: Any) -> Any:
+    """`value` as strict JSON data: inf becomes "inf", a Recorded its spec. TypeError for what has no such form."""
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [to_json(item) for item in value]
+    if hasattr(value, "spec"):
+        return value.spec
+    raise TypeError(
+        f"cannot store {type(value).__name__} in a checkpoint: a network from elsewhere should inherit from pfgm.nn.Network"
+    )
+
+
+def build(spec: Mapping[str, Any], trust: Sequence[str] = ()) -> Any:
+    """The object that `spec` describes; nested specs are built first.
+
+    ValueError if the class is neither in this package nor in one of the modules `trust`, or cannot be made from its arguments.
+    """
+    class_ = _find_class(spec["class_path"], trust)
+    arguments = {name: _build_nested(value, trust) for name, value in spec["init_args"].items()}
+    try:
+        return class_(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{spec['class_path']} cannot be made from the stored arguments {sorted(arguments)}: {error}") from error
+
+
+def _build_nested(value: Any, trust: Sequence[str]) -> Any:
+    return build(value, trust) if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"} else value
+
+
+def _find_class(class_path: str, trust: Sequence[str]) -> type:
+    module_name, _, name = class_path.rpartition(".")
+    own = module_name.partition(".")[0] == PACKAGE
+    if not own and not any(module_name == t or module_name.startswith(t + ".") for t in trust):
+        raise ValueError(
+            f"class_path {class_path!r} is outside {PACKAGE}; if you trust the file's author and that code, pass trust=[{module_name!r}]"
+        )
+    try:
+        class_ = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"class_path {class_path!r} does not exist here: {error}") from error
+    if not (isinstance(class_, type) and issubclass(class_, Recorded if own else (Recorded, nn.Module))):
+        raise ValueError(f"class_path {class_path!r} is not a class that a checkpoint may name")
+    return class_

@@ -1,0 +1,132 @@
+"""Files: written whole or not at all, read with a reason when they cannot be.
+
+Checkpoints and exports carry a SHA-256 digest of their tensors, since a flipped bit passes torch.load unnoticed.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+KEY = "pfgm"
+"""Where a Lightning checkpoint holds this package's part: {"format", "flow", "data", "digest"}."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or export is missing a part, damaged, or of another format."""
+
+
+def digest(*states: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors of `states`, independent of their order."""
+    total = hashlib.sha256()
+    for state in states:
+        for name in sorted(state):
+            tensor = state[name].detach().cpu().contiguous()
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def seal(checkpoint: dict[str, Any], flow: Mapping[str, Any], data: Mapping[str, Any] | None) -> None:
+    """Add to a Lightning `checkpoint` what its flow and its data were, and the digest of its weights, averaged and raw."""
+    checkpoint[KEY] = {"format": FORMAT, "flow": flow, "data": data, "digest": digest(*_states(checkpoint))}
+
+
+def check_seal(checkpoint: Mapping[str, Any], path: object = "the checkpoint") -> None:
+    """CheckpointError unless `checkpoint` was sealed by this package in this format and its weights are unchanged."""
+    part = checkpoint.get(KEY)
+    if not isinstance(part, Mapping) or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} is not a checkpoint of this package; give a .ckpt written by train.py or an exported folder")
+    if part.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {part.get('format')!r}, this version reads {FORMAT}; install the version that wrote it")
+    if part.get("digest") != digest(*_states(checkpoint)):
+        raise CheckpointError(f"{path} has been altered: its weights do not have the digest stored with them; use another copy")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The Lightning checkpoint at `path`, on the CPU, checked; no code of the file is run (weights_only).
+
+    FileNotFoundError if there is none, CheckpointError if it is truncated, altered or of another format.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a .ckpt file or an exported folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: truncated, altered or not a checkpoint ({_first_line(error)})") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint of this package")
+    check_seal(checkpoint, path)
+    return checkpoint
+
+
+def write_export(folder: str | Path, flow: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Write `folder`/config.json (strict JSON) and `folder`/model.safetensors, each as a whole."""
+    from safetensors.torch import save_file
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    config = json.dumps({"format": FORMAT, "digest": digest(tensors), "flow": flow}, indent=2, allow_nan=False)
+    with replacing(Path(folder) / "model.safetensors") as temporary:
+        save_file(tensors, temporary)
+    with replacing(Path(folder) / "config.json") as temporary:
+        temporary.write_text(config + "\n")
+
+
+def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description of the flow and its tensors from an exported `folder`. Errors as for `read_checkpoint`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for name in ("config.json", "model.safetensors"):
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; give a folder written by save_pretrained, or a .ckpt file")
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        state = load_file(Path(folder) / "model.safetensors")
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read: truncated or altered ({_first_line(error)})") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}/config.json is not an export of this package in format {FORMAT}")
+    if config.get("digest") != digest(state):
+        raise CheckpointError(f"{folder} has been altered: its weights do not have the digest in config.json; use another copy")
+    return config["flow"], state
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends, and vanishes if the block fails."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _states(checkpoint: Mapping[str, Any]) -> list[Mapping[str, Tensor]]:
+    return [checkpoint[name] for name in ("state_dict", "current_model_state") if name in checkpoint]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]
