@@ -105,8 +105,8 @@ def draw(
         method: adaptive dopri5, dopri8, bosh3, adaptive_heun (default), or fixed euler, midpoint, heun2, rk4.
         coordinates: angle (default) or log_sigma.
         start: hemisphere (default) or hyperplane.
-        rtol: relative tolerance of adaptive methods (default .03).
-        atol: absolute tolerance of adaptive methods (default .01).
+        rtol: relative tolerance of adaptive methods (default .1).
+        atol: absolute tolerance of adaptive methods (default .05).
         steps: number of steps of fixed methods.
         batch_size: samples drawn at a time.
         device: cpu, cuda, cuda:1, ... (default: cuda if there is one).
@@ -138,7 +138,7 @@ def draw_trajectory(
     image = plot.is_image(flow.shape)
     few = pairs[: 8 if image else 200]
     sampler = flow.sampler(**options)
-    states, sigma = sampler.trajectory(few, 12 if image else 60, None if label is None else label[: len(few)])
+    states, sigma = sampler.trajectory(few, 12 if image else 120, None if label is None else label[: len(few)])
     states = torch.cat([flow.to_user(states.flatten(0, 1)).unflatten(0, states.shape[:2]), samples.x[None, : len(few)].double()])
     if image:
         plot.save_strip(path, states, flow.value_range)

@@ -23,6 +23,8 @@ from pfgm.kernel import check_dimensions, expand, norm, per_sample, power_law
 
 BLOCK_BYTES = 2**25
 """Size of the float64 copy of a block of charges."""
+TINY = 1e-30
+"""Keeps logarithms and quotients of norms finite in float64."""
 
 
 def posterior_mean(
@@ -101,13 +103,12 @@ def denoised_from_field(x: Tensor, z: float | Tensor, v_x: Tensor, v_z: Tensor, 
     v_norm = norm(v_x)
     n = (v_norm / math.sqrt(N)).clamp(max=1 - 1e-6)
     rho_a = n * (gamma + torch.sqrt((n * gamma).square() + (1 - n.square()) * height.square())) / (1 - n.square())
-    tiny = torch.finfo(torch.float64).tiny
     R = torch.maximum(math.sqrt(N) * height / v_z.double().abs().clamp(min=1e-12) - gamma, height)
     rho_b = (R.square() - height.square()).sqrt()
     s, rest = rho_b.square(), height.square() + gamma * R
     share_b = s.square() / (s.square() + N * rest.square())
-    rho = torch.exp((1 - share_b) * rho_a.clamp(min=tiny).log() + share_b * rho_b.clamp(min=tiny).log())
-    return (x.double() + expand(rho / v_norm.clamp(min=tiny), x.double()) * v_x.double()).to(x.dtype)
+    rho = torch.exp((1 - share_b) * rho_a.clamp(min=TINY).log() + share_b * rho_b.clamp(min=TINY).log())
+    return (x.double() + expand(rho / v_norm.clamp(min=TINY), x.double()) * v_x.double()).to(x.dtype)
 
 
 def _log_posterior(points: Tensor, sigma: Tensor, charges: Tensor, D: float, log_weights: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "rk4")
 METHODS = ADAPTIVE + FIXED
+RTOL, ATOL = 0.1, 0.05
+"""Default tolerances, of a state of unit variance."""
 FIRST_STEP = 0.05
 """First step of the adaptive methods, as a part of the whole way."""
 
@@ -80,7 +82,7 @@ COORDINATES: dict[str, type[Angle] | type[LogSigma]] = {"angle": Angle, "log_sig
 class Solver:
     """A method with its coordinates and accuracy, checked when made.
 
-    `method` is one of METHODS, `coordinates` of COORDINATES. Adaptive methods take `rtol` and `atol` (default .03 and .01; of
+    `method` is one of METHODS, `coordinates` of COORDINATES. Adaptive methods take `rtol` and `atol` (default .1 and .05; of
     the state, which has unit variance in angle coordinates), fixed ones `steps`, uniform in time. ValueError otherwise.
     """
 
@@ -113,7 +115,7 @@ class Solver:
         # Adaptive methods would step past the end and interpolate, that is ask the network for levels out of range: step_t.
         end = torch.ones(1, dtype=torch.float64, device=like.device)
         options = {"norm": worst_sample, "first_step": FIRST_STEP, "step_t": end}
-        return {"rtol": 0.03 if self.rtol is None else self.rtol, "atol": 0.01 if self.atol is None else self.atol, "options": options}
+        return {"rtol": RTOL if self.rtol is None else self.rtol, "atol": ATOL if self.atol is None else self.atol, "options": options}
 
 
 class CountedDenoiser:

@@ -76,16 +76,23 @@ def save_strip(path: Path, states: Tensor, value_range: ValueRange = None) -> No
 
 
 def save_field_lines(path: Path, states: Tensor, heights: Tensor, charges: Tensor) -> None:
-    """Field lines of 2-D data in the augmented space: states [points, n, 2] at `heights` [points, n], charges [m, 2] at 0."""
+    """Field lines of 2-D data in the augmented space: states [points, n, 2] at `heights` [points, n], charges [m, 2] at 0.
+
+    Shown from where they enter a hemisphere of 2.5 times the radius of the charges.
+    """
     figure = _figure(7, 6)
-    axes: Any = figure.add_subplot(projection="3d")
-    lines, z = states.cpu().numpy(), heights.cpu().numpy()
-    for i in range(lines.shape[1]):
-        axes.plot(lines[:, i, 0], lines[:, i, 1], z[:, i], color="tab:blue", alpha=0.5, linewidth=0.7)
-    axes.scatter(lines[0, :, 0], lines[0, :, 1], z[0], s=6, color="tab:blue")
+    axes: Any = figure.add_subplot(projection="3d", computed_zorder=False)
+    centre = charges.double().mean(0)
+    radius = 2.5 * (charges - centre).norm(dim=1).quantile(0.99)
+    inside = torch.hypot((states - centre).norm(dim=2), heights) < radius
+    for i in range(states.shape[1]):
+        line = torch.cat([states[:, i], heights[:, i, None]], dim=1)[inside[:, i]].cpu().numpy()
+        axes.plot(*line.T, color="tab:blue", alpha=0.5, linewidth=0.7)
+        axes.scatter(*line[:1].T, s=5, color="tab:blue")
     axes.scatter(charges[:, 0].cpu(), charges[:, 1].cpu(), 0, s=2, color="tab:red", alpha=0.6, linewidths=0)
     axes.set(xlabel="$x_1$", ylabel="$x_2$", zlabel="$r$")
-    axes.view_init(elev=20, azim=-70)
+    axes.set_aspect("equal")
+    axes.view_init(elev=22, azim=-70)
     _save(figure, path)
 
 
