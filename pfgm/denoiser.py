@@ -26,13 +26,13 @@ class PreconditionedDenoiser(Recorded, nn.Module):
     """denoised = c_skip x + c_out net(c_in x, log(level)/4), EDM's preconditioning (arXiv 2206.00364, table 1) for every D.
 
     `estimated_level` takes the place of sigma, since for small D the noise in x can be hundreds of times sigma.
-    `sigma_data`, `power_std` and `max_rms` are those of `DataSummary`; see `Network` for `net`.
+    `sigma_data` and `power_std` are those of `DataSummary`; see `Network` for `net`.
     """
 
-    def __init__(self, net: nn.Module, D: float, sigma_data: float, power_std: float, max_rms: float):
+    def __init__(self, net: nn.Module, D: float, sigma_data: float, power_std: float):
         super().__init__()
         self.net, self.kernel = net, StudentTKernel(D)
-        self.sigma_data, self.power_std, self.max_rms = sigma_data, power_std, max_rms
+        self.sigma_data, self.power_std = sigma_data, power_std
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,33 +40,38 @@ class PreconditionedDenoiser(Recorded, nn.Module):
         return torch.promote_types(_parameter_dtype(self.net), torch.float32)
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        level = estimated_level(x, per_sample(sigma, x), self.kernel, self.sigma_data, self.power_std, self.max_rms)
+        level = estimated_level(x, per_sample(sigma, x), self.kernel, self.sigma_data, self.power_std)
         skip, out = preconditioning(level, self.sigma_data)
         return expand(skip, x) * x + expand(out, x) * _call(self.net, x, level, self.sigma_data, label, 0)
+
+    def output_scale(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        """c_out [B] at `x` [B, ...] and `sigma`: the size of the error to expect of denoising."""
+        level = estimated_level(x, per_sample(sigma, x), self.kernel, self.sigma_data, self.power_std)
+        return preconditioning(level, self.sigma_data)[1]
 
 
 class FieldDenoiser(Recorded, nn.Module):
     """A network that predicts PFGM's normalised field (D = 1), read as a denoiser through the field's inverse.
 
-    The network's output is preconditioned so that zero means the field of Gaussian data: with R = |(sqrt(N) level, z)| the
-    distance to expect, v_x = -sqrt(N) (x - (c_skip x + c_out F_x)) / (R + gamma) and
+    The network's output is preconditioned so that zero means the field of Gaussian data: with R = sqrt(N+1) level the distance
+    to expect in the augmented space, v_x = -sqrt(N) (x - (c_skip x + c_out F_x)) / (R + gamma) and
     v_z = -sqrt(N) z (1 + c_out/level F_z) / (R + gamma), where F_z is the mean of the network's extra channel. `gamma` > 0 is
     the field's regulariser in model units; the other arguments are those of `PreconditionedDenoiser`.
     """
 
-    def __init__(self, net: nn.Module, gamma: float, sigma_data: float, power_std: float, max_rms: float):
+    def __init__(self, net: nn.Module, gamma: float, sigma_data: float, power_std: float):
         super().__init__()
         self.net, self.kernel, self.gamma = net, StudentTKernel(1.0), gamma
-        self.sigma_data, self.power_std, self.max_rms = sigma_data, power_std, max_rms
+        self.sigma_data, self.power_std = sigma_data, power_std
 
     dtype = PreconditionedDenoiser.dtype
 
     def field(self, x: Tensor, z: float | Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The predicted v_x, like `x` [B, C, ...], and v_z [B]."""
         height, N, C = per_sample(z, x, "z"), x[0].numel(), x.shape[1]
-        level = estimated_level(x, height, self.kernel, self.sigma_data, self.power_std, self.max_rms)
+        level = estimated_level(x, height, self.kernel, self.sigma_data, self.power_std)
         skip, out = preconditioning(level, self.sigma_data)
-        factor = -math.sqrt(N) / (torch.hypot(math.sqrt(N) * level, height) + self.gamma)
+        factor = -math.sqrt(N) / (math.sqrt(N + 1) * level + self.gamma)
         F = _call(self.net, x, level, self.sigma_data, label, 1)
         v_x = expand(factor * (1 - skip), x) * x - expand(factor * out, x) * F[:, :C]
         return v_x, (factor * height * (1 + out / level * F[:, C:].flatten(1).mean(1))).to(x.dtype)
@@ -76,23 +81,35 @@ class FieldDenoiser(Recorded, nn.Module):
         return denoised_from_field(x, sigma, v_x, v_z, self.gamma)
 
 
-def estimated_level(
-    x: Tensor, sigma: Tensor, kernel: StudentTKernel, sigma_data: float, power_std: float, max_rms: float
-) -> Tensor:
+def estimated_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, sigma_data: float, power_std: float) -> Tensor:
     """The effective noise level to expect at `x` [B, ...], `sigma` [B] when the source is not known: [B] in float64.
 
-    level² = a sigma² + (1-a) v with a = D/(N+D) and v an estimate of |x-y|²/N from two sources, weighted by their variances:
-    the kernel says v ≈ sigma², within a factor of about 1 ± sqrt(2/(2+D)); the sample says v ≈ |x|²/N - sigma_data², within
-    the spread of |y|²/N and of 2 x·y/N. Where |x|/sqrt(N) exceeds what any data has (max_rms), the noise is as large as that
-    excess, and the kernel's width grows with it. So level = sigma at D = inf, level/sigma -> 1 as sigma -> 0 for every x that
-    the data explains, and far away level is that of the hemisphere on which x lies.
+    level² = E[varsigma² | |x|, sigma] = a sigma² + (1-a) E[v | |x|, sigma], a = D/(N+D), for v = |x-y|²/N. The kernel gives the
+    prior of v: v/sigma² is F-distributed with (N, D) degrees of freedom. The sample gives its likelihood: |x|²/N - v is |y|²/N
+    and the cross term 2 (x-y)·y/N, about normal with mean sigma_data² and variance power_std² + 4 sigma_data² v/N.
+    So (y - c_skip x)/c_out(level) has unit mean square at every sigma for every D; level is smooth in x, equals sigma at
+    D = inf, vanishes with sigma, and far away is the level of the hemisphere on which x lies.
     """
-    a, N = kernel.level_weight(x[0].numel()), x[0].numel()
-    power, prior = norm(x).square() / N, sigma.square()
-    scale = torch.maximum(prior, power - max_rms**2)
-    variance = (power_std**2 + 4 * sigma_data**2 * scale / N) * (1 + kernel.D / 2)
-    weight = 1 / (1 + variance / scale.square())
-    return (a * prior + (1 - a) * torch.lerp(prior, (power - sigma_data**2).clamp(min=0), weight)).sqrt()
+    N = x[0].numel()
+    a = kernel.level_weight(N)
+    if a == 1:
+        return sigma
+    power, prior = norm(x).square()[:, None] / N, sigma.square()[:, None]
+    excess = power - sigma_data**2
+    width = (power_std**2 + 4 * sigma_data**2 * excess.clamp(min=0) / N).sqrt().clamp(min=1e-6 * sigma_data**2)
+    spread = 8 * math.sqrt(2 / N) + math.log1p(8 * math.sqrt(2 / kernel.D) + 60 / kernel.D)
+    low, high = prior.log() - spread, torch.minimum(prior.log() + spread + 100 / kernel.D, (prior + power + 5 * width).log())
+    # Nodes over log v: the prior's range, and more of them where the likelihood peaks.
+    coarse = low + (high - low) * torch.linspace(0, 1, 64, dtype=torch.float64, device=x.device)
+    fine = (excess + width * torch.linspace(-5, 5, 33, dtype=torch.float64, device=x.device)).clamp(min=1e-300).log()
+    u = torch.cat([coarse, fine.clamp(low, high)], dim=1).sort(dim=1).values
+    v, ratio = u.exp(), u - prior.log() + math.log(N / kernel.D)
+    variance = power_std**2 + 4 * sigma_data**2 * v / N
+    log_density = N / 2 * ratio - (N + kernel.D) / 2 * nn.functional.softplus(ratio)
+    log_density = log_density - (excess - v).square() / (2 * variance) - variance.log() / 2
+    step = torch.cat([u[:, 1:2] - u[:, :1], u[:, 2:] - u[:, :-2], u[:, -1:] - u[:, -2:-1]], dim=1)
+    weights = step * (log_density - log_density.amax(1, keepdim=True)).exp()
+    return (a * sigma.square() + (1 - a) * (weights * v).sum(1) / weights.sum(1)).sqrt()
 
 
 def preconditioning(level: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:

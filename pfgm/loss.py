@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser, preconditioning
+from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
 from pfgm.field import normalized_field, posterior_mean
-from pfgm.kernel import expand, norm
+from pfgm.kernel import expand
 from pfgm.noise import DataSummary, LogNormal, LogUniform, PoissonFlowNoise, recommended_sigma_max
 from pfgm.rng import Generators
 from pfgm.spec import Recorded
@@ -48,11 +48,13 @@ class Loss(Recorded, ABC):
 
 
 class DenoisingLoss(Loss):
-    """|denoise(x, sigma) - y|² / (N c_out(varsigma)²): PFGM++ (arXiv 2302.04265, eq. 9) with EDM's weight.
+    """|denoise(x, sigma) - y|² / (N c_out(level)²): PFGM++ (arXiv 2302.04265, eq. 9) with EDM's weight.
 
-    x comes from the Student-t kernel of the denoiser's D at a sigma drawn by `noise`. The weight takes the true effective noise
-    level varsigma, known in training because y is. With `reference_size` L > 0 the target is not y but the posterior mean over
-    L charges that include y, which has the same minimiser and less variance (stable target field, arXiv 2302.00670).
+    x comes from the Student-t kernel of the denoiser's D at a sigma drawn by `noise`. The weight is that of the level which the
+    denoiser estimates from (x, sigma). The true effective level is known here too, but a weight that depends on y would move
+    the minimiser away from E[y | x, sigma]: at D = 1 to nearly that of D = 3. With `reference_size` L > 0 the target is not y
+    but the posterior mean over L charges that include y, which has the same minimiser and less variance (stable target field,
+    arXiv 2302.00670).
     """
 
     extra_channels = 0
@@ -61,7 +63,7 @@ class DenoisingLoss(Loss):
         self.noise, self.reference_size = noise or LogNormal(), check_reference_size(reference_size, 0)
 
     def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> PreconditionedDenoiser:
-        return PreconditionedDenoiser(net, D, data.sigma_data, data.power_std, data.max_rms)
+        return PreconditionedDenoiser(net, D, data.sigma_data, data.power_std)
 
     def recommended_sigma_max(self, data: DataSummary) -> float:
         return recommended_sigma_max(data.sigma_data)
@@ -79,9 +81,7 @@ class DenoisingLoss(Loss):
         sigma = self.noise.sample(y, data.sigma_data, generator)
         x = denoiser.kernel.sample(y, sigma, generator)
         target = posterior_mean(x, sigma, reference, denoiser.kernel.D) if reference is not None else y
-        level = denoiser.kernel.effective_level(norm(x - y), sigma, y[0].numel())
-        weight = 1 / preconditioning(level, data.sigma_data)[1]
-        error = expand(weight, x) * (denoiser(x, sigma, label) - target)
+        error = (denoiser(x, sigma, label) - target) / expand(denoiser.output_scale(x, sigma), x)
         return error.square().flatten(1).mean(1)
 
 
@@ -103,7 +103,7 @@ class PoissonFieldLoss(Loss):
     def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> FieldDenoiser:
         if D != 1:
             raise ValueError(f"D = {D}: PoissonFieldLoss is PFGM's objective and needs D = 1; use DenoisingLoss for other D")
-        return FieldDenoiser(net, self.gamma, data.sigma_data, data.power_std, data.max_rms)
+        return FieldDenoiser(net, self.gamma, data.sigma_data, data.power_std)
 
     def recommended_sigma_max(self, data: DataSummary) -> float:
         return self.noise.z_max(data.norm, math.prod(data.shape))

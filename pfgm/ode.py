@@ -29,6 +29,8 @@ RTOL, ATOL = 0.1, 0.05
 """Default tolerances, of a state of unit variance."""
 FIRST_STEP = 0.05
 """First step of the adaptive methods, as a part of the whole way."""
+MAX_STEPS = 10_000
+"""Steps after which an adaptive method is given up."""
 
 
 class SolverError(RuntimeError):
@@ -114,7 +116,7 @@ class Solver:
             return {"options": {"grid_constructor": lambda func, y0, t: grid}}
         # Adaptive methods would step past the end and interpolate, that is ask the network for levels out of range: step_t.
         end = torch.ones(1, dtype=torch.float64, device=like.device)
-        options = {"norm": worst_sample, "first_step": FIRST_STEP, "step_t": end}
+        options = {"norm": worst_sample, "first_step": FIRST_STEP, "step_t": end, "max_num_steps": MAX_STEPS}
         return {"rtol": RTOL if self.rtol is None else self.rtol, "atol": ATOL if self.atol is None else self.atol, "options": options}
 
 

@@ -1,0 +1,67 @@
+"""The exact denoisers against quadrature and against the kernel."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
+from pfgm.field import posterior_mean
+from pfgm.kernel import StudentTKernel
+
+F64 = torch.float64
+
+
+def posterior_by_quadrature(density, x, sigma, D):
+    """E[y | x] in one dimension, from the data density and the kernel."""
+    kernel = stats.t(D, scale=sigma) if math.isfinite(D) else stats.norm(scale=sigma)
+    moments = [integrate.quad(lambda y, k=k: y**k * density(y) * kernel.pdf(x - y), -12, 12, points=(0, x - 3 * sigma, x, x + 3 * sigma), limit=5000)[0] for k in (0, 1)]
+    return moments[1] / moments[0]
+
+
+@pytest.mark.parametrize("x", [0.3, 4.0])
+@pytest.mark.parametrize("sigma", [0.1, 1.0])
+@pytest.mark.parametrize("D", [0.5, 1, 7, math.inf])
+def test_gaussian_blob_is_the_posterior_mean(x, sigma, D):
+    denoised = GaussianBlob(0.7, D)(torch.tensor([[x]], dtype=F64), sigma)
+    assert float(denoised) == pytest.approx(posterior_by_quadrature(stats.norm(scale=0.7).pdf, x, sigma, D), rel=1e-6)
+
+
+def test_gaussian_blob_approaches_the_closed_form_as_one_over_D():
+    x = torch.randn(5, 4, dtype=F64)
+    exact = GaussianBlob(0.7)(x, 0.5)
+    assert torch.allclose(exact, x * 0.49 / (0.49 + 0.25), rtol=1e-14)
+    errors = [float((GaussianBlob(0.7, D)(x, 0.5) - exact).norm()) for D in (1e4, 2e4, 4e4, 8e4)]
+    assert [a / b for a, b in zip(errors, errors[1:], strict=False)] == pytest.approx([2, 2, 2], abs=0.01)
+
+
+def test_gaussian_blob_is_finite_far_out_and_for_huge_D():
+    for D in (0.5, 1e3, 1e9):
+        x = torch.tensor([[1e-9, 0.0], [1e6, 1e6]], dtype=F64)
+        assert bool(torch.isfinite(GaussianBlob(0.7, D)(x, 1e-3)).all())
+
+
+@pytest.mark.parametrize("N", [1, 3])
+def test_cauchy_blob_is_the_posterior_mean(N):
+    """Against a large sample of the blob, whose posterior mean is another code path."""
+    charges = torch.tensor(stats.cauchy.ppf((np.arange(200000) + 0.5) / 200000))[:, None] * 0.5
+    if N == 1:
+        x = torch.tensor([[0.3], [2.0]], dtype=F64)
+        assert torch.allclose(CauchyBlob(0.5)(x, 0.4), posterior_mean(x, 0.4, charges, 1.0), rtol=1e-4)
+    else:
+        y = StudentTKernel(1).sample(torch.zeros(400000, N, dtype=F64), 0.5, torch.Generator().manual_seed(0))
+        x = torch.full((1, N), 0.4, dtype=F64)
+        assert torch.allclose(CauchyBlob(0.5)(x, 0.4), posterior_mean(x, 0.4, y, 1.0), rtol=0.03)
+
+
+def test_empirical_denoiser_and_point_charge():
+    charges, x = torch.randn(6, 1, 2, dtype=F64), torch.randn(3, 1, 2, dtype=F64)
+    weights = torch.rand(6)
+    module = EmpiricalDenoiser(charges, 3.0, weights)
+    assert torch.equal(module(x, 0.5), posterior_mean(x, 0.5, charges, 3.0, weights))
+    one = EmpiricalDenoiser(charges[:1], 3.0)(x, 0.5)
+    assert torch.allclose(PointCharge(charges[0])(x, 0.5), one)
+    with pytest.raises(ValueError, match="scale = 0"):
+        CauchyBlob(0)

@@ -1,0 +1,210 @@
+"""Preconditioning, the field network, the objectives and the networks."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from pfgm import rng
+from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser, estimated_level
+from pfgm.field import field_from_displacement, normalized_field, posterior_mean
+from pfgm.kernel import StudentTKernel, norm
+from pfgm.loss import DenoisingLoss, PoissonFieldLoss
+from pfgm.nn import TimeMLP, UNet
+from pfgm.noise import DataSummary, LogUniform, PoissonFlowNoise
+
+F64 = torch.float64
+STATISTICS = {"sigma_data": 0.5, "power_std": 0.06}
+
+
+class Oracle(nn.Module):
+    """A network that returns what makes the preconditioned output a given one."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.weight = answer, nn.Parameter(torch.zeros(1, dtype=F64))
+
+    def forward(self, x, c_noise, label=None):
+        return self.answer(x, c_noise)
+
+
+def test_preconditioning_is_edms_at_infinite_D():
+    """c_skip, c_out, c_in, c_noise of EDM's table 1, with an affine network."""
+    x, sigma, s = torch.randn(4, 3, dtype=F64), torch.tensor([0.01, 0.5, 2.0, 80.0], dtype=F64), 0.5
+    net = Oracle(lambda x, c: 2 * x + c.to(x.dtype)[:, None])
+    v = sigma[:, None]
+    root = (v**2 + s**2).sqrt()
+    expected = s**2 / root**2 * x + v * s / root * (2 * x / root + (v.log() / 4).float())
+    assert torch.allclose(PreconditionedDenoiser(net, math.inf, **STATISTICS)(x, sigma), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("D", [0.5, 1.0, 4.0, 128.0])
+@pytest.mark.parametrize("sigma", [0.01, 0.3, 5.0])
+def test_level_estimate_is_the_posterior_mean(D, sigma):
+    """E[varsigma² | |x|, sigma] by scipy: an F prior of |x-y|²/(N sigma²), a normal likelihood of |x|²/N."""
+    N, s2, power_std = 64, 0.25, 0.06
+    x = StudentTKernel(D).sample(0.5 * torch.randn(20, N, dtype=F64), sigma, rng.generator(1))
+    mine = estimated_level(x, torch.full((20,), sigma, dtype=F64), StudentTKernel(D), 0.5, power_std)
+    power = x.square().mean(1).numpy()
+    near = np.linspace(-8, 8, 4001)[None] * np.sqrt(power_std**2 + 4 * s2 * power[:, None] / N) + power[:, None] - s2
+    wide = np.exp(np.linspace(np.log(sigma**2) - 12, np.log(sigma**2) + 24, 20001))[None].repeat(20, 0)
+    v = np.sort(np.concatenate([wide, np.maximum(near, 1e-9)], axis=1), axis=1)
+    spread = np.sqrt(power_std**2 + 4 * s2 * v / N)
+    w = stats.f(N, D).pdf(v / sigma**2) * stats.norm(v + s2, spread).pdf(power[:, None])
+    mean = np.trapezoid(w * v, v, axis=1) / np.trapezoid(w, v, axis=1)
+    assert mine.numpy() == pytest.approx(np.sqrt((D * sigma**2 + N * mean) / (N + D)), rel=3e-3)
+
+
+@pytest.mark.parametrize("D", [0.5, 1.0, 4.0, 128.0])
+def test_level_estimate_vanishes_with_sigma_and_is_the_hemisphere_far_away(D):
+    kernel = StudentTKernel(D)
+    images = 0.5 * torch.randn(50, 64, dtype=F64)
+    levels = [estimated_level(images, torch.full((50,), s, dtype=F64), kernel, 0.5, 0.06).max() for s in (1e-2, 1e-4, 1e-6)]
+    assert levels[0] > 3 * levels[1] > 9 * levels[2]
+    far = kernel.sample(torch.zeros(50, 64, dtype=F64), 40.0, rng.generator(1))
+    sigma = torch.full((50,), 40.0, dtype=F64)
+    assert torch.allclose(estimated_level(far, sigma, kernel, 0.5, 0.06), kernel.effective_level(norm(far), sigma, 64), rtol=0.01)
+    assert bool(torch.isfinite(estimated_level(1e12 * images, sigma, kernel, 0.5, 0.06)).all())
+
+
+def test_level_estimate_is_sigma_at_infinite_D():
+    sigma = torch.tensor([0.01, 3.0], dtype=F64)
+    assert torch.equal(estimated_level(torch.randn(2, 8), sigma, StudentTKernel(math.inf), 0.5, 0.06), sigma)
+
+
+@pytest.mark.parametrize("z", [0.01, 1.0, 30.0])
+def test_field_denoiser_reads_a_true_field_as_the_true_denoised_point(z):
+    """With a network that outputs the exact field of charges, the denoiser is their posterior mean."""
+    charges = 0.5 * torch.randn(20, 8, generator=rng.generator(1), dtype=F64)
+    x = StudentTKernel(1).sample(charges[:6], z, rng.generator(2))
+    blank = FieldDenoiser(Oracle(lambda x, c: torch.zeros(6, 9, dtype=F64)), 5.0, **STATISTICS)
+    unit = FieldDenoiser(Oracle(lambda x, c: torch.ones(6, 9, dtype=F64)), 5.0, **STATISTICS)
+    answer = []
+    for zero, one, target in zip(blank.field(x, z), unit.field(x, z), normalized_field(x, z, charges, 5.0), strict=True):
+        answer.append(((target - zero) / (one - zero)).reshape(6, -1))
+    exact = FieldDenoiser(Oracle(lambda x, c: torch.cat(answer, dim=1)), 5.0, **STATISTICS)
+    assert torch.allclose(exact(x, z), posterior_mean(x, z, charges, 1.0), rtol=1e-6, atol=1e-6)
+
+
+def test_zero_field_network_is_the_far_field_of_a_point_charge():
+    x = 1e4 * nn.functional.normalize(torch.randn(6, 8, dtype=F64))
+    denoiser = FieldDenoiser(Oracle(lambda x, c: torch.zeros(6, 9, dtype=F64)), 5.0, **STATISTICS)
+    z = torch.full((6,), 3e3, dtype=F64)
+    for mine, exact in zip(denoiser.field(x, z), field_from_displacement(x, z, 5.0), strict=True):
+        assert torch.allclose(mine, exact, rtol=1e-3)
+
+
+def summary(sigma_data, shape):
+    return DataSummary(shape, sigma_data=sigma_data, norm=sigma_data * math.sqrt(math.prod(shape)), power_std=0.03)
+
+
+def test_edm_loss_of_a_zero_network_on_matched_gaussian_data_is_one():
+    y = 0.5 * torch.randn(200000, 4, generator=rng.generator(3), dtype=F64)
+    loss, data = DenoisingLoss(), summary(0.5, (4,))
+    denoiser = loss.make_denoiser(Oracle(lambda x, c: torch.zeros_like(x)), math.inf, data)
+    assert float(loss(denoiser, y, data=data, generator=rng.generator(4)).mean()) == pytest.approx(1.0, abs=5e-3)
+
+
+@pytest.mark.parametrize("D", [1.0, 16.0])
+def test_loss_weighs_each_sample_by_its_own_level(D):
+    """|denoise - y|² / (N c_out(level)²), written out; averaging over the batch before weighting would differ."""
+    y, data = 0.5 * torch.randn(64, 6, dtype=F64), summary(0.5, (6,))
+    loss = DenoisingLoss(LogUniform(0.1, 10))
+    denoiser = loss.make_denoiser(Oracle(lambda x, c: x), D, data)
+    g = rng.generator(5)
+    sigma = loss.noise.sample(y, 0.5, g)
+    x = StudentTKernel(D).sample(y, sigma, g)
+    level2 = estimated_level(x, sigma, StudentTKernel(D), 0.5, 0.03).square()
+    expected = (denoiser(x, sigma) - y).square().mean(1) * (level2 + 0.25) / (level2 * 0.25)
+    assert torch.allclose(loss(denoiser, y, data=data, generator=rng.generator(5)), expected, rtol=1e-10)
+
+
+def test_denoising_and_explicit_loss_differ_by_the_same_number_for_every_network():
+    """Vincent's identity: L(y) - L(E[y|x]) does not depend on the network; three standard errors."""
+    charges, data = 0.5 * torch.randn(8, 2, dtype=F64), summary(0.5, (2,))
+    y = charges[torch.randint(8, (60000,), generator=rng.generator(6))]
+    plain, explicit = DenoisingLoss(LogUniform(0.2, 4)), DenoisingLoss(LogUniform(0.2, 4), reference_size=8)
+    gaps = []
+    for answer in (torch.zeros_like, lambda x, c=None: torch.tanh(x) * 0.5):
+        denoiser = plain.make_denoiser(Oracle(lambda x, c, f=answer: f(x)), 3.0, data)
+        a = plain(denoiser, y, data=data, generator=rng.generator(7))
+        b = explicit(denoiser, y, data=data, reference=charges, generator=rng.generator(7))
+        gaps.append(a - b)
+    difference = gaps[0] - gaps[1]
+    assert abs(float(difference.mean())) < 3 * float(difference.std()) / math.sqrt(len(y))
+    assert float(gaps[0].mean()) > 0.1
+
+
+def test_poisson_field_loss_compares_with_the_field_of_the_reference():
+    y, data = 0.5 * torch.randn(10, 3, dtype=F64), summary(0.5, (3,))
+    loss = PoissonFieldLoss(2.0, reference_size=10, noise=PoissonFlowNoise(M=150))
+    denoiser = loss.make_denoiser(Oracle(lambda x, c: torch.zeros(10, 4, dtype=F64)), 1.0, data)
+    x, z = loss.noise.perturb(y, data.norm, rng.generator(8))
+    away = x - posterior_mean(x, z, y, 1.0)
+    R = torch.hypot(norm(away), z)
+    t_x, t_z = -math.sqrt(3) * away / (R + 2)[:, None], -math.sqrt(3) * z / (R + 2)
+    v_x, v_z = denoiser.field(x, z)
+    expected = ((v_x - t_x).square().sum(1) + (v_z - t_z).square()) / 4
+    assert torch.allclose(loss(denoiser, y, data=data, reference=y, generator=rng.generator(8)), expected, rtol=1e-10)
+    for mine, exact in zip(normalized_field(x, z, y, 2.0), (t_x, t_z), strict=True):
+        assert torch.allclose(mine, exact)
+
+
+def test_poisson_field_loss_needs_D_one_and_charges():
+    data = summary(0.5, (3,))
+    with pytest.raises(ValueError, match="D = 2"):
+        PoissonFieldLoss().make_denoiser(nn.Linear(1, 1), 2.0, data)
+    with pytest.raises(ValueError, match="reference = None"):
+        PoissonFieldLoss()(PoissonFieldLoss().make_denoiser(nn.Linear(1, 1), 1.0, data), torch.zeros(2, 3), data=data)
+    with pytest.raises(ValueError, match="gamma = 0"):
+        PoissonFieldLoss(gamma=0)
+    with pytest.raises(ValueError, match="reference_size = -1"):
+        DenoisingLoss(reference_size=-1)
+
+
+NETWORKS = [
+    (TimeMLP, (5,), {"width": 16, "depth": 2}),
+    (TimeMLP, (2, 3), {"width": 16, "depth": 1}),
+    (UNet, (1, 8, 8), {"width": 8}),
+    (UNet, (3, 7, 13), {"width": 8, "multipliers": (1, 2, 2)}),
+    (UNet, (2, 1, 1), {"width": 8}),
+]
+
+
+@pytest.mark.parametrize(("network", "shape", "options"), NETWORKS)
+@pytest.mark.parametrize(("classes", "extra"), [(0, 0), (4, 1)])
+def test_networks_keep_the_contract(network, shape, options, classes, extra):
+    """Shape, zero output at the start, and, once the last layers are not zero, a gradient for every parameter."""
+    net = network(shape, classes, extra, **options)
+    x, c_noise, label = torch.randn(3, *shape), torch.tensor([-1.5, 0.0, 1.0]), torch.tensor([0, 1, 3]) if classes else None
+    out = net(x, c_noise, label)
+    assert out.shape == (3, shape[0] + extra, *shape[1:])
+    assert torch.equal(out, torch.zeros_like(out))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    net(x, c_noise, label).square().sum().backward()
+    assert all(p.grad is not None and bool((p.grad != 0).any()) for p in net.parameters())
+
+
+def test_networks_tell_noise_levels_and_labels_apart():
+    net = UNet((1, 8, 8), 3, width=8)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(1, 1, 8, 8).expand(4, -1, -1, -1)
+    small = net(x, torch.log(torch.tensor([0.001, 0.002, 0.004, 0.008])) / 4)
+    gaps = (small[1:] - small[:-1]).flatten(1).norm(dim=1)
+    assert float(gaps.min()) > 0.01 * float(small.flatten(1).norm(dim=1).mean()), "small noise levels are resolved"
+    labels = [net(x[:1], torch.zeros(1), label) for label in (None, torch.tensor([0]), torch.tensor([2]))]
+    assert not torch.allclose(labels[0], labels[1])
+    assert not torch.allclose(labels[1], labels[2])
+
+
+def test_wrong_networks_are_named():
+    with pytest.raises(ValueError, match="TimeMLP for vectors"):
+        UNet((5,))
+    denoiser = PreconditionedDenoiser(TimeMLP((5,), extra_channels=1, width=8, depth=1), 1.0, **STATISTICS)
+    with pytest.raises(ValueError, match="extra_channels = 0"):
+        denoiser(torch.zeros(2, 5), 1.0)

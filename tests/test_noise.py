@@ -1,0 +1,73 @@
+"""Training laws of sigma against their distributions, and what is recommended from data."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from pfgm import rng
+from pfgm.kernel import norm
+from pfgm.noise import DataSummary, LogNormal, LogUniform, PoissonFlowNoise
+from pfgm.spec import build
+
+F64 = torch.float64
+Y = torch.zeros(4000, 8, dtype=F64)
+
+
+def test_levels_follow_their_laws():
+    levels = LogNormal(-0.5, 1.2).sample(Y, 0.3, rng.generator(1))
+    assert stats.kstest((levels / 0.3).log().numpy(), stats.norm(-0.5, 1.2).cdf).pvalue > 1e-3
+    levels = LogUniform(0.01, 50).sample(Y, 0.3, rng.generator(1))
+    low, high = math.log(0.003), math.log(15)
+    assert stats.kstest(levels.log().numpy(), stats.uniform(low, high - low).cdf).pvalue > 1e-3
+
+
+def test_poisson_flow_noise_is_the_published_one():
+    """log z and log |x - y| are each a uniform exponent plus the log of a chi, and independent given the exponent."""
+    noise = PoissonFlowNoise(sigma_end=0.01, tau=0.03, M=200)
+    x, z = noise.perturb(Y, 1.0, rng.generator(2))
+    m = torch.rand(200000, generator=rng.generator(3), dtype=F64) * 200
+    growth = 0.01 * 1.03**m
+    expected_z = growth * torch.randn(200000, generator=rng.generator(4), dtype=F64).abs()
+    expected_x = growth * norm(torch.randn(200000, 8, generator=rng.generator(5), dtype=F64))
+    assert stats.ks_2samp(z.numpy(), expected_z.numpy()).pvalue > 1e-3
+    assert stats.ks_2samp(norm(x).numpy(), expected_x.numpy()).pvalue > 1e-3
+    ratio = norm(x) / z
+    assert stats.kstest((ratio.square() / 8).numpy(), stats.f(8, 1).cdf).pvalue > 1e-3, "the angle is that of D = 1"
+
+
+def test_exponent_and_height_follow_the_published_rule():
+    """By hand for CIFAR-10-like numbers: 28²/(2 sqrt(3072) 1e-4) = 70726, .75 ln 70726 / ln 1.03 = 283.33."""
+    noise = PoissonFlowNoise()
+    assert noise.exponent(28.0, 3072) == pytest.approx(283.33, abs=0.01)
+    assert noise.z_max(28.0, 3072) == pytest.approx(math.sqrt(2 / math.pi) * 0.01 * 1.03 ** noise.exponent(28.0, 3072))
+    assert PoissonFlowNoise(M=100).exponent(28.0, 3072) == 100
+
+
+def test_summary_by_hand():
+    data = torch.tensor([[0.0, 0.0], [4.0, 0.0], [2.0, 6.0]])
+    summary = DataSummary.of(data, scale=2.0)
+    assert torch.equal(summary.mean, torch.tensor([1.0, 1.0]))  # centred: (-1, -1), (1, -1), (0, 2)
+    assert summary.sigma_data == pytest.approx(math.sqrt((2 + 2 + 4) / 6))
+    assert summary.norm == pytest.approx((2 * math.sqrt(2) + 2) / 3)
+    assert summary.power_std == pytest.approx(math.sqrt((2 * (1 - 4 / 3) ** 2 + (2 - 4 / 3) ** 2) / 3))
+    assert torch.equal(DataSummary.of(data, mean=0.0).mean, torch.zeros(2))
+    again = build(summary.spec)
+    assert (again.sigma_data, again.shape, again.scale) == (summary.sigma_data, (2,), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogNormal(math.nan), "mean = nan"),
+        (lambda: LogNormal(0.0, 0.0), "std = 0"),
+        (lambda: LogUniform(2.0, 1.0), "low = 2.0"),
+        (lambda: PoissonFlowNoise(tau=-1.0), "tau = -1"),
+        (lambda: PoissonFlowNoise(M=0.0), "M = 0"),
+        (lambda: DataSummary.of(torch.ones(3, 2)), "all 3 samples are equal"),
+    ],
+)
+def test_bad_values_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

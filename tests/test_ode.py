@@ -1,0 +1,250 @@
+"""Solvers, coordinates and the sampler against flows known in closed form."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from pfgm import ode, rng
+from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
+from pfgm.kernel import StudentTKernel, norm
+from pfgm.sampler import Latent, Sampler, seed_pairs
+
+F64 = torch.float64
+TIGHT = {"method": "dopri5", "rtol": 1e-8, "atol": 1e-8}
+KERNEL = StudentTKernel(1)
+
+
+def sampler(denoiser, kernel=KERNEL, shape=(3,), sigma_min=0.01, sigma_max=40.0, **options):
+    return Sampler(denoiser, kernel, shape=shape, sigma_min=sigma_min, sigma_max=sigma_max, **options)
+
+
+@pytest.mark.parametrize("coordinates", ["angle", "log_sigma"])
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
+def test_lines_to_a_point_charge_are_straight(coordinates, method):
+    y, x = torch.randn(3, dtype=F64), 30 * torch.randn(4, 3, dtype=F64)
+    s = sampler(PointCharge(y), method=method, coordinates=coordinates, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(s.integrate(x, 40.0, 0.01), y + (x - y) * 0.01 / 40, atol=1e-7)
+    assert torch.allclose(s.integrate(x, 0.5, 40.0), y + (x - y) * 80, atol=1e-5)
+
+
+@pytest.mark.parametrize("coordinates", ["angle", "log_sigma"])
+@pytest.mark.parametrize(
+    ("denoiser", "ratio"),
+    [
+        (CauchyBlob(0.3), lambda a, b: (0.3 + b) / (0.3 + a)),
+        (GaussianBlob(0.3), lambda a, b: math.sqrt((0.09 + b * b) / (0.09 + a * a))),
+    ],
+)
+def test_flows_of_blobs(denoiser, ratio, coordinates):
+    x = torch.randn(4, 3, dtype=F64)
+    s = sampler(denoiser, coordinates=coordinates, sigma_data=0.7, **TIGHT)
+    assert torch.allclose(s.integrate(x, 5.0, 0.02), x * ratio(5.0, 0.02), atol=1e-7)
+    assert torch.allclose(s.integrate(x, 0.02, 5.0), x * ratio(0.02, 5.0), atol=1e-6)
+
+
+def test_stream_function_is_constant_along_lines():
+    """N = D = 1: Σ p_i arg(x - y_i + i z) does not change on the way down."""
+    y, p = torch.tensor([[-0.6], [0.1], [0.9]], dtype=F64), torch.tensor([0.2, 0.5, 0.3], dtype=F64)
+    x = torch.linspace(-3, 3, 12, dtype=F64)[:, None]
+
+    def stream(x, z):
+        return (p * torch.atan2(torch.full_like(x, z), x - y.T)).sum(1)
+
+    for coordinates in ("angle", "log_sigma"):
+        s = sampler(EmpiricalDenoiser(y, 1.0, p), coordinates=coordinates, **TIGHT)
+        assert torch.allclose(stream(s.integrate(x, 2.0, 0.05), 0.05), stream(x, 2.0), atol=1e-7)
+
+
+@pytest.mark.parametrize("denoiser", [CauchyBlob(0.4), GaussianBlob(0.4)])
+@pytest.mark.parametrize(("method", "order", "start"), [("euler", 1, 64), ("midpoint", 2, 64), ("heun2", 2, 64), ("rk4", 4, 16)])
+def test_fixed_methods_converge_at_their_order(method, order, start, denoiser):
+    """sigma_data differs from the blob's scale, so that the right-hand side is not trivial."""
+    x = torch.ones(1, 2, dtype=F64)
+    exact = sampler(denoiser, shape=(2,), method="dopri8", rtol=1e-12, atol=1e-13).integrate(x, 3.0, 0.3)
+    runs = [sampler(denoiser, shape=(2,), method=method, steps=n) for n in (start, 2 * start, 4 * start)]
+    errors = [float((run.integrate(x, 3.0, 0.3) - exact).norm()) for run in runs]
+    assert math.log2(errors[0] / errors[2]) / 2 == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("D", [1.0, 8.0, math.inf])
+def test_unequal_charges_get_their_shares(D):
+    """Landing fractions of charges .2, .5, .3, started on the hemisphere: three standard errors."""
+    y, p, n = torch.tensor([[-0.7, 0.1], [0.0, -0.4], [0.5, 0.6]], dtype=F64), torch.tensor([0.2, 0.5, 0.3], dtype=F64), 3000
+    y = y - p @ y
+    s = sampler(EmpiricalDenoiser(y, D, p), StudentTKernel(D), (2,), 0.01, 100.0, method="dopri5", rtol=1e-3, atol=1e-3)
+    x = s.sample(n).x
+    landed = torch.cdist(x.double(), y).argmin(1).bincount(minlength=3) / n
+    assert float(((landed - p).abs() / (p * (1 - p) / n).sqrt()).max()) < 3
+
+
+@pytest.mark.parametrize("D", [0.5, 1, 3, 64, math.inf])
+def test_prior_lies_on_the_hemisphere_and_has_the_kernels_directions(D):
+    kernel, n = StudentTKernel(D), 4000
+    s = sampler(PointCharge(torch.zeros(8)), kernel, (8,))
+    latent = s.prior(seed_pairs(n))
+    x, ratio = s._lift(latent)
+    sigma = 40.0 / ratio
+    assert torch.allclose(kernel.effective_level(norm(x), sigma, 8), torch.full((n,), 40.0, dtype=F64))
+    law = stats.betaprime(4, D / 2, scale=D).cdf if math.isfinite(D) else stats.chi2(8).cdf
+    assert stats.kstest((norm(x) / sigma).square().numpy(), law).pvalue > 1e-3
+    plane = sampler(PointCharge(torch.zeros(8)), kernel, (8,), start="hyperplane")
+    x, ratio = plane._lift(plane.prior(seed_pairs(n)))
+    assert torch.equal(ratio, torch.ones(n, dtype=F64))
+    assert stats.kstest((norm(x) / 40).square().numpy(), law).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("D", [1, 128])
+def test_hemisphere_start_of_a_blob_gives_the_blob(D):
+    """N = 1, 64: the shared clock, the ratio and the final denoising must all agree for the spread to be right."""
+    for N in (1, 64):
+        charges = 0.5 * torch.randn(200, N, generator=rng.generator(3), dtype=F64)
+        charges = charges - charges.mean(0)
+        s = sampler(EmpiricalDenoiser(charges, D), StudentTKernel(D), (N,), 0.01, 80.0, rtol=1e-2, atol=1e-2)
+        x = s.sample(200).x.double()
+        mine = torch.cdist(x, charges).min(1).values
+        assert float(mine.median()) < 0.02, "samples land on charges"
+        assert stats.ks_2samp(norm(x).numpy(), norm(charges).numpy()).pvalue > 1e-3
+
+
+def test_calls_are_counted_exactly_and_include_the_last_denoising():
+    count = 0
+
+    def denoiser(x, sigma, label=None):
+        nonlocal count
+        count += 1
+        return 0.5 * x
+
+    for options, calls in (({"method": "euler", "steps": 7}, 8), ({"method": "midpoint", "steps": 4}, 9), ({"method": "rk4", "steps": 2}, 9)):
+        count = 0
+        assert sampler(denoiser, **options).sample(3).calls == count == calls
+    count, seen = 0, []
+    out = sampler(denoiser).sample(3, on_call=lambda calls, level: seen.append((calls, level)))
+    assert out.calls == count == len(seen)
+    assert [c for c, _ in seen] == list(range(1, count + 1))
+    assert max(level for _, level in seen) == pytest.approx(40.0)
+    assert seen[-1][1] == pytest.approx(0.01)
+    assert min(level for _, level in seen) >= 0.01 * (1 - 1e-9), "adaptive steps must not pass the end"
+
+
+def test_adaptive_methods_bound_the_worst_sample():
+    """One hard sample among many easy ones: torchdiffeq's own norm, over the batch, would let it go wrong."""
+    y = torch.tensor([[-0.5], [0.5]], dtype=F64)
+    x = torch.full((400, 1), 30.0, dtype=F64)
+    x[0] = 0.02
+    loose = sampler(EmpiricalDenoiser(y, math.inf), StudentTKernel(math.inf), (1,), rtol=1e-4, atol=1e-4).integrate(x, 40.0, 0.05)
+    exact = sampler(EmpiricalDenoiser(y, math.inf), StudentTKernel(math.inf), (1,), **TIGHT).integrate(x[:1], 40.0, 0.05)
+    assert float((loose[0] - exact[0]).abs()) < 2e-3
+
+
+def test_samples_depend_on_their_seed_alone_on_fixed_grids():
+    charges = torch.randn(20, 3)
+    s = sampler(EmpiricalDenoiser(charges, 1), method="midpoint", steps=8)
+    x = s.sample(10, seed=5).x
+    assert x.dtype == torch.float32
+    assert torch.allclose(s.draw([(5, 3), (5, 7)]).x, x[[3, 7]], atol=1e-6)
+    assert torch.allclose(s.sample(seeds=[5, 9]).x[:1], x[:1], atol=1e-6)
+    assert not torch.allclose(s.sample(10, seed=6).x, x)
+    assert s.sample(0).x.shape == (0, 3)
+
+
+@pytest.mark.parametrize("D", [1, math.inf])
+def test_encode_and_decode_are_inverse(D):
+    charges, x = torch.randn(20, 3, dtype=F64), torch.randn(5, 3, dtype=F64)
+    s = sampler(EmpiricalDenoiser(charges, D), StudentTKernel(D), sigma_min=0.5, **TIGHT)
+    latent = s.encode(x)
+    assert (latent.surface, latent.level) == ("plane", 40.0)
+    assert torch.allclose(s.decode(latent), x, atol=1e-5)
+    with pytest.raises(ValueError, match="surface = 'sphere'"):
+        Latent(latent.t, 40.0, "sphere")
+
+
+def test_sample_is_decode_of_the_prior_and_a_last_denoising():
+    denoiser = EmpiricalDenoiser(torch.randn(20, 3, dtype=F64), 1.0)
+    s = sampler(denoiser, method="midpoint", steps=20)
+    latent = s.prior(seed_pairs(4))
+    _, ratio = s._lift(latent)
+    decoded = s.decode(latent)
+    assert torch.allclose(denoiser(decoded, 0.01 / ratio), s.sample(4).x.double(), atol=1e-4)
+    states, sigma = s.trajectory(seed_pairs(4), 5)
+    assert torch.allclose(states[-1], decoded, atol=1e-4)
+    assert torch.allclose(sigma[-1] * ratio, torch.full((4,), 0.01, dtype=F64))
+    assert torch.allclose(sigma[0] * ratio, torch.full((4,), 40.0, dtype=F64))
+
+
+def test_networks_get_the_dtype_of_their_parameters():
+    class Net(torch.nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.5, dtype=dtype))
+
+        def forward(self, x, sigma, label=None):
+            assert x.dtype == sigma.dtype == self.scale.dtype
+            return self.scale * x
+
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert sampler(Net(dtype)).sample(2).x.dtype == dtype
+
+
+def test_labels_reach_the_denoiser():
+    def denoiser(x, sigma, label):
+        return label.to(x.dtype)[:, None].expand_as(x)
+
+    x = sampler(denoiser).sample(3, labels=[0, 4, 2]).x
+    assert torch.allclose(x, torch.tensor([[0.0], [4.0], [2.0]]).expand(3, 3))
+    with pytest.raises(ValueError, match="labels has shape"):
+        sampler(denoiser).sample(3, labels=[1])
+
+
+def test_a_network_that_returns_nan_is_reported_as_such():
+    def denoiser(x, sigma, label=None):
+        return torch.where(sigma[:, None] < 1.0, torch.nan, 0.5 * x)
+
+    with pytest.raises(ode.SolverError, match=r"NaN or infinity for .* of 4 samples at level .* \(call"):
+        sampler(denoiser).sample(4)
+
+
+def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch):
+    monkeypatch.setattr(ode, "MAX_STEPS", 50)
+
+    def denoiser(x, sigma, label=None):
+        return torch.rand_like(x)
+
+    with pytest.raises(ode.SolverError, match="raise rtol and atol"):
+        sampler(denoiser, rtol=1e-12, atol=1e-12).sample(2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "rk45"}, "method = 'rk45' is unknown; choose one of dopri5"),
+        ({"coordinates": "z"}, "coordinates = 'z' is unknown"),
+        ({"start": "sphere"}, "start = 'sphere' is unknown"),
+        ({"sigma_min": 40.0}, "sigma_min = 40.0"),
+        ({"sigma_min": math.nan}, "sigma_min = nan"),
+        ({"sigma_max": math.inf}, "sigma_max = inf"),
+        ({"sigma_data": 0.0}, "sigma_data = 0"),
+        ({"method": "euler"}, "steps = None"),
+        ({"method": "euler", "steps": 0}, "steps = 0"),
+        ({"method": "euler", "steps": 3, "rtol": 0.1}, "has fixed steps"),
+        ({"steps": 3}, "steps = 3"),
+        ({"rtol": -1.0}, "rtol = -1"),
+        ({"atol": math.nan}, "atol = nan"),
+    ],
+)
+def test_bad_settings_are_named_before_any_call(options, message):
+    def never(*args):
+        raise AssertionError("called")
+
+    with pytest.raises(ValueError, match=message):
+        sampler(never, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({}, "either a number"), ({"n": 2, "seeds": [1]}, "either"), ({"n": -1}, "n has the value -1"), ({"n": 1, "seed": -2}, "seed has"), ({"seeds": [1, -3]}, "-3")],
+)
+def test_bad_numbers_and_seeds_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sampler(PointCharge(torch.zeros(3))).sample(**arguments)
