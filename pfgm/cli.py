@@ -43,7 +43,6 @@ class TrainCLI(LightningCLI):
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Evaluation, "evaluation")
-        parser.add_lightning_class_args(StepProgressBar, "progress_bar")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
@@ -56,6 +55,8 @@ class TrainCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         if self.subcommand == "fit" and config["max_steps"] < 0:
             raise ValueError(f"trainer.max_steps = {config['max_steps']}: training counts steps; give a number such as 2000")
+        if config["enable_progress_bar"] is not False:
+            config["callbacks"] = [*(config["callbacks"] or []), StepProgressBar()]
         if config["logger"] is False:
             kwargs["logger"] = RunLog(self._get(self.config, "run_dir"))
         return super().instantiate_trainer(**kwargs)

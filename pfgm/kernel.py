@@ -23,8 +23,8 @@ from pfgm.rng import Generators
 MIN_D = 0.5
 
 
-def check_dimensions(D: float) -> float:
-    """`D` as a float; ValueError unless .5 <= D <= inf."""
+def check_dimensions(D: float | str) -> float:
+    """`D`, or its text, as a float; ValueError unless .5 <= D <= inf."""
     try:
         value = float(D)
     except (TypeError, ValueError):
@@ -58,7 +58,7 @@ def norm(x: Tensor) -> Tensor:
 class StudentTKernel:
     """The perturbation kernel of PFGM++ for a real `D` in [.5, inf]; ValueError for any other D."""
 
-    def __init__(self, D: float):
+    def __init__(self, D: float | str):
         self.D = check_dimensions(D)
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pfgm import rng, storage
 from pfgm.flow import PoissonFlow
+from pfgm.kernel import check_dimensions
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.noise import DataSummary, recommended_sigma_min
 from pfgm.spec import Recorded, build
@@ -39,7 +40,7 @@ class PFGM(Recorded, pl.LightningModule):
         data: DataSummary,
         loss: Loss | None = None,
         *,
-        D: float = 128.0,
+        D: float | str = 128.0,
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         sigma_data: float | None = None,
@@ -51,6 +52,7 @@ class PFGM(Recorded, pl.LightningModule):
     ):
         super().__init__()
         net, data, loss = _made(net), _made(data), _made(loss) or DenoisingLoss()
+        D = self._arguments["D"] = check_dimensions(D)  # "inf" and "Infinity" come as text from a command line
         if not 0 < lr < math.inf or warmup_steps < 0:
             raise ValueError(f"lr = {lr}, warmup_steps = {warmup_steps}: lr must be positive and finite, warmup_steps >= 0")
         given = {name: value for name, value in (("sigma_data", sigma_data), ("norm", data_norm)) if value is not None}

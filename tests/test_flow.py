@@ -1,0 +1,225 @@
+"""Units, loading, exports, damage, and drawing to disk."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import pfgm
+from pfgm import draw, storage
+from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
+from pfgm.flow import PoissonFlow
+from pfgm.nn import TimeMLP, UNet
+from pfgm.spec import build
+
+
+FAST = {"method": "midpoint", "steps": 4}
+
+
+def make_flow(D=128.0, shape=(1, 8, 8), classes=0, std=0.05, **options):
+    torch.manual_seed(0)
+    net = UNet(shape, classes, int(D == 1), width=8) if len(shape) == 3 else TimeMLP(shape, classes, int(D == 1), width=8, depth=1)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    denoiser = FieldDenoiser(net, 5.0, 0.5, 0.06) if D == 1 else PreconditionedDenoiser(net, D, 0.5, 0.06)
+    settings = {"sigma_min": 0.01, "sigma_max": 40.0, "num_classes": classes, "value_range": (-1.0, 1.0)} | options
+    return PoissonFlow(denoiser, D, shape=shape, mean=0.3 * torch.randn(shape), **settings)
+
+
+@pytest.mark.parametrize("D", [1, 128.0, math.inf])
+def test_an_export_gives_the_same_samples_and_is_strict_json(D, tmp_path):
+    flow = make_flow(D, scale=2.0).eval()
+    flow.save_pretrained(tmp_path / "export")
+    text = (tmp_path / "export" / "config.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    again = pfgm.load(tmp_path / "export")
+    assert torch.equal(again.sample(5, seed=3, **FAST).x, flow.sample(5, seed=3, **FAST).x)
+    assert not again.training
+    assert again.kernel.D == D
+
+
+def test_samples_come_in_the_users_units():
+    flow = make_flow(scale=1.0)
+    scaled = make_flow(scale=127.5)
+    options = {"method": "midpoint", "steps": 8}
+    assert torch.allclose(scaled.sample(4, **options).x, flow.sample(4, **options).x * 127.5, rtol=1e-5)
+    model = flow.sampler(**options).sample(4).x
+    assert torch.allclose(flow.sample(4, **options).x, model + flow.mean)
+    x = scaled.sample(4, **options).x
+    assert torch.allclose(scaled.to_user(scaled.to_model(x)), x, rtol=1e-4, atol=1e-3)
+    noisy, sigma = x + 10 * torch.randn_like(x), torch.full((4,), 10.0)
+    expected = scaled.to_user(scaled.denoiser(scaled.to_model(noisy), sigma / 127.5))
+    assert torch.allclose(scaled.denoise(noisy, sigma), expected)
+
+
+def test_encode_and_decode_in_the_users_units():
+    flow = make_flow(D=8.0, shape=(4,), scale=3.0, sigma_min=0.1)
+    x = flow.sample(5).x.double()
+    options = {"method": "dopri5", "rtol": 1e-7, "atol": 1e-7}
+    latent = flow.encode(x, **options)
+    assert (latent.surface, latent.level) == ("plane", 120.0)
+    assert torch.allclose(flow.decode(latent, **options), x, atol=1e-3)
+
+
+def test_batches_do_not_change_fixed_grid_samples():
+    flow, options = make_flow(shape=(5,)), {"method": "midpoint", "steps": 4}
+    whole = flow.sample(10, seed=2, **options)
+    parts = flow.sample(10, seed=2, batch_size=3, **options)
+    assert torch.allclose(whole.x, parts.x, atol=1e-5)
+    assert whole.calls == parts.calls == 9
+    assert flow.sample(0).x.shape == (0, 5)
+
+
+def test_labels_are_checked_and_used():
+    flow = make_flow(shape=(5,), classes=3, std=0.5)
+    x = flow.sample(2, labels=2).x
+    assert torch.equal(flow.sample(2, labels=[2, 2]).x, x)
+    assert not torch.allclose(flow.sample(2, labels=1).x, x)
+    for labels, message in (([0, 3], r"0\.\.2"), (-1, r"0\.\.2"), ([1, 1, 1], "each of the 2"), ([0.5, 1.0], "integers")):
+        with pytest.raises(ValueError, match=message):
+            flow.sample(2, labels=labels)
+    with pytest.raises(ValueError, match="trained without labels"):
+        make_flow(shape=(5,)).sample(2, labels=1)
+
+
+def test_every_single_flipped_bit_is_found(tmp_path):
+    make_flow(shape=(5,)).save_pretrained(tmp_path)
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    header = int.from_bytes(content[:8], "little") + 8
+    for position in np.random.default_rng(0).integers(header, len(content), 20):
+        damaged = content.copy()
+        damaged[position] ^= 1 << int(position) % 8
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(storage.CheckpointError, match="altered"):
+            pfgm.load(tmp_path)
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        pfgm.load(tmp_path / "none.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        pfgm.load(tmp_path)
+    make_flow(shape=(5,)).save_pretrained(tmp_path / "good")
+    for name, content in (("empty", b""), ("text", b"hello"), ("zip", b"PK\x03\x04" + b"0" * 100)):
+        (tmp_path / f"{name}.ckpt").write_bytes(content)
+        with pytest.raises(storage.CheckpointError, match="cannot be read"):
+            pfgm.load(tmp_path / f"{name}.ckpt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.ckpt")
+    with pytest.raises(storage.CheckpointError, match="not a checkpoint of this package"):
+        pfgm.load(tmp_path / "other.ckpt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.ckpt")
+    with pytest.raises(storage.CheckpointError, match="holds a Tensor"):
+        pfgm.load(tmp_path / "tensor.ckpt")
+    whole = (tmp_path / "good" / "model.safetensors").read_bytes()
+    (tmp_path / "good" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(storage.CheckpointError, match="cannot be read"):
+        pfgm.load(tmp_path / "good")
+    (tmp_path / "good" / "config.json").write_text("{")
+    with pytest.raises(storage.CheckpointError, match="cannot be read"):
+        pfgm.load(tmp_path / "good")
+
+
+def test_weights_that_do_not_match_the_network_are_named(tmp_path):
+    flow = make_flow(shape=(5,))
+    state = flow.state_dict() | {"surplus": torch.zeros(1)}
+    storage.write_export(tmp_path, flow.config, state)
+    with pytest.raises(storage.CheckpointError, match="do not match"):
+        pfgm.load(tmp_path)
+
+
+class Elsewhere(pfgm.nn.Network):
+    """A network that is not of this package."""
+
+    def __init__(self, shape, num_classes=0, extra_channels=0):
+        super().__init__()
+        self.layer = torch.nn.Linear(*shape, *shape)
+
+    def forward(self, x, c_noise, label=None):
+        return self.layer(x)
+
+
+def test_classes_from_elsewhere_need_trust(tmp_path):
+    flow = PoissonFlow(PreconditionedDenoiser(Elsewhere((3,)), 4.0, 0.5, 0.06), 4.0, shape=(3,), sigma_min=0.01, sigma_max=40.0)
+    flow.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pass trust="):
+        pfgm.load(tmp_path)
+    assert torch.equal(pfgm.load(tmp_path, trust=[__name__]).sample(2).x, flow.sample(2).x)
+    for path in ("os.system", "pfgm.storage.os", "pfgm.rng.generator", "pfgm.none.Thing", "builtins.eval"):
+        with pytest.raises(ValueError, match="class_path"):
+            build({"class_path": path, "init_args": {}})
+    with pytest.raises(ValueError, match="cannot be made"):
+        build({"class_path": "pfgm.nn.mlp.TimeMLP", "init_args": {"colour": 1}})
+
+
+def test_a_network_that_cannot_be_stored_is_refused():
+    with pytest.raises(TypeError, match=r"inherit from pfgm\.nn\.Network"):
+        PreconditionedDenoiser(torch.nn.Linear(3, 3), 4.0, 0.5, 0.06).spec  # noqa: B018
+
+
+@pytest.fixture
+def export(tmp_path):
+    make_flow(classes=3).save_pretrained(tmp_path / "export")
+    return str(tmp_path / "export")
+
+
+def test_drawing_writes_what_was_asked_for(export, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    draw.main([export, "--n=3", "--seed=7", "--out", f"{out}/x.npz", "--method=midpoint", "--steps=3", "--labels=[0,1,2]"])
+    with np.load(f"{out}/x.npz") as arrays:
+        assert arrays["x"].shape == (3, 1, 8, 8)
+        assert arrays["seeds"].tolist() == [[7, 0], [7, 1], [7, 2]]
+        assert arrays["labels"].tolist() == [0, 1, 2]
+        expected = pfgm.load(export).sample(3, seed=7, method="midpoint", steps=3, labels=[0, 1, 2]).x
+        assert np.allclose(arrays["x"], expected.numpy(), atol=1e-6)
+    assert "3 samples in 7 network calls" in capsys.readouterr().out
+    draw.main([export, "--seeds=1,4-5", "--out", f"{out}/x.pt", "--batch_size=2", "--method=midpoint", "--steps=3", "--dtype=float64"])
+    assert torch.load(f"{out}/x.pt")["seeds"].tolist() == [[1, 0], [4, 0], [5, 0]]
+    draw.main([export, "--n=2", "--out", f"{out}/folder", "--method=euler", "--steps=3"])
+    assert sorted(os.listdir(f"{out}/folder")) == ["000000-000000.png", "000000-000001.png"]
+    draw.main([export, "--n=5", "--out", f"{out}/grid.png", "--method=euler", "--steps=3", "--trajectory", f"{out}/way.png"])
+    assert {"grid.png", "way.png", "x.npz", "x.pt", "folder"} == set(os.listdir(out)), "no temporary file is left"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n=-1"], "n has the value -1"),
+        (["--seeds=3-x"], "seeds = '3-x'"),
+        (["--n=2", "--seeds=1"], "either"),
+        (["--labels=[5]"], "labels = 5"),
+        (["--method=rk45"], "method = 'rk45'"),
+        (["--coordinates=z"], "coordinates = 'z'"),
+        (["--method=euler"], "steps = None"),
+        (["--batch_size=0"], "batch_size = 0"),
+        (["--device=cuda:77"], "device = 'cuda:77'"),
+        (["--out=x.jpg"], r"out = x\.jpg"),
+        (["--out=/proc/none/x.png"], "out = /proc/none/x.png cannot be written"),
+        (["--trajectory=x.gif"], r"trajectory = x\.gif"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(export, arguments, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        draw.main([export, *arguments])
+    assert sorted(os.listdir(tmp_path)) == ["export"], "nothing is written"
+
+
+def test_a_missing_checkpoint_ends_in_one_line():
+    with pytest.raises(SystemExit, match=r"none\.ckpt does not exist"):
+        draw.main(["none.ckpt"])
+
+
+def test_the_sampling_path_stays_light():
+    """Importing it and loading leaves Lightning, torchvision, scikit-learn and matplotlib unimported."""
+    code = "import sys, pfgm, pfgm.draw; pfgm.load; print([m for m in ('pytorch_lightning', 'lightning', 'torchvision', 'sklearn', 'matplotlib', 'torchdiffeq') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_unknown_names_of_the_package_are_named():
+    with pytest.raises(AttributeError, match="public names are"):
+        pfgm.colour  # noqa: B018

@@ -1,0 +1,311 @@
+"""Training from the command line: resuming bit for bit, refusing mismatches, loading what was trained."""
+
+import csv
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+import pfgm
+from pfgm import cli, storage
+from pfgm.data import Arrays, Digits, Stream, Toy, stream_indices
+from pfgm.ema import EMA
+from pfgm.flow import PREFIX
+from pfgm.loss import PoissonFieldLoss
+from pfgm.module import PFGM, NonFiniteLoss
+from pfgm.nn import TimeMLP, UNet
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--grid.n=4", "--trainer.log_every_n_steps=1"]
+TOY = ["--config", str(ROOT / "configs" / "heart.yaml"), "--data.init_args.size=300", "--data.init_args.batch_size=32"]
+TOY += ["--model.net.init_args.width=16", "--model.net.init_args.depth=1", *SMALL]
+
+
+def fit(run_dir, *extra, base=TOY):
+    return cli.main(["fit", *base, "--run_dir", str(run_dir), *extra])
+
+
+def last(run_dir):
+    return storage.read_checkpoint(Path(run_dir) / "checkpoints" / "last.ckpt")
+
+
+def same_tensors(a, b):
+    """All tensors of two nested structures are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_tensors(a[k], b[k]) for k in a)
+    return not isinstance(a, (list, tuple)) or all(same_tensors(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
+def test_every_config_fits_two_steps_and_samples(config, tmp_path):
+    base = ["--config", str(ROOT / "configs" / config), *SMALL]
+    trained = fit(tmp_path, "--trainer.max_steps=2", "--trainer.val_check_interval=2", base=base)
+    assert trained.trainer.global_step == 2
+    flow = pfgm.load(tmp_path / "checkpoints" / "last.ckpt")
+    assert flow.kernel.D == trained.model.flow.kernel.D
+    assert flow.sample(2).x.shape == (2, *flow.shape)
+    assert {"config.yaml", "loss.png", "metrics.csv", "checkpoints", "grids"} <= {p.name for p in tmp_path.iterdir()}
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert any(row["val_loss"] for row in rows)
+    assert sum(bool(row["train_loss"]) for row in rows) == 2
+
+
+@pytest.mark.parametrize("stop", [3, 7])
+def test_resuming_equals_not_stopping(stop, tmp_path):
+    """300 samples in batches of 32: step 7 is in the middle of a pass. Validation falls between, and after, the stops."""
+    options = ["--trainer.val_check_interval=5", "--checkpoint.every_n_steps=100"]
+    fit(tmp_path / "a", "--trainer.max_steps=12", *options)
+    fit(tmp_path / "b", f"--trainer.max_steps={stop}", *options)
+    fit(tmp_path / "b", "--trainer.max_steps=12", *options)
+    a, b = last(tmp_path / "a"), last(tmp_path / "b")
+    for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
+        assert same_tensors(a[part], b[part]), part
+    assert a["global_step"] == b["global_step"] == 12
+    logs = [[(r["step"], r["train_loss"], r["val_loss"]) for r in csv.DictReader((tmp_path / x / "metrics.csv").open())] for x in "ab"]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_that_went_past_its_checkpoint_is_continued_from_it(tmp_path):
+    fit(tmp_path / "a", "--trainer.max_steps=10", "--checkpoint.every_n_steps=4")
+    fit(tmp_path / "b", "--trainer.max_steps=4")
+    shutil.copy(tmp_path / "a" / "metrics.csv", tmp_path / "b" / "metrics.csv")
+    fit(tmp_path / "b", "--trainer.max_steps=10", "--checkpoint.every_n_steps=4")
+    assert same_tensors(last(tmp_path / "a")["state_dict"], last(tmp_path / "b")["state_dict"])
+    steps = [[int(r["step"]) for r in csv.DictReader((tmp_path / x / "metrics.csv").open()) if r["train_loss"]] for x in "ab"]
+    assert steps[0] == steps[1]
+
+
+def test_a_new_process_draws_the_same_samples(tmp_path):
+    trained = fit(tmp_path, "--trainer.max_steps=3")
+    here = trained.model.flow.eval().sample(5, seed=1, method="midpoint", steps=4).x
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    command = [sys.executable, "sample.py", str(checkpoint), "--n=5", "--seed=1", "--method=midpoint", "--steps=4"]
+    subprocess.run([*command, "--out", str(tmp_path / "x.npz")], check=True, cwd=ROOT, capture_output=True)
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert np.allclose(arrays["x"], here.numpy(), atol=1e-6)
+    loaded = PFGM.load_from_checkpoint(checkpoint).flow.eval().sample(5, seed=1, method="midpoint", steps=4).x
+    assert torch.allclose(loaded, here, atol=1e-6)
+
+
+def test_checkpoints_hold_the_average_and_the_raw_weights(tmp_path):
+    """The average is written out by hand from the raw weights of each step."""
+    raws = []
+
+    class Record(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            raws.append({k: v.clone() for k, v in module.state_dict().items()})
+
+    data = Toy(size=200, batch_size=16)
+    model = PFGM(TimeMLP((2,), 0, 1, width=8, depth=1), data.summary, PoissonFieldLoss(0.5, 100), D=1, lr=0.05, warmup_steps=0)
+    from pfgm.callbacks import LastCheckpoint
+
+    callbacks = [EMA(0.5), Record(), LastCheckpoint()]
+    settings = {"max_epochs": -1, "max_steps": 6, "logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    pl.Trainer(**settings, callbacks=callbacks, default_root_dir=tmp_path, accelerator="cpu", enable_model_summary=False).fit(model, data)
+    average = dict(raws[0])
+    for n, raw in enumerate(raws[1:], 1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        average = {k: decay * average[k] + (1 - decay) * v for k, v in raw.items()}
+    checkpoint, name = last(tmp_path), f"{PREFIX}denoiser.net.last.weight"
+    assert torch.allclose(checkpoint["state_dict"][name], average[name], atol=1e-6)
+    assert torch.equal(checkpoint["current_model_state"][name], raws[-1][name])
+    assert not torch.allclose(average[name], raws[-1][name], atol=1e-4)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.equal(pfgm.load(path).denoiser.net.last.weight, checkpoint["state_dict"][name])
+    assert torch.equal(pfgm.load(path, ema=False).denoiser.net.last.weight, raws[-1][name])
+    assert torch.equal(model.flow.denoiser.net.last.weight, checkpoint["state_dict"][name]), "fitting leaves the average"
+
+
+def test_resuming_with_other_settings_is_refused_and_names_them(tmp_path):
+    fit(tmp_path, "--trainer.max_steps=2")
+    before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes(), (tmp_path / "config.yaml").read_bytes()
+    for change, message in (
+        ("--model.loss.init_args.gamma=2", r"model\.loss\.gamma: 0\.5 -> 2"),
+        ("--model.net.init_args.width=8", r"model\.net\.width: 16 -> 8"),
+        ("--data.init_args.name=rings", r"data\.name: heart -> rings"),
+        ("--model.lr=0.5", r"model\.lr"),
+        ("--seed_everything=5", r"model\.seed: 0 -> 5"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            fit(tmp_path, "--trainer.max_steps=4", change)
+        assert "--run_dir" in str(error.value)
+    assert before == ((tmp_path / "checkpoints" / "last.ckpt").read_bytes(), (tmp_path / "config.yaml").read_bytes())
+
+
+def test_a_run_starts_from_other_weights(tmp_path):
+    old = fit(tmp_path / "old", "--trainer.max_steps=3").model.flow.denoiser.state_dict()
+    new = fit(tmp_path / "new", "--trainer.max_steps=1", "--model.lr=1e-12", "--init_from", str(tmp_path / "old" / "checkpoints" / "last.ckpt"))
+    assert all(torch.allclose(value, old[name]) for name, value in new.model.flow.denoiser.state_dict().items())
+    with pytest.raises(ValueError, match="init_from"):
+        fit(tmp_path / "c", "--trainer.max_steps=1", "--model.net.init_args.width=8", "--init_from", str(tmp_path / "old" / "checkpoints" / "last.ckpt"))
+
+
+def test_training_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    fit(tmp_path, "--trainer.max_steps=2")
+    before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+    whole = PFGM._loss
+    monkeypatch.setattr(PFGM, "_loss", lambda self, batch, stream: whole(self, batch, stream) * (math.nan if self.global_step == 3 else 1))
+    with pytest.raises(NonFiniteLoss, match="nan at step 3"):
+        fit(tmp_path, "--trainer.max_steps=6")
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path):
+    fit(tmp_path, "--trainer.max_steps=2")
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["current_model_state"][f"{PREFIX}denoiser.net.last.bias"][0] += 1
+    torch.save(content, path)
+    with pytest.raises(storage.CheckpointError, match="altered"):
+        fit(tmp_path, "--trainer.max_steps=4")
+    with pytest.raises(storage.CheckpointError, match="altered"):
+        PFGM.load_from_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(storage.CheckpointError, match="cannot be read"):
+        fit(tmp_path, "--trainer.max_steps=4")
+
+
+def test_evaluation_prints_its_table(tmp_path, capsys):
+    fit(tmp_path, "--trainer.max_steps=2")
+    cli.main(["test", *TOY, "--run_dir", str(tmp_path), "--evaluation.n=50", "--evaluation.sets=2"])
+    assert "2 sets of 50 samples" in capsys.readouterr().out
+    assert (tmp_path / "test.json").exists()
+
+
+@pytest.mark.parametrize("text", ["inf", ".inf", "Infinity", ".Inf"])
+def test_infinite_D_may_be_written_in_each_usual_way(text, tmp_path):
+    base = ["--config", str(ROOT / "configs" / "digits_pfgmpp.yaml"), *SMALL, f"--model.D={text}"]
+    trained = fit(tmp_path, "--trainer.max_steps=1", "--model.net.init_args.width=8", base=base)
+    assert trained.model.flow.kernel.D == math.inf
+    assert pfgm.load(tmp_path / "checkpoints" / "last.ckpt").kernel.D == math.inf
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.D=0.1"], "D = 0.1"),
+        (["--model.D=.nan"], "D = nan"),
+        (["--model.D=2"], "D = 2"),
+        (["--model.sigma_min=50"], "sigma_min = 50"),
+        (["--model.lr=-1"], "lr = -1"),
+        (["--trainer.max_steps=-1"], "max_steps = -1"),
+        (["--ema.decay=1.5"], "decay = 1.5"),
+        (["--data.init_args.batch_size=0"], "batch_size = 0"),
+        (["--init_from=none.ckpt"], r"none\.ckpt does not exist"),
+    ],
+)
+def test_bad_training_arguments_are_named_before_any_work(arguments, message, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        fit(tmp_path / "run", "--trainer.max_steps=1", *arguments)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--model.colour=1"], ["--data.class_path=pfgm.data.Nothing"], ["--data.init_args.name=circle"]])
+def test_unknown_keys_are_refused(arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "run", "--trainer.max_steps=1", *arguments)
+    assert arguments[0].split("=")[1] in capsys.readouterr().err or "colour" in arguments[0]
+
+
+def test_every_pass_of_the_stream_is_a_permutation_and_ranks_share_it():
+    whole = stream_indices(0, 30, 10, seed=4)
+    for k in range(3):
+        assert sorted(whole[10 * k : 10 * k + 10].tolist()) == list(range(10))
+    assert not torch.equal(whole[:10], whole[10:20])
+    x = torch.arange(10.0)[:, None]
+    one = Stream(x, None, batch_size=4, seed=4, start=0, rank=0, world=1, reference_size=0)
+    two = [Stream(x, None, batch_size=2, seed=4, start=0, rank=r, world=2, reference_size=0) for r in (0, 1)]
+    for step in (0, 3):
+        assert torch.equal(one.batch(step)["x"], torch.cat([t.batch(step)["x"] for t in two]))
+    assert torch.equal(next(iter(one))["x"], one.batch(0)["x"])
+
+
+def test_reference_charges_contain_the_batch_and_do_not_repeat():
+    x = torch.arange(100.0)[:, None]
+    for size, length in ((20, 20), (3, 8), (1000, 100)):
+        batch = Stream(x, None, batch_size=8, seed=0, start=0, rank=0, world=1, reference_size=size).batch(5)
+        reference = batch["reference"].flatten().tolist()
+        assert len(reference) == len(set(reference)) == length
+        assert set(batch["x"].flatten().tolist()) <= set(reference)
+
+
+def test_digits_are_split_at_random_with_each_class_in_proportion():
+    data = Digits(labels=True, seed=3)
+    assert (len(data.train_x), len(data.held_out_x), data.shape, data.num_classes) == (1437, 360, (1, 8, 8), 10)
+    assert data.held_out_labels.bincount().min() >= 34
+    assert float(data.train_x.min()) == -1 and float(data.train_x.max()) == 1
+    assert not torch.equal(Digits(seed=3).train_x, Digits(seed=4).train_x)
+    assert Digits().num_classes == 0
+
+
+def test_arrays_of_each_kind_train_in_their_own_units(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (40, 1, 6, 6)).astype(np.uint8)
+    np.savez(tmp_path / "grey.npz", x=grey, labels=np.arange(40) % 4)
+    data = Arrays(tmp_path / "grey.npz", labels=True)
+    assert (data.shape, data.num_classes, data.summary.scale) == ((1, 6, 6), 4, 127.5)
+    volts = 1000 * torch.randn(50, 7) + 5000
+    torch.save({"x": volts}, tmp_path / "volts.pt")
+    data = Arrays(tmp_path / "volts.pt")
+    assert data.summary.sigma_data == pytest.approx(0.5)
+    model = PFGM(TimeMLP((7,), width=8, depth=1), data.summary)
+    x = model.flow.sample(200).x
+    assert 4500 < float(x.mean()) < 5500
+    np.save(tmp_path / "line.npy", np.linspace(0.0, 1.0, 30))
+    assert Arrays(tmp_path / "line.npy").shape == (1,)
+
+
+def save(folder, array, **more):
+    np.savez(folder / "a.npz", x=array, **more)
+    return {"path": folder / "a.npz"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: {"path": d / "none.npy"}, "does not exist"),
+        (lambda d: {"path": d / "a.csv"}, "ending '.csv'"),
+        (lambda d: save(d, np.zeros((0, 3))), "0 samples"),
+        (lambda d: save(d, np.ones((9, 3))), "all 8 samples are equal"),
+        (lambda d: save(d, np.array([[1.0, np.nan]] * 9)), "9 values are NaN"),
+        (lambda d: save(d, np.arange(9)[:, None]), "need value_range"),
+        (lambda d: save(d, np.arange(9)[:, None]) | {"value_range": (0, 5)}, r"0 to 8 leave value_range"),
+        (lambda d: save(d, np.arange(9.0)[:, None]) | {"value_range": (5, 0)}, "value_range"),
+        (lambda d: save(d, np.array([np.zeros(2), np.zeros(3)], dtype=object)), "cannot be read as samples of one shape"),
+        (lambda d: save(d, np.arange(9.0)) | {"labels": True}, "no array 'labels'"),
+        (lambda d: save(d, np.arange(9.0), labels=-np.arange(9)) | {"labels": True}, "labels need one integer >= 0"),
+        (lambda d: save(d, np.arange(9.0)) | {"held_out": 1.5}, "held_out = 1.5"),
+        (lambda d: save(d, np.ones((9, 3), dtype=complex)), "complex"),
+    ],
+)
+def test_bad_data_is_named(make, message, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        Arrays(**make(tmp_path))
+
+
+def test_toys_have_a_size_near_one():
+    for name in ("rings", "gaussians", "swiss_roll", "heart"):
+        data = Toy(name=name, size=500)
+        assert 0.3 < data.summary.sigma_data < 1.0
+        assert data.shape == (2,)
+    with pytest.raises(ValueError, match="name = 'circle'"):
+        Toy(name="circle")
+
+
+def test_networks_made_in_python_load_without_arguments(tmp_path):
+    data = Digits()
+    model = PFGM(UNet((1, 8, 8), width=8), data.summary, D=math.inf, sigma_max=20.0, sigma_data=0.6)
+    trainer = pl.Trainer(max_steps=1, max_epochs=-1, logger=False, enable_progress_bar=False, accelerator="cpu", limit_val_batches=0)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    flow = pfgm.load(tmp_path / "x.ckpt")
+    assert (flow.sigma_max, flow.sigma_data, flow.kernel.D) == (20.0, 0.6, math.inf)
+    again = PFGM.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert torch.equal(again.flow.sample(2).x, flow.sample(2).x)
