@@ -104,7 +104,11 @@ class Evaluation(Callback):
 
 def compare(sets: list[Tensor], reference: Tensor) -> dict[str, list[float]]:
     """Energy and Fréchet distance and nearest-neighbour accuracy of each set to `reference`."""
-    measures = {"energy": metrics.energy_distance, "frechet": metrics.frechet_distance, "1-nn": metrics.nearest_neighbour_accuracy}
+    measures = {
+        "energy": metrics.energy_distance,
+        "frechet": metrics.frechet_distance,
+        "1-nn": metrics.nearest_neighbour_accuracy,
+    }
     return {name: [measure(x, reference) for x in sets] for name, measure in measures.items()}
 
 

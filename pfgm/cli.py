@@ -38,7 +38,9 @@ class TrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, required=True, help="Folder of the run: checkpoints, log, pictures.")
-        parser.add_argument("--init_from", type=str | None, default=None, help="Checkpoint or export whose weights start a new run.")
+        parser.add_argument(
+            "--init_from", type=str | None, default=None, help="Checkpoint or export whose weights start a new run."
+        )
         parser.add_lightning_class_args(SampleGrid, "grid")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
@@ -49,7 +51,9 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.summary", "model.data", apply_on="instantiate")
         parser.link_arguments("data.shape", "model.net.init_args.shape", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.net.init_args.num_classes", apply_on="instantiate")
-        parser.link_arguments("model.loss", "model.net.init_args.extra_channels", lambda loss: loss.extra_channels, apply_on="instantiate")
+        parser.link_arguments(
+            "model.loss", "model.net.init_args.extra_channels", lambda loss: loss.extra_channels, apply_on="instantiate"
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -83,7 +87,11 @@ def check_same_run(checkpoint: dict[str, Any], model: PFGM, data: DataModule, ru
     """ValueError naming what differs, if `checkpoint` was made with another model, loss or data than these."""
     old = {"model": checkpoint["hyper_parameters"], "data": checkpoint[storage.KEY]["data"]}
     before, now = flatten(old), flatten({"model": model.spec["init_args"], "data": data.spec})
-    changes = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    changes = [
+        f"{name}: {before.get(name)} -> {now.get(name)}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
     if changes:
         raise ValueError(
             f"run_dir = {run_dir} holds a run with other settings ({'; '.join(changes)}). Repeat its command to resume it, or "

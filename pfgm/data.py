@@ -29,7 +29,18 @@ and "reference" [L, *shape] if the objective asks for charges."""
 class Stream(IterableDataset):
     """The training batches from step `start` on, without end."""
 
-    def __init__(self, x: Tensor, labels: Tensor | None, *, batch_size: int, seed: int, start: int, rank: int, world: int, reference_size: int):
+    def __init__(
+        self,
+        x: Tensor,
+        labels: Tensor | None,
+        *,
+        batch_size: int,
+        seed: int,
+        start: int,
+        rank: int,
+        world: int,
+        reference_size: int,
+    ):
         self.x, self.labels, self.batch_size, self.seed = x, labels, batch_size, seed
         self.start, self.rank, self.world, self.reference_size = start, rank, world, reference_size
 
@@ -167,7 +178,9 @@ class Digits(DataModule):
     writers, so an ordered split would compare different hands. `labels` trains a class-conditional model.
     """
 
-    def __init__(self, batch_size: int = 128, held_out: float = 0.2, labels: bool = False, mean: float | None = None, seed: int = 0):
+    def __init__(
+        self, batch_size: int = 128, held_out: float = 0.2, labels: bool = False, mean: float | None = None, seed: int = 0
+    ):
         from sklearn.datasets import load_digits
 
         data = load_digits()
@@ -227,8 +240,10 @@ class Arrays(DataModule):
         super().__init__(train, rest, batch_size=batch_size, seed=seed, scale=scale, mean=mean, value_range=value_range)
 
 
-def split(x: Tensor, y: Tensor | None, held_out: float, seed: int) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """Training and held-out samples at random, each class in proportion. ValueError unless 0 < held_out < 1 leaves both some."""
+def split(
+    x: Tensor, y: Tensor | None, held_out: float, seed: int
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """Training and held-out samples at random, each class in proportion. ValueError unless 0 < held_out < 1."""
     from sklearn.model_selection import train_test_split
 
     if not 0 < held_out < 1:
@@ -256,7 +271,9 @@ def read_arrays(path: Path, labels: bool) -> tuple[Tensor, Tensor | None]:
     except (ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"path = {path} cannot be read as samples of one shape: {str(error).partition(chr(10))[0]}") from error
     if y is not None and (y.shape != x.shape[:1] or y.is_floating_point() or (len(y) and int(y.min()) < 0)):
-        raise ValueError(f"path = {path}: labels need one integer >= 0 for each of the {len(x)} samples, got shape {tuple(y.shape)} {y.dtype}")
+        raise ValueError(
+            f"path = {path}: labels need one integer >= 0 for each of {len(x)} samples, got {tuple(y.shape)} {y.dtype}"
+        )
     return (x[:, None] if x.ndim == 1 else x), None if y is None else y.long()
 
 

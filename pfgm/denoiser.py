@@ -25,7 +25,8 @@ class Denoiser(Protocol):
 class PreconditionedDenoiser(Recorded, nn.Module):
     """denoised = c_skip x + c_out net(c_in x, log(level)/4), EDM's preconditioning (arXiv 2206.00364, table 1) for every D.
 
-    `estimated_level` takes the place of sigma, since for small D the noise in x can be hundreds of times sigma.
+    The typical level of `estimated_levels` takes the place of sigma, since for small D the noise in x can be hundreds of times
+    sigma.
     `sigma_data` and `power_std` are those of `DataSummary`; see `Network` for `net`.
     """
 
@@ -40,13 +41,13 @@ class PreconditionedDenoiser(Recorded, nn.Module):
         return torch.promote_types(_parameter_dtype(self.net), torch.float32)
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        level = estimated_level(x, per_sample(sigma, x), self.kernel, self.sigma_data, self.power_std)
+        level, _ = estimated_levels(x, per_sample(sigma, x), self.kernel, self.sigma_data, self.power_std)
         skip, out = preconditioning(level, self.sigma_data)
         return expand(skip, x) * x + expand(out, x) * _call(self.net, x, level, self.sigma_data, label, 0)
 
     def output_scale(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        """c_out [B] at `x` [B, ...] and `sigma`: the size of the error to expect of denoising."""
-        level = estimated_level(x, per_sample(sigma, x), self.kernel, self.sigma_data, self.power_std)
+        """c_out of the RMS level [B] at `x` [B, ...] and `sigma`: the size of y - c_skip x to expect, for the loss."""
+        _, level = estimated_levels(x, per_sample(sigma, x), self.kernel, self.sigma_data, self.power_std)
         return preconditioning(level, self.sigma_data)[1]
 
 
@@ -69,7 +70,7 @@ class FieldDenoiser(Recorded, nn.Module):
     def field(self, x: Tensor, z: float | Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The predicted v_x, like `x` [B, C, ...], and v_z [B]."""
         height, N, C = per_sample(z, x, "z"), x[0].numel(), x.shape[1]
-        level = estimated_level(x, height, self.kernel, self.sigma_data, self.power_std)
+        level, _ = estimated_levels(x, height, self.kernel, self.sigma_data, self.power_std)
         skip, out = preconditioning(level, self.sigma_data)
         factor = -math.sqrt(N) / (math.sqrt(N + 1) * level + self.gamma)
         F = _call(self.net, x, level, self.sigma_data, label, 1)
@@ -81,19 +82,22 @@ class FieldDenoiser(Recorded, nn.Module):
         return denoised_from_field(x, sigma, v_x, v_z, self.gamma)
 
 
-def estimated_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, sigma_data: float, power_std: float) -> Tensor:
-    """The effective noise level to expect at `x` [B, ...], `sigma` [B] when the source is not known: [B] in float64.
+def estimated_levels(
+    x: Tensor, sigma: Tensor, kernel: StudentTKernel, sigma_data: float, power_std: float
+) -> tuple[Tensor, Tensor]:
+    """The effective noise level to expect at `x` [B, ...], `sigma` [B] when the source is not known: typical and RMS, [B] each.
 
-    level² = E[varsigma² | |x|, sigma] = a sigma² + (1-a) E[v | |x|, sigma], a = D/(N+D), for v = |x-y|²/N. The kernel gives the
-    prior of v: v/sigma² is F-distributed with (N, D) degrees of freedom. The sample gives its likelihood: |x|²/N - v is |y|²/N
-    and the cross term 2 (x-y)·y/N, about normal with mean sigma_data² and variance power_std² + 4 sigma_data² v/N.
-    So (y - c_skip x)/c_out(level) has unit mean square at every sigma for every D; level is smooth in x, equals sigma at
-    D = inf, vanishes with sigma, and far away is the level of the hemisphere on which x lies.
+    varsigma² = a sigma² + (1-a) v with a = D/(N+D) and v = |x-y|²/N. The kernel gives the prior of v: v/sigma² is
+    F-distributed with (N, D) degrees of freedom. The sample gives its likelihood: |x|²/N - v is |y|²/N and the cross term
+    2 (x-y)·y/N, about normal with mean sigma_data² and variance power_std² + 4 sigma_data² v/N. The typical level is the
+    geometric mean of varsigma over this posterior of v: of the order of sigma as sigma -> 0, smooth in x, and far away that of
+    the hemisphere on which x lies. The RMS level is larger where the tails of the kernel leave the noise in doubt (D small,
+    sigma small): (y - c_skip x)/c_out of it has unit mean square at every sigma. Both are sigma at D = inf. float64.
     """
     N = x[0].numel()
     a = kernel.level_weight(N)
     if a == 1:
-        return sigma
+        return sigma, sigma
     power, prior = norm(x).square()[:, None] / N, sigma.square()[:, None]
     excess = power - sigma_data**2
     width = (power_std**2 + 4 * sigma_data**2 * excess.clamp(min=0) / N).sqrt().clamp(min=1e-6 * sigma_data**2)
@@ -109,7 +113,8 @@ def estimated_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, sigma_data
     log_density = log_density - (excess - v).square() / (2 * variance) - variance.log() / 2
     step = torch.cat([u[:, 1:2] - u[:, :1], u[:, 2:] - u[:, :-2], u[:, -1:] - u[:, -2:-1]], dim=1)
     weights = step * (log_density - log_density.amax(1, keepdim=True)).exp()
-    return (a * sigma.square() + (1 - a) * (weights * v).sum(1) / weights.sum(1)).sqrt()
+    weights, level2 = weights / weights.sum(1, keepdim=True), a * prior + (1 - a) * v
+    return ((weights * level2.log()).sum(1) / 2).exp(), (weights * level2).sum(1).sqrt()
 
 
 def preconditioning(level: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
@@ -125,7 +130,9 @@ def _call(net: nn.Module, x: Tensor, level: Tensor, sigma_data: float, label: Te
     F = net((expand(c_in, x) * x).to(dtype), (level.log() / 4).to(torch.float32), label)
     expected = (len(x), x.shape[1] + extra, *x.shape[2:])
     if F.shape != expected:
-        raise ValueError(f"net returned shape {tuple(F.shape)} where {expected} is needed; check its shape and extra_channels = {extra}")
+        raise ValueError(
+            f"net returned shape {tuple(F.shape)} where {expected} is needed; check its shape and extra_channels = {extra}"
+        )
     return F.to(x.dtype)
 
 

@@ -37,11 +37,13 @@ def check_output(out: Path, shape: Sequence[int]) -> None:
     `out` is a file .png (grid or scatter plot), .npz or .pt, or a folder of separate PNGs. ValueError or OSError otherwise.
     """
     if out.suffix and out.suffix not in (".png", *ARRAYS):
-        raise ValueError(f"out = {out}: the ending {out.suffix!r} is unknown; use .png, .npz, .pt, or a folder for separate PNGs")
+        raise ValueError(
+            f"out = {out}: the ending {out.suffix!r} is unknown; use .png, .npz, .pt, or a folder for separate PNGs"
+        )
     points = tuple(shape) == (2,) and out.suffix
     if out.suffix not in ARRAYS and not (plot.is_image(shape) or points):
         raise ValueError(f"out = {out}: samples of shape {tuple(shape)} are no images; use a file ending in .npz or .pt")
-    if out.suffix and out.is_dir() or not out.suffix and out.is_file():
+    if (out.suffix and out.is_dir()) or (not out.suffix and out.is_file()):
         raise ValueError(f"out = {out} is a {'folder' if out.is_dir() else 'file'}; choose another name")
     folder = out.parent if out.suffix else out
     try:
@@ -65,7 +67,8 @@ def write_samples(
             if out.suffix == ".pt":
                 torch.save(arrays, temporary)
             else:
-                np.savez(temporary, **{name: tensor.numpy() for name, tensor in arrays.items()})
+                numbers: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
+                np.savez(temporary, **numbers)
     else:
         for (seed, index), image in zip(pairs, plot.to_bytes(samples.x, value_range), strict=True):
             plot.save_image(out / f"{seed:06d}-{index:06d}.png", image)
@@ -139,7 +142,9 @@ def draw_trajectory(
     few = pairs[: 8 if image else 200]
     sampler = flow.sampler(**options)
     states, sigma = sampler.trajectory(few, 12 if image else 120, None if label is None else label[: len(few)])
-    states = torch.cat([flow.to_user(states.flatten(0, 1)).unflatten(0, states.shape[:2]), samples.x[None, : len(few)].double()])
+    states = torch.cat(
+        [flow.to_user(states.flatten(0, 1)).unflatten(0, states.shape[:2]), samples.x[None, : len(few)].double()]
+    )
     if image:
         plot.save_strip(path, states, flow.value_range)
     else:
@@ -150,7 +155,7 @@ def draw_trajectory(
 def check_trajectory(path: Path, shape: Sequence[int]) -> None:
     """ValueError unless `path` is a .png for samples whose way can be drawn."""
     if path.suffix != ".png" or not (plot.is_image(shape) or tuple(shape) == (2,)):
-        raise ValueError(f"trajectory = {path}: it is a .png, for images (1 or 3, H, W) or points (2,); the samples have shape {tuple(shape)}")
+        raise ValueError(f"trajectory = {path}: it is a .png, for images (1 or 3, H, W) or points (2,), not for {tuple(shape)}")
     check_output(path, shape)
 
 

@@ -27,9 +27,7 @@ TINY = 1e-30
 """Keeps logarithms and quotients of norms finite in float64."""
 
 
-def posterior_mean(
-    x: Tensor, sigma: float | Tensor, charges: Tensor, D: float, weights: Tensor | None = None
-) -> Tensor:
+def posterior_mean(x: Tensor, sigma: float | Tensor, charges: Tensor, D: float, weights: Tensor | None = None) -> Tensor:
     """The exact denoiser of a finite data set: E[y | x, sigma], like `x` [B, ...].
 
     `charges` [L, ...] are the data, `weights` [L] >= 0 their probabilities up to a factor (default: equal), `sigma` > 0 a

@@ -116,7 +116,13 @@ class PoissonFlow(nn.Module):
         return self.draw(seed_pairs(n, seed, seeds), labels=labels, batch_size=batch_size, progress=progress, **options)
 
     def draw(
-        self, pairs: Sequence[tuple[int, int]], *, labels: Any = None, batch_size: int = 256, progress: bool = False, **options: Any
+        self,
+        pairs: Sequence[tuple[int, int]],
+        *,
+        labels: Any = None,
+        batch_size: int = 256,
+        progress: bool = False,
+        **options: Any,
     ) -> Samples:
         """One sample for each (seed, index) of `pairs`; the other arguments are those of `sample`."""
         sampler, label = self.sampler(**options), self.check_labels(labels, len(pairs))
@@ -157,9 +163,9 @@ class PoissonFlow(nn.Module):
         if not self.num_classes:
             raise ValueError(f"labels = {labels}: this model was trained without labels; leave labels out")
         label = torch.as_tensor(labels, device=self.mean.device)
-        if label.is_floating_point() or label.numel() and not bool(((label >= 0) & (label < self.num_classes)).all()):
+        if label.is_floating_point() or (label.numel() and not bool(((label >= 0) & (label < self.num_classes)).all())):
             raise ValueError(f"labels = {labels}: this model's labels are the integers 0..{self.num_classes - 1}")
-        if label.ndim > 1 or label.ndim == 1 and len(label) != n:
+        if label.ndim > 1 or (label.ndim == 1 and len(label) != n):
             raise ValueError(f"labels has shape {tuple(label.shape)}; give one label, or one for each of the {n} samples")
         return label.long().expand(n)
 
@@ -168,9 +174,7 @@ class PoissonFlow(nn.Module):
         storage.write_export(folder, self.config, self.state_dict())
 
 
-def load(
-    path: str | Path, device: str | torch.device = "cpu", ema: bool = True, trust: Sequence[str] = ()
-) -> PoissonFlow:
+def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True, trust: Sequence[str] = ()) -> PoissonFlow:
     """The flow of a checkpoint (`.ckpt`) or of a folder written by `save_pretrained`, in eval mode on `device`.
 
     `ema` takes the averaged weights of a checkpoint, otherwise the raw ones. No code of the file is run; networks from other
@@ -190,5 +194,7 @@ def load(
     try:
         flow.load_state_dict(state)
     except RuntimeError as error:
-        raise storage.CheckpointError(f"{path}: the weights do not match the network that the file describes: {error}") from error
+        raise storage.CheckpointError(
+            f"{path}: the weights do not match the network that the file describes: {error}"
+        ) from error
     return flow.to(device).eval()

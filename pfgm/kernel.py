@@ -77,7 +77,7 @@ class StudentTKernel:
         return y + expand(per_sample(sigma, y), y) * self.direction(y.shape, generator, like=y)
 
     def log_prob(self, x: Tensor, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """log p(x | y, sigma) in nats, [B] in float64, for `x`, `y` [B, ...] (or broadcasting to it) and `sigma` float or [B]."""
+        """log p(x | y, sigma) in nats, [B] in float64, for `x`, `y` [B, ...] and `sigma` float or [B]."""
         difference = x.double() - y.double()
         N = difference[0].numel()
         s = per_sample(sigma, difference)

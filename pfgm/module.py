@@ -13,7 +13,7 @@ from pfgm import rng, storage
 from pfgm.flow import PoissonFlow
 from pfgm.kernel import check_dimensions
 from pfgm.loss import DenoisingLoss, Loss
-from pfgm.noise import DataSummary, recommended_sigma_min
+from pfgm.noise import DataSummary, PoissonFlowNoise, recommended_sigma_min
 from pfgm.spec import Recorded, build
 
 TRAINING, VALIDATION = 2, 3
@@ -51,18 +51,23 @@ class PFGM(Recorded, pl.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        net, data, loss = _made(net), _made(data), _made(loss) or DenoisingLoss()
+        net, data = _made(net), _made(data)
+        self.loss: Loss = _made(loss) or DenoisingLoss()
         D = self._arguments["D"] = check_dimensions(D)  # "inf" and "Infinity" come as text from a command line
         if not 0 < lr < math.inf or warmup_steps < 0:
             raise ValueError(f"lr = {lr}, warmup_steps = {warmup_steps}: lr must be positive and finite, warmup_steps >= 0")
-        given = {name: value for name, value in (("sigma_data", sigma_data), ("norm", data_norm)) if value is not None}
-        self.data, self.loss, self.lr, self.warmup_steps, self.seed = dataclasses.replace(data, **given), loss, lr, warmup_steps, seed
+        self.data = dataclasses.replace(
+            data,
+            sigma_data=data.sigma_data if sigma_data is None else sigma_data,
+            norm=data.norm if data_norm is None else data_norm,
+        )
+        self.lr, self.warmup_steps, self.seed = lr, warmup_steps, seed
         self.flow = PoissonFlow(
-            loss.make_denoiser(net, D, self.data),
+            self.loss.make_denoiser(net, D, self.data),
             D,
             shape=data.shape,
             sigma_min=recommended_sigma_min(self.data.sigma_data) if sigma_min is None else sigma_min,
-            sigma_max=loss.recommended_sigma_max(self.data) if sigma_max is None else sigma_max,
+            sigma_max=self.loss.recommended_sigma_max(self.data) if sigma_max is None else sigma_max,
             sigma_data=self.data.sigma_data,
             mean=data.mean,
             scale=data.scale,
@@ -82,7 +87,7 @@ class PFGM(Recorded, pl.LightningModule):
         flow, data, noise = self.flow, self.data, getattr(self.loss, "noise", None)
         text = f"D = {flow.kernel.D:g}, N = {math.prod(flow.shape)}, scale {data.scale:.4g}, sigma_data {data.sigma_data:.4g}, "
         text += f"data norm {data.norm:.4g}, sigma {flow.sigma_min:.4g} .. {flow.sigma_max:.4g}"
-        if hasattr(noise, "exponent"):
+        if isinstance(noise, PoissonFlowNoise):
             text += f", M = {noise.exponent(data.norm, math.prod(flow.shape)):.1f}"
         pl.utilities.rank_zero_info(text)
 
@@ -91,8 +96,8 @@ class PFGM(Recorded, pl.LightningModule):
         loss = self._loss(batch, TRAINING).mean()
         if not bool(torch.isfinite(loss)):
             raise NonFiniteLoss(
-                f"the training loss is {float(loss)} at step {self.global_step}; the last checkpoint was written before it and is "
-                "kept. A lower model.lr, a longer model.warmup_steps or trainer.precision=32 usually helps"
+                f"the training loss is {float(loss)} at step {self.global_step}; the last checkpoint was written before it and "
+                "is kept. A lower model.lr, a longer model.warmup_steps or trainer.precision=32 usually helps"
             )
         self.log("train_loss", loss)
         return loss

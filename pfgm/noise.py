@@ -88,7 +88,7 @@ def recommended_sigma_min(sigma_data: float) -> float:
 
 
 class LogNormal(Recorded):
-    """log(sigma / sigma_data) ~ N(mean, std²). EDM (arXiv 2206.00364) has P_mean = -1.2 at sigma_data = .5, that is mean = -.5."""
+    """log(sigma / sigma_data) ~ N(mean, std²). EDM (arXiv 2206.00364) has -1.2 at sigma_data = .5, that is mean = -.5."""
 
     def __init__(self, mean: float = -0.5, std: float = 1.2):
         _check_finite("mean", mean)

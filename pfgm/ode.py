@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "rk4")
 METHODS = ADAPTIVE + FIXED
@@ -99,7 +98,9 @@ class Solver:
         _check_name("coordinates", self.coordinates, tuple(COORDINATES))
         if self.method in ADAPTIVE:
             if self.steps is not None:
-                raise ValueError(f"steps = {self.steps}: {self.method} chooses its own steps; give rtol and atol, or one of {FIXED}")
+                raise ValueError(
+                    f"steps = {self.steps}: {self.method} chooses its own steps; give rtol and atol, or one of {FIXED}"
+                )
             for name, value in (("rtol", self.rtol), ("atol", self.atol)):
                 if value is not None and not 0 < value < math.inf:
                     raise ValueError(f"{name} = {value} must be a positive finite number")
@@ -107,7 +108,9 @@ class Solver:
             if self.steps is None or self.steps < 1:
                 raise ValueError(f"steps = {self.steps}: the fixed method {self.method} needs a number of steps >= 1")
             if self.rtol is not None or self.atol is not None:
-                raise ValueError(f"rtol = {self.rtol}, atol = {self.atol}: {self.method} has fixed steps; give steps, or one of {ADAPTIVE}")
+                raise ValueError(
+                    f"rtol = {self.rtol}, atol = {self.atol}: {self.method} has fixed steps; give steps, or one of {ADAPTIVE}"
+                )
 
     def options(self, like: Tensor) -> dict[str, Any]:
         """What torchdiffeq.odeint has to be told."""
@@ -117,7 +120,11 @@ class Solver:
         # Adaptive methods would step past the end and interpolate, that is ask the network for levels out of range: step_t.
         end = torch.ones(1, dtype=torch.float64, device=like.device)
         options = {"norm": worst_sample, "first_step": FIRST_STEP, "step_t": end, "max_num_steps": MAX_STEPS}
-        return {"rtol": RTOL if self.rtol is None else self.rtol, "atol": ATOL if self.atol is None else self.atol, "options": options}
+        return {
+            "rtol": RTOL if self.rtol is None else self.rtol,
+            "atol": ATOL if self.atol is None else self.atol,
+            "options": options,
+        }
 
 
 class CountedDenoiser:
@@ -147,8 +154,8 @@ class CountedDenoiser:
         if not bool(torch.isfinite(denoised).all()):
             bad = int((~torch.isfinite(denoised).flatten(1).all(1)).sum())
             raise SolverError(
-                f"the denoiser returned NaN or infinity for {bad} of {len(x)} samples at level {float(level):.4g} (call {self.calls}); "
-                "its weights may have diverged in training, or its dtype may be too narrow: try float32"
+                f"the denoiser returned NaN or infinity for {bad} of {len(x)} samples at level {float(level):.4g} "
+                f"(call {self.calls}); its weights may have diverged in training, or its dtype may be too narrow: try float32"
             )
         if self.on_call is not None:
             self.on_call(self.calls, float(level))
@@ -188,7 +195,8 @@ def solve(
         states = odeint(right_hand_side, x.double() / path.radius(levels[0]), t, method=solver.method, **solver.options(x))
     except AssertionError as error:
         raise SolverError(
-            f"{solver.method} could not meet its tolerance after {denoise.calls} calls ({error}); raise rtol and atol, or use a fixed method"
+            f"{solver.method} could not meet its tolerance after {denoise.calls} calls ({error}); "
+            "raise rtol and atol, or use a fixed method"
         ) from error
     return states * path.radius(levels).reshape(-1, *[1] * x.ndim), levels
 

@@ -61,7 +61,10 @@ def save_samples(path: Path, x: Tensor, value_range: ValueRange = None) -> None:
     elif x.shape[1:] == (2,):
         save_scatter(path, x)
     else:
-        raise ValueError(f"no picture for samples of shape {tuple(x.shape[1:])}: it takes images (1 or 3, H, W) or points (2,); write .npz or .pt")
+        raise ValueError(
+            f"no picture for samples of shape {tuple(x.shape[1:])}: "
+            "it takes images (1 or 3, H, W) or points (2,); write .npz or .pt"
+        )
 
 
 def save_strip(path: Path, states: Tensor, value_range: ValueRange = None) -> None:

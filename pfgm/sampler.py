@@ -141,9 +141,7 @@ class Sampler:
         return Latent(top / self.sigma_max, self.sigma_max, "plane")
 
     @torch.no_grad()
-    def integrate(
-        self, x: Tensor, sigma_from: float, sigma_to: float, labels: Tensor | Sequence[int] | None = None
-    ) -> Tensor:
+    def integrate(self, x: Tensor, sigma_from: float, sigma_to: float, labels: Tensor | Sequence[int] | None = None) -> Tensor:
         """The flow's map from the plane sigma_from to the plane sigma_to, in either direction: like `x` [n, ...]."""
         for name, sigma in (("sigma_from", sigma_from), ("sigma_to", sigma_to)):
             if not 0 < sigma < math.inf:
@@ -201,4 +199,6 @@ def seed_pairs(n: int | None = None, seed: int = 0, seeds: Sequence[int] | None 
 def check_levels(sigma_min: float, sigma_max: float) -> None:
     """ValueError unless 0 < sigma_min < sigma_max < inf."""
     if not 0 < sigma_min < sigma_max < math.inf:
-        raise ValueError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: noise levels must be finite, 0 < sigma_min < sigma_max")
+        raise ValueError(
+            f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: noise levels must be finite, 0 < sigma_min < sigma_max"
+        )

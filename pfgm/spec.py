@@ -66,7 +66,9 @@ def build(spec: Mapping[str, Any], trust: Sequence[str] = ()) -> Any:
     try:
         return class_(**arguments)
     except TypeError as error:
-        raise ValueError(f"{spec['class_path']} cannot be made from the stored arguments {sorted(arguments)}: {error}") from error
+        raise ValueError(
+            f"{spec['class_path']} cannot be made from the stored arguments {sorted(arguments)}: {error}"
+        ) from error
 
 
 def _build_nested(value: Any, trust: Sequence[str]) -> Any:
@@ -78,7 +80,8 @@ def _find_class(class_path: str, trust: Sequence[str]) -> type:
     own = module_name.partition(".")[0] == PACKAGE
     if not own and not any(module_name == t or module_name.startswith(t + ".") for t in trust):
         raise ValueError(
-            f"class_path {class_path!r} is outside {PACKAGE}; if you trust the file's author and that code, pass trust=[{module_name!r}]"
+            f"class_path {class_path!r} is outside {PACKAGE}; "
+            f"if you trust the file's author and that code, pass trust=[{module_name!r}]"
         )
     try:
         class_ = getattr(importlib.import_module(module_name), name)

@@ -46,9 +46,13 @@ def check_seal(checkpoint: Mapping[str, Any], path: object = "the checkpoint") -
     """CheckpointError unless `checkpoint` was sealed by this package in this format and its weights are unchanged."""
     part = checkpoint.get(KEY)
     if not isinstance(part, Mapping) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} is not a checkpoint of this package; give a .ckpt written by train.py or an exported folder")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this package; give a .ckpt written by train.py or an exported folder"
+        )
     if part.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {part.get('format')!r}, this version reads {FORMAT}; install the version that wrote it")
+        raise CheckpointError(
+            f"{path} has format {part.get('format')!r}, this version reads {FORMAT}; install the version that wrote it"
+        )
     if part.get("digest") != digest(*_states(checkpoint)):
         raise CheckpointError(f"{path} has been altered: its weights do not have the digest stored with them; use another copy")
 
@@ -62,8 +66,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist; give a .ckpt file or an exported folder")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: truncated, altered or not a checkpoint ({_first_line(error)})") from error
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        zipfile.BadZipFile,
+        OSError,
+        ValueError,
+        KeyError,
+        UnicodeDecodeError,
+    ) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: truncated, altered or not a checkpoint ({_first_line(error)})"
+        ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint of this package")
     check_seal(checkpoint, path)

@@ -1,5 +1,6 @@
 """The exact denoisers against quadrature and against the kernel."""
 
+import itertools
 import math
 
 import numpy as np
@@ -17,7 +18,16 @@ F64 = torch.float64
 def posterior_by_quadrature(density, x, sigma, D):
     """E[y | x] in one dimension, from the data density and the kernel."""
     kernel = stats.t(D, scale=sigma) if math.isfinite(D) else stats.norm(scale=sigma)
-    moments = [integrate.quad(lambda y, k=k: y**k * density(y) * kernel.pdf(x - y), -12, 12, points=(0, x - 3 * sigma, x, x + 3 * sigma), limit=5000)[0] for k in (0, 1)]
+    moments = [
+        integrate.quad(
+            lambda y, k=k: y**k * density(y) * kernel.pdf(x - y),
+            -12,
+            12,
+            points=(0, x - 3 * sigma, x, x + 3 * sigma),
+            limit=5000,
+        )[0]
+        for k in (0, 1)
+    ]
     return moments[1] / moments[0]
 
 
@@ -34,7 +44,7 @@ def test_gaussian_blob_approaches_the_closed_form_as_one_over_D():
     exact = GaussianBlob(0.7)(x, 0.5)
     assert torch.allclose(exact, x * 0.49 / (0.49 + 0.25), rtol=1e-14)
     errors = [float((GaussianBlob(0.7, D)(x, 0.5) - exact).norm()) for D in (1e4, 2e4, 4e4, 8e4)]
-    assert [a / b for a, b in zip(errors, errors[1:], strict=False)] == pytest.approx([2, 2, 2], abs=0.01)
+    assert [a / b for a, b in itertools.pairwise(errors)] == pytest.approx([2, 2, 2], abs=0.01)
 
 
 def test_gaussian_blob_is_finite_far_out_and_for_huge_D():

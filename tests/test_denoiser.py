@@ -9,7 +9,7 @@ from scipy import stats
 from torch import nn
 
 from pfgm import rng
-from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser, estimated_level
+from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser, estimated_levels
 from pfgm.field import field_from_displacement, normalized_field, posterior_mean
 from pfgm.kernel import StudentTKernel, norm
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
@@ -43,36 +43,40 @@ def test_preconditioning_is_edms_at_infinite_D():
 
 @pytest.mark.parametrize("D", [0.5, 1.0, 4.0, 128.0])
 @pytest.mark.parametrize("sigma", [0.01, 0.3, 5.0])
-def test_level_estimate_is_the_posterior_mean(D, sigma):
-    """E[varsigma² | |x|, sigma] by scipy: an F prior of |x-y|²/(N sigma²), a normal likelihood of |x|²/N."""
+def test_level_estimates_are_the_posteriors_means(D, sigma):
+    """Over the posterior of the noise by scipy: an F prior of |x-y|²/(N sigma²), a normal likelihood of |x|²/N."""
     N, s2, power_std = 64, 0.25, 0.06
     x = StudentTKernel(D).sample(0.5 * torch.randn(20, N, dtype=F64), sigma, rng.generator(1))
-    mine = estimated_level(x, torch.full((20,), sigma, dtype=F64), StudentTKernel(D), 0.5, power_std)
+    typical, rms = estimated_levels(x, torch.full((20,), sigma, dtype=F64), StudentTKernel(D), 0.5, power_std)
     power = x.square().mean(1).numpy()
     near = np.linspace(-8, 8, 4001)[None] * np.sqrt(power_std**2 + 4 * s2 * power[:, None] / N) + power[:, None] - s2
     wide = np.exp(np.linspace(np.log(sigma**2) - 12, np.log(sigma**2) + 24, 20001))[None].repeat(20, 0)
     v = np.sort(np.concatenate([wide, np.maximum(near, 1e-9)], axis=1), axis=1)
     spread = np.sqrt(power_std**2 + 4 * s2 * v / N)
     w = stats.f(N, D).pdf(v / sigma**2) * stats.norm(v + s2, spread).pdf(power[:, None])
-    mean = np.trapezoid(w * v, v, axis=1) / np.trapezoid(w, v, axis=1)
-    assert mine.numpy() == pytest.approx(np.sqrt((D * sigma**2 + N * mean) / (N + D)), rel=3e-3)
+    level2, mass = (D * sigma**2 + N * v) / (N + D), np.trapezoid(w, v, axis=1)
+    assert rms.numpy() == pytest.approx(np.sqrt(np.trapezoid(w * level2, v, axis=1) / mass), rel=3e-3)
+    assert typical.numpy() == pytest.approx(np.exp(np.trapezoid(w * np.log(level2), v, axis=1) / mass / 2), rel=3e-3)
 
 
 @pytest.mark.parametrize("D", [0.5, 1.0, 4.0, 128.0])
 def test_level_estimate_vanishes_with_sigma_and_is_the_hemisphere_far_away(D):
     kernel = StudentTKernel(D)
     images = 0.5 * torch.randn(50, 64, dtype=F64)
-    levels = [estimated_level(images, torch.full((50,), s, dtype=F64), kernel, 0.5, 0.06).max() for s in (1e-2, 1e-4, 1e-6)]
-    assert levels[0] > 3 * levels[1] > 9 * levels[2]
+    for s in (1e-3, 1e-5):
+        typical, rms = estimated_levels(images, torch.full((50,), s, dtype=F64), kernel, 0.5, 0.06)
+        assert 0.1 * s < float(typical.median()) < 6 * s
+        assert float(rms.median()) < 20 * s ** min(1.0, 0.5 + D / 4)
     far = kernel.sample(torch.zeros(50, 64, dtype=F64), 40.0, rng.generator(1))
     sigma = torch.full((50,), 40.0, dtype=F64)
-    assert torch.allclose(estimated_level(far, sigma, kernel, 0.5, 0.06), kernel.effective_level(norm(far), sigma, 64), rtol=0.01)
-    assert bool(torch.isfinite(estimated_level(1e12 * images, sigma, kernel, 0.5, 0.06)).all())
+    for level in estimated_levels(far, sigma, kernel, 0.5, 0.06):
+        assert torch.allclose(level, kernel.effective_level(norm(far), sigma, 64), rtol=0.01)
+    assert all(bool(torch.isfinite(level).all()) for level in estimated_levels(1e12 * images, sigma, kernel, 0.5, 0.06))
 
 
 def test_level_estimate_is_sigma_at_infinite_D():
     sigma = torch.tensor([0.01, 3.0], dtype=F64)
-    assert torch.equal(estimated_level(torch.randn(2, 8), sigma, StudentTKernel(math.inf), 0.5, 0.06), sigma)
+    assert torch.equal(estimated_levels(torch.randn(2, 8), sigma, StudentTKernel(math.inf), 0.5, 0.06)[0], sigma)
 
 
 @pytest.mark.parametrize("z", [0.01, 1.0, 30.0])
@@ -117,7 +121,7 @@ def test_loss_weighs_each_sample_by_its_own_level(D):
     g = rng.generator(5)
     sigma = loss.noise.sample(y, 0.5, g)
     x = StudentTKernel(D).sample(y, sigma, g)
-    level2 = estimated_level(x, sigma, StudentTKernel(D), 0.5, 0.03).square()
+    level2 = estimated_levels(x, sigma, StudentTKernel(D), 0.5, 0.03)[1].square()
     expected = (denoiser(x, sigma) - y).square().mean(1) * (level2 + 0.25) / (level2 * 0.25)
     assert torch.allclose(loss(denoiser, y, data=data, generator=rng.generator(5)), expected, rtol=1e-10)
 

@@ -1,5 +1,6 @@
 """The field against physics (Gauss, no curl, closed forms) and against the direct sum."""
 
+import itertools
 import math
 
 import pytest
@@ -40,7 +41,11 @@ def derivatives(D, weights=None):
         E_x, E_r = poisson_field(point[None, :3], point[3:], CHARGES, D, weights)
         return torch.cat([E_x[0], E_r])
 
-    return points, torch.stack([field(p) for p in points]), torch.stack([torch.autograd.functional.jacobian(field, p) for p in points])
+    return (
+        points,
+        torch.stack([field(p) for p in points]),
+        torch.stack([torch.autograd.functional.jacobian(field, p) for p in points]),
+    )
 
 
 @pytest.mark.parametrize("D", [0.5, 1, 3.5, 64])
@@ -60,7 +65,11 @@ def test_flux_through_a_circle_is_two_pi_per_unit_charge():
     upper = normal[:, 1] > 1e-9
     E_x, E_r = poisson_field(2 * normal[upper][:, :1], 2 * normal[upper][:, 1], charges, 1, weights)
     flux = 2 * (2 * math.pi * 2 / 4000) * (E_x[:, 0] * normal[upper][:, 0] + E_r * normal[upper][:, 1]).sum()  # both halves
-    on_axis = 2 * (2 * math.pi / 4000) * sum(float(poisson_field(torch.tensor([[s * 2.0]], dtype=F64), 1e-9, charges, 1, weights)[0]) * s for s in (1, -1))
+    on_axis = (
+        2
+        * (2 * math.pi / 4000)
+        * sum(float(poisson_field(torch.tensor([[s * 2.0]], dtype=F64), 1e-9, charges, 1, weights)[0]) * s for s in (1, -1))
+    )
     assert float(flux + on_axis) == pytest.approx(0.25 * 2 * math.pi, rel=1e-9)
 
 
@@ -80,7 +89,7 @@ def test_far_field_is_that_of_one_charge_with_error_of_second_order(D):
         x = distance * torch.nn.functional.normalize(torch.ones(1, 3, dtype=F64)) + centre
         many, one = poisson_field(x, distance, CHARGES, D)[0], poisson_field(x, distance, centre, D)[0]
         errors.append(float((many - one).norm() / one.norm()))
-    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert slopes == pytest.approx([2, 2], abs=0.1)
 
 

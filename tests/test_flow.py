@@ -17,13 +17,16 @@ from pfgm.flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
 from pfgm.spec import build
 
-
 FAST = {"method": "midpoint", "steps": 4}
 
 
 def make_flow(D=128.0, shape=(1, 8, 8), classes=0, std=0.05, **options):
     torch.manual_seed(0)
-    net = UNet(shape, classes, int(D == 1), width=8) if len(shape) == 3 else TimeMLP(shape, classes, int(D == 1), width=8, depth=1)
+    net = (
+        UNet(shape, classes, int(D == 1), width=8)
+        if len(shape) == 3
+        else TimeMLP(shape, classes, int(D == 1), width=8, depth=1)
+    )
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=std)
     denoiser = FieldDenoiser(net, 5.0, 0.5, 0.06) if D == 1 else PreconditionedDenoiser(net, D, 0.5, 0.06)
@@ -177,7 +180,9 @@ def test_drawing_writes_what_was_asked_for(export, tmp_path, capsys):
         expected = pfgm.load(export).sample(3, seed=7, method="midpoint", steps=3, labels=[0, 1, 2]).x
         assert np.allclose(arrays["x"], expected.numpy(), atol=1e-6)
     assert "3 samples in 7 network calls" in capsys.readouterr().out
-    draw.main([export, "--seeds=1,4-5", "--out", f"{out}/x.pt", "--batch_size=2", "--method=midpoint", "--steps=3", "--dtype=float64"])
+    draw.main(
+        [export, "--seeds=1,4-5", "--out", f"{out}/x.pt", "--batch_size=2", "--method=midpoint", "--steps=3", "--dtype=float64"]
+    )
     assert torch.load(f"{out}/x.pt")["seeds"].tolist() == [[1, 0], [4, 0], [5, 0]]
     draw.main([export, "--n=2", "--out", f"{out}/folder", "--method=euler", "--steps=3"])
     assert sorted(os.listdir(f"{out}/folder")) == ["000000-000000.png", "000000-000001.png"]
@@ -216,7 +221,8 @@ def test_a_missing_checkpoint_ends_in_one_line():
 
 def test_the_sampling_path_stays_light():
     """Importing it and loading leaves Lightning, torchvision, scikit-learn and matplotlib unimported."""
-    code = "import sys, pfgm, pfgm.draw; pfgm.load; print([m for m in ('pytorch_lightning', 'lightning', 'torchvision', 'sklearn', 'matplotlib', 'torchdiffeq') if m in sys.modules])"
+    heavy = ("pytorch_lightning", "lightning", "torchvision", "sklearn", "matplotlib", "torchdiffeq")
+    code = f"import sys, pfgm, pfgm.draw; pfgm.load; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -58,7 +58,9 @@ def test_stream_function_is_constant_along_lines():
 
 
 @pytest.mark.parametrize("denoiser", [CauchyBlob(0.4), GaussianBlob(0.4)])
-@pytest.mark.parametrize(("method", "order", "start"), [("euler", 1, 64), ("midpoint", 2, 64), ("heun2", 2, 64), ("rk4", 4, 16)])
+@pytest.mark.parametrize(
+    ("method", "order", "start"), [("euler", 1, 64), ("midpoint", 2, 64), ("heun2", 2, 64), ("rk4", 4, 16)]
+)
 def test_fixed_methods_converge_at_their_order(method, order, start, denoiser):
     """sigma_data differs from the blob's scale, so that the right-hand side is not trivial."""
     x = torch.ones(1, 2, dtype=F64)
@@ -116,7 +118,11 @@ def test_calls_are_counted_exactly_and_include_the_last_denoising():
         count += 1
         return 0.5 * x
 
-    for options, calls in (({"method": "euler", "steps": 7}, 8), ({"method": "midpoint", "steps": 4}, 9), ({"method": "rk4", "steps": 2}, 9)):
+    for options, calls in (
+        ({"method": "euler", "steps": 7}, 8),
+        ({"method": "midpoint", "steps": 4}, 9),
+        ({"method": "rk4", "steps": 2}, 9),
+    ):
         count = 0
         assert sampler(denoiser, **options).sample(3).calls == count == calls
     count, seen = 0, []
@@ -133,7 +139,9 @@ def test_adaptive_methods_bound_the_worst_sample():
     y = torch.tensor([[-0.5], [0.5]], dtype=F64)
     x = torch.full((400, 1), 30.0, dtype=F64)
     x[0] = 0.02
-    loose = sampler(EmpiricalDenoiser(y, math.inf), StudentTKernel(math.inf), (1,), rtol=1e-4, atol=1e-4).integrate(x, 40.0, 0.05)
+    loose = sampler(EmpiricalDenoiser(y, math.inf), StudentTKernel(math.inf), (1,), rtol=1e-4, atol=1e-4).integrate(
+        x, 40.0, 0.05
+    )
     exact = sampler(EmpiricalDenoiser(y, math.inf), StudentTKernel(math.inf), (1,), **TIGHT).integrate(x[:1], 40.0, 0.05)
     assert float((loose[0] - exact[0]).abs()) < 2e-3
 
@@ -243,7 +251,13 @@ def test_bad_settings_are_named_before_any_call(options, message):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({}, "either a number"), ({"n": 2, "seeds": [1]}, "either"), ({"n": -1}, "n has the value -1"), ({"n": 1, "seed": -2}, "seed has"), ({"seeds": [1, -3]}, "-3")],
+    [
+        ({}, "either a number"),
+        ({"n": 2, "seeds": [1]}, "either"),
+        ({"n": -1}, "n has the value -1"),
+        ({"n": 1, "seed": -2}, "seed has"),
+        ({"seeds": [1, -3]}, "-3"),
+    ],
 )
 def test_bad_numbers_and_seeds_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -69,7 +69,10 @@ def test_resuming_equals_not_stopping(stop, tmp_path):
     for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
         assert same_tensors(a[part], b[part]), part
     assert a["global_step"] == b["global_step"] == 12
-    logs = [[(r["step"], r["train_loss"], r["val_loss"]) for r in csv.DictReader((tmp_path / x / "metrics.csv").open())] for x in "ab"]
+    logs = [
+        [(r["step"], r["train_loss"], r["val_loss"]) for r in csv.DictReader((tmp_path / x / "metrics.csv").open())]
+        for x in "ab"
+    ]
     assert logs[0] == logs[1]
 
 
@@ -109,7 +112,9 @@ def test_checkpoints_hold_the_average_and_the_raw_weights(tmp_path):
 
     callbacks = [EMA(0.5), Record(), LastCheckpoint()]
     settings = {"max_epochs": -1, "max_steps": 6, "logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    pl.Trainer(**settings, callbacks=callbacks, default_root_dir=tmp_path, accelerator="cpu", enable_model_summary=False).fit(model, data)
+    pl.Trainer(**settings, callbacks=callbacks, default_root_dir=tmp_path, accelerator="cpu", enable_model_summary=False).fit(
+        model, data
+    )
     average = dict(raws[0])
     for n, raw in enumerate(raws[1:], 1):
         decay = min(0.5, (1 + n) / (10 + n))
@@ -142,17 +147,31 @@ def test_resuming_with_other_settings_is_refused_and_names_them(tmp_path):
 
 def test_a_run_starts_from_other_weights(tmp_path):
     old = fit(tmp_path / "old", "--trainer.max_steps=3").model.flow.denoiser.state_dict()
-    new = fit(tmp_path / "new", "--trainer.max_steps=1", "--model.lr=1e-12", "--init_from", str(tmp_path / "old" / "checkpoints" / "last.ckpt"))
+    new = fit(
+        tmp_path / "new",
+        "--trainer.max_steps=1",
+        "--model.lr=1e-12",
+        "--init_from",
+        str(tmp_path / "old" / "checkpoints" / "last.ckpt"),
+    )
     assert all(torch.allclose(value, old[name]) for name, value in new.model.flow.denoiser.state_dict().items())
     with pytest.raises(ValueError, match="init_from"):
-        fit(tmp_path / "c", "--trainer.max_steps=1", "--model.net.init_args.width=8", "--init_from", str(tmp_path / "old" / "checkpoints" / "last.ckpt"))
+        fit(
+            tmp_path / "c",
+            "--trainer.max_steps=1",
+            "--model.net.init_args.width=8",
+            "--init_from",
+            str(tmp_path / "old" / "checkpoints" / "last.ckpt"),
+        )
 
 
 def test_training_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     fit(tmp_path, "--trainer.max_steps=2")
     before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
     whole = PFGM._loss
-    monkeypatch.setattr(PFGM, "_loss", lambda self, batch, stream: whole(self, batch, stream) * (math.nan if self.global_step == 3 else 1))
+    monkeypatch.setattr(
+        PFGM, "_loss", lambda self, batch, stream: whole(self, batch, stream) * (math.nan if self.global_step == 3 else 1)
+    )
     with pytest.raises(NonFiniteLoss, match="nan at step 3"):
         fit(tmp_path, "--trainer.max_steps=6")
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
@@ -184,8 +203,8 @@ def test_evaluation_prints_its_table(tmp_path, capsys):
 def test_infinite_D_may_be_written_in_each_usual_way(text, tmp_path):
     base = ["--config", str(ROOT / "configs" / "digits_pfgmpp.yaml"), *SMALL, f"--model.D={text}"]
     trained = fit(tmp_path, "--trainer.max_steps=1", "--model.net.init_args.width=8", base=base)
-    assert trained.model.flow.kernel.D == math.inf
-    assert pfgm.load(tmp_path / "checkpoints" / "last.ckpt").kernel.D == math.inf
+    assert math.inf == trained.model.flow.kernel.D
+    assert math.inf == pfgm.load(tmp_path / "checkpoints" / "last.ckpt").kernel.D
 
 
 @pytest.mark.parametrize(
@@ -208,7 +227,9 @@ def test_bad_training_arguments_are_named_before_any_work(arguments, message, tm
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--model.colour=1"], ["--data.class_path=pfgm.data.Nothing"], ["--data.init_args.name=circle"]])
+@pytest.mark.parametrize(
+    "arguments", [["--model.colour=1"], ["--data.class_path=pfgm.data.Nothing"], ["--data.init_args.name=circle"]]
+)
 def test_unknown_keys_are_refused(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit):
         fit(tmp_path / "run", "--trainer.max_steps=1", *arguments)
@@ -241,7 +262,8 @@ def test_digits_are_split_at_random_with_each_class_in_proportion():
     data = Digits(labels=True, seed=3)
     assert (len(data.train_x), len(data.held_out_x), data.shape, data.num_classes) == (1437, 360, (1, 8, 8), 10)
     assert data.held_out_labels.bincount().min() >= 34
-    assert float(data.train_x.min()) == -1 and float(data.train_x.max()) == 1
+    assert float(data.train_x.min()) == -1
+    assert float(data.train_x.max()) == 1
     assert not torch.equal(Digits(seed=3).train_x, Digits(seed=4).train_x)
     assert Digits().num_classes == 0
 
@@ -302,7 +324,9 @@ def test_toys_have_a_size_near_one():
 def test_networks_made_in_python_load_without_arguments(tmp_path):
     data = Digits()
     model = PFGM(UNet((1, 8, 8), width=8), data.summary, D=math.inf, sigma_max=20.0, sigma_data=0.6)
-    trainer = pl.Trainer(max_steps=1, max_epochs=-1, logger=False, enable_progress_bar=False, accelerator="cpu", limit_val_batches=0)
+    trainer = pl.Trainer(
+        max_steps=1, max_epochs=-1, logger=False, enable_progress_bar=False, accelerator="cpu", limit_val_batches=0
+    )
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     flow = pfgm.load(tmp_path / "x.ckpt")

@@ -34,7 +34,7 @@ class Embedding(nn.Module):
         # Not a buffer: in bfloat16 the rounded frequencies would shift the highest by a third of a radian.
         frequencies = 2 * math.pi * torch.logspace(-3, 3, self.features // 2, base=2.0, device=c_noise.device)
         phase = c_noise[:, None] * frequencies
-        features = torch.cat([phase.sin(), phase.cos()], dim=1).to(self.mlp[0].weight.dtype)
+        features = torch.cat([phase.sin(), phase.cos()], dim=1).to(next(self.mlp.parameters()).dtype)
         if self.labels is not None:
             none = self.labels.num_embeddings - 1
             features = features + self.labels(torch.full_like(c_noise, none, dtype=torch.long) if label is None else label)

@@ -57,7 +57,9 @@ class UNet(Network):
                 channels = width * multiplier
             if level:
                 self.up.append(_Resample(channels, 2.0))
-        self.last = nn.Sequential(_group_norm(channels), nn.SiLU(), _zero(nn.Conv2d(channels, shape[0] + extra_channels, 3, padding=1)))
+        self.last = nn.Sequential(
+            _group_norm(channels), nn.SiLU(), _zero(nn.Conv2d(channels, shape[0] + extra_channels, 3, padding=1))
+        )
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         height, width = x.shape[-2:]
