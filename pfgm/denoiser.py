@@ -15,6 +15,9 @@ from pfgm.field import denoised_from_field
 from pfgm.kernel import StudentTKernel, expand, norm, per_sample
 from pfgm.spec import Recorded
 
+Statistics = tuple[float, float, float]
+"""sigma_data, power_std and max_rms of `DataSummary`."""
+
 
 class Denoiser(Protocol):
     """Anything that maps `x` [B, ...], `sigma` (float or [B]) and an optional `label` [B] to E[y | x, sigma], like x."""
@@ -25,15 +28,14 @@ class Denoiser(Protocol):
 class PreconditionedDenoiser(Recorded, nn.Module):
     """denoised = c_skip x + c_out net(c_in x, log(level)/4), EDM's preconditioning (arXiv 2206.00364, table 1) for every D.
 
-    The typical level of `estimated_levels` takes the place of sigma, since for small D the noise in x can be hundreds of times
-    sigma.
-    `sigma_data` and `power_std` are those of `DataSummary`; see `Network` for `net`.
+    `typical_level` takes the place of sigma, since for small D the noise in x can be hundreds of times sigma.
+    `sigma_data`, `power_std` and `max_rms` are those of `DataSummary`; see `Network` for `net`.
     """
 
-    def __init__(self, net: nn.Module, D: float, sigma_data: float, power_std: float):
+    def __init__(self, net: nn.Module, D: float, sigma_data: float, power_std: float, max_rms: float):
         super().__init__()
         self.net, self.kernel = net, StudentTKernel(D)
-        self.sigma_data, self.power_std = sigma_data, power_std
+        self.sigma_data, self.statistics = sigma_data, (sigma_data, power_std, max_rms)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,13 +43,13 @@ class PreconditionedDenoiser(Recorded, nn.Module):
         return torch.promote_types(_parameter_dtype(self.net), torch.float32)
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        level, _ = estimated_levels(x, per_sample(sigma, x), self.kernel, self.sigma_data, self.power_std)
+        level = typical_level(x, per_sample(sigma, x), self.kernel, self.statistics)
         skip, out = preconditioning(level, self.sigma_data)
         return expand(skip, x) * x + expand(out, x) * _call(self.net, x, level, self.sigma_data, label, 0)
 
     def output_scale(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """c_out of the RMS level [B] at `x` [B, ...] and `sigma`: the size of y - c_skip x to expect, for the loss."""
-        _, level = estimated_levels(x, per_sample(sigma, x), self.kernel, self.sigma_data, self.power_std)
+        level = rms_level(x, per_sample(sigma, x), self.kernel, self.statistics)
         return preconditioning(level, self.sigma_data)[1]
 
 
@@ -60,17 +62,17 @@ class FieldDenoiser(Recorded, nn.Module):
     the field's regulariser in model units; the other arguments are those of `PreconditionedDenoiser`.
     """
 
-    def __init__(self, net: nn.Module, gamma: float, sigma_data: float, power_std: float):
+    def __init__(self, net: nn.Module, gamma: float, sigma_data: float, power_std: float, max_rms: float):
         super().__init__()
         self.net, self.kernel, self.gamma = net, StudentTKernel(1.0), gamma
-        self.sigma_data, self.power_std = sigma_data, power_std
+        self.sigma_data, self.statistics = sigma_data, (sigma_data, power_std, max_rms)
 
     dtype = PreconditionedDenoiser.dtype
 
     def field(self, x: Tensor, z: float | Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The predicted v_x, like `x` [B, C, ...], and v_z [B]."""
         height, N, C = per_sample(z, x, "z"), x[0].numel(), x.shape[1]
-        level, _ = estimated_levels(x, height, self.kernel, self.sigma_data, self.power_std)
+        level = typical_level(x, height, self.kernel, self.statistics)
         skip, out = preconditioning(level, self.sigma_data)
         factor = -math.sqrt(N) / (math.sqrt(N + 1) * level + self.gamma)
         F = _call(self.net, x, level, self.sigma_data, label, 1)
@@ -82,22 +84,39 @@ class FieldDenoiser(Recorded, nn.Module):
         return denoised_from_field(x, sigma, v_x, v_z, self.gamma)
 
 
-def estimated_levels(
-    x: Tensor, sigma: Tensor, kernel: StudentTKernel, sigma_data: float, power_std: float
-) -> tuple[Tensor, Tensor]:
-    """The effective noise level to expect at `x` [B, ...], `sigma` [B] when the source is not known: typical and RMS, [B] each.
+def typical_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, statistics: Statistics) -> Tensor:
+    """The effective noise level to expect at `x` [B, ...], `sigma` [B] when the source is not known: [B] in float64.
 
-    varsigma² = a sigma² + (1-a) v with a = D/(N+D) and v = |x-y|²/N. The kernel gives the prior of v: v/sigma² is
-    F-distributed with (N, D) degrees of freedom. The sample gives its likelihood: |x|²/N - v is |y|²/N and the cross term
-    2 (x-y)·y/N, about normal with mean sigma_data² and variance power_std² + 4 sigma_data² v/N. The typical level is the
-    geometric mean of varsigma over this posterior of v: of the order of sigma as sigma -> 0, smooth in x, and far away that of
-    the hemisphere on which x lies. The RMS level is larger where the tails of the kernel leave the noise in doubt (D small,
-    sigma small): (y - c_skip x)/c_out of it has unit mean square at every sigma. Both are sigma at D = inf. float64.
+    level² = a sigma² + (1-a) v with a = D/(N+D) and v an estimate of |x-y|²/N from two sources, weighted by their variances:
+    the kernel says v ≈ sigma², within a factor of about 1 ± sqrt(2/(2+D)); the sample says v ≈ |x|²/N - sigma_data², within
+    the spread of |y|²/N and of 2 x·y/N. Where |x|/sqrt(N) exceeds what any data has (max_rms), the noise is as large as that
+    excess, and the kernel's width grows with it. So level = sigma at D = inf, level/sigma -> 1 as sigma -> 0 for every x that
+    the data explains, and far away level is that of the hemisphere on which x lies.
     """
+    sigma_data, power_std, max_rms = statistics
+    N = x[0].numel()
+    a, power, prior = kernel.level_weight(N), norm(x).square() / N, sigma.square()
+    if a == 1:
+        return sigma
+    scale = torch.maximum(prior, power - max_rms**2)
+    variance = (power_std**2 + 4 * sigma_data**2 * scale / N) * (1 + kernel.D / 2)
+    weight = 1 / (1 + variance / scale.square())
+    return (a * prior + (1 - a) * torch.lerp(prior, (power - sigma_data**2).clamp(min=0), weight)).sqrt()
+
+
+def rms_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, statistics: Statistics) -> Tensor:
+    """E[varsigma² | |x|, sigma]^½: the size of the noise when its tails leave it in doubt, [B] in float64.
+
+    varsigma² = a sigma² + (1-a) v, v = |x-y|²/N. The kernel gives the prior of v: v/sigma² is F-distributed with (N, D) degrees
+    of freedom. The sample gives its likelihood: |x|²/N - v is |y|²/N and the cross term 2 (x-y)·y/N, about normal with mean
+    sigma_data² and variance power_std² + 4 sigma_data² v/N. So (y - c_skip x)/c_out of this level has unit mean square at every
+    sigma for every D, where that of the typical level would be in the hundreds (D small, sigma small).
+    """
+    sigma_data, power_std, _ = statistics
     N = x[0].numel()
     a = kernel.level_weight(N)
     if a == 1:
-        return sigma, sigma
+        return sigma
     power, prior = norm(x).square()[:, None] / N, sigma.square()[:, None]
     excess = power - sigma_data**2
     width = (power_std**2 + 4 * sigma_data**2 * excess.clamp(min=0) / N).sqrt().clamp(min=1e-6 * sigma_data**2)
@@ -113,8 +132,8 @@ def estimated_levels(
     log_density = log_density - (excess - v).square() / (2 * variance) - variance.log() / 2
     step = torch.cat([u[:, 1:2] - u[:, :1], u[:, 2:] - u[:, :-2], u[:, -1:] - u[:, -2:-1]], dim=1)
     weights = step * (log_density - log_density.amax(1, keepdim=True)).exp()
-    weights, level2 = weights / weights.sum(1, keepdim=True), a * prior + (1 - a) * v
-    return ((weights * level2.log()).sum(1) / 2).exp(), (weights * level2).sum(1).sqrt()
+    mean = (weights * v).sum(1) / weights.sum(1)
+    return (a * sigma.square() + (1 - a) * mean).sqrt()
 
 
 def preconditioning(level: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:

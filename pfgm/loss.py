@@ -63,7 +63,7 @@ class DenoisingLoss(Loss):
         self.noise, self.reference_size = noise or LogNormal(), check_reference_size(reference_size, 0)
 
     def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> PreconditionedDenoiser:
-        return PreconditionedDenoiser(net, D, data.sigma_data, data.power_std)
+        return PreconditionedDenoiser(net, D, data.sigma_data, data.power_std, data.max_rms)
 
     def recommended_sigma_max(self, data: DataSummary) -> float:
         return recommended_sigma_max(data.sigma_data)
@@ -103,7 +103,7 @@ class PoissonFieldLoss(Loss):
     def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> FieldDenoiser:
         if D != 1:
             raise ValueError(f"D = {D}: PoissonFieldLoss is PFGM's objective and needs D = 1; use DenoisingLoss for other D")
-        return FieldDenoiser(net, self.gamma, data.sigma_data, data.power_std)
+        return FieldDenoiser(net, self.gamma, data.sigma_data, data.power_std, data.max_rms)
 
     def recommended_sigma_max(self, data: DataSummary) -> float:
         return self.noise.z_max(data.norm, math.prod(data.shape))

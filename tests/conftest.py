@@ -1,6 +1,6 @@
-"""Shared by all tests: double precision helpers and small models."""
+"""Shared by all tests."""
 
-import warnings
+import sys
 
 import pytest
 import torch
@@ -9,8 +9,7 @@ torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)
-def _errors_are_not_hidden():
-    """Every test starts from the same global random state, so that none depends on another."""
+def _clean_start(monkeypatch):
+    """The same global random state for every test, and no command line but the one that a test gives."""
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        yield
+    monkeypatch.setattr(sys, "argv", ["train.py"])

@@ -29,7 +29,7 @@ def make_flow(D=128.0, shape=(1, 8, 8), classes=0, std=0.05, **options):
     )
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=std)
-    denoiser = FieldDenoiser(net, 5.0, 0.5, 0.06) if D == 1 else PreconditionedDenoiser(net, D, 0.5, 0.06)
+    denoiser = FieldDenoiser(net, 5.0, 0.5, 0.06, 0.75) if D == 1 else PreconditionedDenoiser(net, D, 0.5, 0.06, 0.75)
     settings = {"sigma_min": 0.01, "sigma_max": 40.0, "num_classes": classes, "value_range": (-1.0, 1.0)} | options
     return PoissonFlow(denoiser, D, shape=shape, mean=0.3 * torch.randn(shape), **settings)
 
@@ -147,7 +147,9 @@ class Elsewhere(pfgm.nn.Network):
 
 
 def test_classes_from_elsewhere_need_trust(tmp_path):
-    flow = PoissonFlow(PreconditionedDenoiser(Elsewhere((3,)), 4.0, 0.5, 0.06), 4.0, shape=(3,), sigma_min=0.01, sigma_max=40.0)
+    flow = PoissonFlow(
+        PreconditionedDenoiser(Elsewhere((3,)), 4.0, 0.5, 0.06, 0.75), 4.0, shape=(3,), sigma_min=0.01, sigma_max=40.0
+    )
     flow.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pass trust="):
         pfgm.load(tmp_path)
@@ -161,7 +163,7 @@ def test_classes_from_elsewhere_need_trust(tmp_path):
 
 def test_a_network_that_cannot_be_stored_is_refused():
     with pytest.raises(TypeError, match=r"inherit from pfgm\.nn\.Network"):
-        PreconditionedDenoiser(torch.nn.Linear(3, 3), 4.0, 0.5, 0.06).spec  # noqa: B018
+        PreconditionedDenoiser(torch.nn.Linear(3, 3), 4.0, 0.5, 0.06, 0.75).spec  # noqa: B018
 
 
 @pytest.fixture

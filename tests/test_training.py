@@ -325,7 +325,14 @@ def test_networks_made_in_python_load_without_arguments(tmp_path):
     data = Digits()
     model = PFGM(UNet((1, 8, 8), width=8), data.summary, D=math.inf, sigma_max=20.0, sigma_data=0.6)
     trainer = pl.Trainer(
-        max_steps=1, max_epochs=-1, logger=False, enable_progress_bar=False, accelerator="cpu", limit_val_batches=0
+        max_steps=1,
+        max_epochs=-1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
     )
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
