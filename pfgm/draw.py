@@ -108,7 +108,7 @@ def draw(
         method: adaptive dopri5, dopri8, bosh3, adaptive_heun (default), or fixed euler, midpoint, heun2, rk4.
         coordinates: angle (default) or log_sigma.
         start: hemisphere (default) or hyperplane.
-        rtol: relative tolerance of adaptive methods (default .1).
+        rtol: relative tolerance of adaptive methods (default .05).
         atol: absolute tolerance of adaptive methods (default .05).
         steps: number of steps of fixed methods.
         batch_size: samples drawn at a time.

@@ -96,7 +96,7 @@ class PFGM(Recorded, pl.LightningModule):
         loss = self._loss(batch, TRAINING).mean()
         if not bool(torch.isfinite(loss)):
             raise NonFiniteLoss(
-                f"the training loss is {float(loss)} at step {self.global_step}; the last checkpoint was written before it and "
+                f"the training loss is {loss.item()} at step {self.global_step}; the last checkpoint was written before it and "
                 "is kept. A lower model.lr, a longer model.warmup_steps or trainer.precision=32 usually helps"
             )
         self.log("train_loss", loss)

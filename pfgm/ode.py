@@ -24,7 +24,7 @@ from torch import Tensor, nn
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "rk4")
 METHODS = ADAPTIVE + FIXED
-RTOL, ATOL = 0.1, 0.05
+RTOL, ATOL = 0.05, 0.05
 """Default tolerances, of a state of unit variance."""
 FIRST_STEP = 0.05
 """First step of the adaptive methods, as a part of the whole way."""
@@ -83,7 +83,7 @@ COORDINATES: dict[str, type[Angle] | type[LogSigma]] = {"angle": Angle, "log_sig
 class Solver:
     """A method with its coordinates and accuracy, checked when made.
 
-    `method` is one of METHODS, `coordinates` of COORDINATES. Adaptive methods take `rtol` and `atol` (default .1 and .05; of
+    `method` is one of METHODS, `coordinates` of COORDINATES. Adaptive methods take `rtol` and `atol` (default .05 each; of
     the state, which has unit variance in angle coordinates), fixed ones `steps`, uniform in time. ValueError otherwise.
     """
 

@@ -103,7 +103,8 @@ def save_loss_curve(path: Path, log: Path) -> None:
     """Training and validation loss over steps, from a run's metrics.csv."""
     figure = _figure(6, 4)
     axes = figure.add_subplot()
-    rows = list(csv.DictReader(log.open()))
+    with log.open(newline="") as file:
+        rows = list(csv.DictReader(file))
     for name, style in (("train_loss", {"alpha": 0.5}), ("val_loss", {"marker": "o", "markersize": 3})):
         points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
         if points:

@@ -31,6 +31,11 @@ def fit(run_dir, *extra, base=TOY):
     return cli.main(["fit", *base, "--run_dir", str(run_dir), *extra])
 
 
+def log_rows(run_dir):
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def last(run_dir):
     return storage.read_checkpoint(Path(run_dir) / "checkpoints" / "last.ckpt")
 
@@ -53,7 +58,7 @@ def test_every_config_fits_two_steps_and_samples(config, tmp_path):
     assert flow.kernel.D == trained.model.flow.kernel.D
     assert flow.sample(2).x.shape == (2, *flow.shape)
     assert {"config.yaml", "loss.png", "metrics.csv", "checkpoints", "grids"} <= {p.name for p in tmp_path.iterdir()}
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    rows = log_rows(tmp_path)
     assert any(row["val_loss"] for row in rows)
     assert sum(bool(row["train_loss"]) for row in rows) == 2
 
@@ -69,10 +74,7 @@ def test_resuming_equals_not_stopping(stop, tmp_path):
     for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
         assert same_tensors(a[part], b[part]), part
     assert a["global_step"] == b["global_step"] == 12
-    logs = [
-        [(r["step"], r["train_loss"], r["val_loss"]) for r in csv.DictReader((tmp_path / x / "metrics.csv").open())]
-        for x in "ab"
-    ]
+    logs = [[(r["step"], r["train_loss"], r["val_loss"]) for r in log_rows(tmp_path / x)] for x in "ab"]
     assert logs[0] == logs[1]
 
 
@@ -82,7 +84,7 @@ def test_a_run_that_went_past_its_checkpoint_is_continued_from_it(tmp_path):
     shutil.copy(tmp_path / "a" / "metrics.csv", tmp_path / "b" / "metrics.csv")
     fit(tmp_path / "b", "--trainer.max_steps=10", "--checkpoint.every_n_steps=4")
     assert same_tensors(last(tmp_path / "a")["state_dict"], last(tmp_path / "b")["state_dict"])
-    steps = [[int(r["step"]) for r in csv.DictReader((tmp_path / x / "metrics.csv").open()) if r["train_loss"]] for x in "ab"]
+    steps = [[int(r["step"]) for r in log_rows(tmp_path / x) if r["train_loss"]] for x in "ab"]
     assert steps[0] == steps[1]
 
 
