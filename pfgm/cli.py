@@ -139,4 +139,5 @@ def run() -> None:
     try:
         main()
     except (ValueError, OSError, NonFiniteLoss, SolverError) as error:
-        sys.exit(f"train.py: error: {error}")
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

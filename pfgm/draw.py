@@ -176,4 +176,5 @@ def main(args: list[str] | None = None) -> None:
     try:
         auto_cli(draw, args=args, as_positional=True)
     except (ValueError, OSError, SolverError) as error:
-        sys.exit(f"sample.py: error: {error}")
+        print(f"sample.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -102,6 +102,11 @@ class PFGM(Recorded, pl.LightningModule):
         self.log("train_loss", loss)
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the learning rate and the norm of the gradient before clipping."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.log_dict({"lr": optimizer.param_groups[0]["lr"], "grad_norm": torch.nn.utils.get_total_norm(gradients)})
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Mean loss on held-out data, with the same noise for each sample every time."""
         loss = self._loss(batch, VALIDATION)

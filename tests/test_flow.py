@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -209,16 +210,19 @@ def test_drawing_writes_what_was_asked_for(export, tmp_path, capsys):
         (["--trajectory=x.gif"], r"trajectory = x\.gif"),
     ],
 )
-def test_bad_arguments_end_in_one_line(export, arguments, message, monkeypatch, tmp_path):
+def test_bad_arguments_end_in_one_line(export, arguments, message, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match="2"):
         draw.main([export, *arguments])
+    assert re.search(message, capsys.readouterr().err)
     assert sorted(os.listdir(tmp_path)) == ["export"], "nothing is written"
 
 
-def test_a_missing_checkpoint_ends_in_one_line():
-    with pytest.raises(SystemExit, match=r"none\.ckpt does not exist"):
+def test_a_missing_checkpoint_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
         draw.main(["none.ckpt"])
+    error = capsys.readouterr().err.strip()
+    assert error == "sample.py: error: none.ckpt does not exist; give a .ckpt file or an exported folder"
 
 
 def test_the_sampling_path_stays_light():

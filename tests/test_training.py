@@ -60,6 +60,7 @@ def test_every_config_fits_two_steps_and_samples(config, tmp_path):
     assert {"config.yaml", "loss.png", "metrics.csv", "checkpoints", "grids"} <= {p.name for p in tmp_path.iterdir()}
     rows = log_rows(tmp_path)
     assert any(row["val_loss"] for row in rows)
+    assert all(float(row["lr"]) > 0 and float(row["grad_norm"]) > 0 for row in rows if row["train_loss"])
     assert sum(bool(row["train_loss"]) for row in rows) == 2
 
 
