@@ -52,9 +52,10 @@ class DenoisingLoss(Loss):
 
     x comes from the Student-t kernel of the denoiser's D at a sigma drawn by `noise`. The weight is that of the level which the
     denoiser estimates from (x, sigma). The true effective level is known here too, but a weight that depends on y would move
-    the minimiser away from E[y | x, sigma]; where the noise is small against the data, 1/varsigma² raises D by 2. With `reference_size` L > 0 the target is not y
-    but the posterior mean over L charges that include y, which has the same minimiser and less variance (stable target field,
-    arXiv 2302.00670).
+    the minimiser away from E[y | x, sigma]; where the noise is small against the data, 1/varsigma² raises D by 2.
+
+    With `reference_size` L > 0 the target is not y but the posterior mean over L charges that include y, which has the same
+    minimiser and less variance (stable target field, arXiv 2302.00670).
     """
 
     extra_channels = 0
