@@ -83,12 +83,14 @@ def draw(
     labels: list[int] | None = None,
     out: Path = Path("samples.png"),
     trajectory: Path | None = None,
+    preset: str | None = None,
     method: str | None = None,
     coordinates: str | None = None,
     start: str | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     steps: int | None = None,
+    grid: str | list[float] | None = None,
     batch_size: int = 256,
     device: str | None = None,
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
@@ -105,12 +107,15 @@ def draw(
         labels: one class for all samples, or one for each ([1,7,...]).
         out: a file .png (grid, or scatter plot of 2-D data), .npz or .pt, or a folder of separate PNGs.
         trajectory: a .png of the way from the hemisphere: a strip for images, field lines for 2-D data.
-        method: adaptive dopri5, dopri8, bosh3, adaptive_heun (default), or fixed euler, midpoint, heun2, rk4.
-        coordinates: angle (default) or log_sigma.
+        preset: fast (6 calls), balanced (10 calls, the default) or reference (dopri5 at tolerance 1e-4).
+        method: adaptive dopri5, dopri8, bosh3, adaptive_heun, or fixed ab2, ab3, euler, midpoint, heun2, rk4, or, for
+            comparison, dpmpp_2m, dpmpp_3m, edm_heun (default: adaptive_heun if a tolerance is given, otherwise ab3).
+        coordinates: angle (default) or log_sigma (that of dpmpp_2m, dpmpp_3m, edm_heun).
         start: hemisphere (default) or hyperplane.
         rtol: relative tolerance of adaptive methods (default .05).
         atol: absolute tolerance of adaptive methods (default .05).
         steps: number of steps of fixed methods.
+        grid: of fixed methods: uniform, rho, or a falling list of levels in model units.
         batch_size: samples drawn at a time.
         device: cpu, cuda, cuda:1, ... (default: cuda if there is one).
         dtype: of the network's weights and arithmetic.
@@ -125,7 +130,8 @@ def draw(
     check_output(out, flow.shape)
     if trajectory is not None:
         check_trajectory(trajectory, flow.shape)
-    options = {"method": method, "coordinates": coordinates, "start": start, "rtol": rtol, "atol": atol, "steps": steps}
+    options: dict[str, Any] = {"preset": preset, "method": method, "coordinates": coordinates, "start": start}
+    options |= {"rtol": rtol, "atol": atol, "steps": steps, "grid": grid}
     samples = flow.draw(pairs, labels=label, batch_size=batch_size, progress=True, **options)
     write_samples(out, samples, pairs, label, flow.value_range)
     print(f"{len(pairs)} samples in {samples.calls} network calls and {samples.seconds:.2f} s -> {out}")

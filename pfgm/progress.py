@@ -4,7 +4,6 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from pfgm.ode import COORDINATES
 from pfgm.sampler import Sampler
 
 
@@ -17,7 +16,7 @@ class DrawProgress:
 
     def __init__(self, total: int, sampler: Sampler, show: bool):
         self.bar = tqdm(total=total, unit=" samples", disable=not show, dynamic_ncols=True)
-        self.path = COORDINATES[sampler.solver.coordinates](sampler.sigma_data)
+        self.path = sampler.solver.path(sampler.sigma_data)
         self.start, self.end = self.path.time(sampler.sigma_max), self.path.time(sampler.sigma_min)
         self.done, self.size = 0, 0
 

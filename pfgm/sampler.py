@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pfgm import rng
 from pfgm.kernel import StudentTKernel, expand, norm
-from pfgm.ode import CountedDenoiser, Solver, solve
+from pfgm.ode import CountedDenoiser, Way, follow
+from pfgm.solver import make_solver
 
 STARTS = ("hemisphere", "hyperplane")
 
@@ -23,11 +24,13 @@ STARTS = ("hemisphere", "hyperplane")
 @dataclass
 class Samples:
     """What a draw returns: `x` [n, ...], `calls` of the network for each batch (the most, if batches differ), the final
-    denoising included, and wall-clock `seconds`."""
+    denoising included, wall-clock `seconds`, and the steps that the solver accepted and rejected."""
 
     x: Tensor
     calls: int
     seconds: float
+    accepted: int = 0
+    rejected: int = 0
 
 
 @dataclass
@@ -49,14 +52,14 @@ class Latent:
 
 
 class Sampler:
-    """Draw from any denoiser by following its flow down from `sigma_max` to `sigma_min`, then denoising once.
+    """Draw from any denoiser by following its flow down from `sigma_max`, then denoising once.
 
     `denoiser(x, sigma, label=None)` is a trained network or any callable, `kernel` the StudentTKernel it was made for,
     `shape` the event's. With `start` = "hemisphere" each sample starts at the height where its direction t meets the
     hemisphere of level sigma_max: sigma_0 = sigma_max/ratio, ratio² = a + (1-a)|t|²/N. Nothing is clipped, and the whole batch
     runs on one clock, level = ratio sigma. The network is asked for sigma = level/ratio, below sigma_min for samples of heavy
     tails; this is not clamped, since c_out is negligible there. "hyperplane" starts all samples at sigma_max, for comparison
-    and for data that is itself heavy-tailed. The other arguments are those of `pfgm.ode.Solver`.
+    and for data that is itself heavy-tailed. The other arguments are those of `pfgm.solver.make_solver`.
 
     ValueError for levels that are not 0 < sigma_min < sigma_max < inf, and for unknown names.
     """
@@ -70,14 +73,16 @@ class Sampler:
         sigma_min: float,
         sigma_max: float,
         sigma_data: float = 0.5,
-        method: str = "adaptive_heun",
-        coordinates: str = "angle",
+        preset: str | None = None,
+        method: str | None = None,
+        coordinates: str | None = None,
         start: str = "hemisphere",
         rtol: float | None = None,
         atol: float | None = None,
         steps: int | None = None,
+        grid: str | Sequence[float] | None = None,
     ):
-        self.solver = Solver(method, coordinates, rtol, atol, steps)
+        self.solver = make_solver(preset, method, coordinates, rtol, atol, steps, grid)
         check_levels(sigma_min, sigma_max)
         if not 0 < sigma_data < math.inf:
             raise ValueError(f"sigma_data = {sigma_data} must be a positive finite number")
@@ -115,12 +120,12 @@ class Sampler:
             return Samples(torch.empty(0, *self.shape, dtype=denoise.dtype, device=self._device), 0, 0.0)
         latent = self.prior(pairs)
         x, ratio = self._lift(latent)
-        x = self._solve(denoise, x, latent.level, self.sigma_min, ratio)[0][-1]
-        x = denoise(x, torch.tensor(self.sigma_min, dtype=torch.float64, device=x.device), ratio)
-        x = x.to(denoise.dtype)
+        last = self.solver.last_level(self.sigma_data, latent.level, self.sigma_min)
+        way = self._follow(denoise, x, latent.level, last, ratio)
+        x = denoise(way.end, last, ratio).to(denoise.dtype)
         if x.is_cuda:
             torch.cuda.synchronize()
-        return Samples(x, denoise.calls, time.perf_counter() - began)
+        return Samples(x, denoise.calls, time.perf_counter() - began, way.steps.accepted, way.steps.rejected)
 
     def prior(self, pairs: Sequence[tuple[int, int]]) -> Latent:
         """The latents of (seed, index) `pairs`: directions drawn on the CPU in float64, one generator each."""
@@ -133,7 +138,7 @@ class Sampler:
         """Follow the flow from `latent` down to the level sigma_min, without denoising: [n, ...] in the dtype of latent.t."""
         denoise = self._counted(labels, len(latent.t), latent.t.dtype)
         x, ratio = self._lift(latent)
-        return self._solve(denoise, x, latent.level, self.sigma_min, ratio)[0][-1].to(latent.t.dtype)
+        return self._follow(denoise, x, latent.level, self.sigma_min, ratio).end.to(latent.t.dtype)
 
     def encode(self, x: Tensor, labels: Tensor | Sequence[int] | None = None) -> Latent:
         """Follow the flow from `x` [n, ...] at sigma_min up the plane clock to sigma_max; `decode` inverts it."""
@@ -147,7 +152,7 @@ class Sampler:
             if not 0 < sigma < math.inf:
                 raise ValueError(f"{name} = {sigma} must be a positive finite number")
         denoise = self._counted(labels, len(x), x.dtype)
-        return self._solve(denoise, x, sigma_from, sigma_to, None)[0][-1].to(x.dtype)
+        return self._follow(denoise, x, sigma_from, sigma_to, None).end.to(x.dtype)
 
     @torch.no_grad()
     def trajectory(
@@ -155,12 +160,13 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """The way of the samples (seed, index) of `pairs`: x [points, n, ...] in float64 and sigma [points, n].
 
-        The points are equally spaced in the coordinate's time; the last is at the level sigma_min, not denoised.
+        The points are equally spaced in the coordinate's time; the last is the one that a draw would denoise.
         """
         denoise, latent = self._counted(labels, len(pairs), torch.float32), self.prior(pairs)
         x, ratio = self._lift(latent)
-        states, levels = self._solve(denoise, x, latent.level, self.sigma_min, ratio, points)
-        return states, levels[:, None] / ratio
+        last = self.solver.last_level(self.sigma_data, latent.level, self.sigma_min)
+        way = self._follow(denoise, x, latent.level, last, ratio, points)
+        return way.states, way.levels[:, None] / ratio
 
     def _lift(self, latent: Latent) -> tuple[Tensor, Tensor]:
         """The point x [n, ...] of a latent and its ratio level/sigma [n]."""
@@ -169,10 +175,10 @@ class Sampler:
         ratio = ones if latent.surface == "plane" else self.kernel.effective_level(norm(t), ones, t[0].numel())
         return expand(latent.level / ratio, t) * t, ratio
 
-    def _solve(
+    def _follow(
         self, denoise: CountedDenoiser, x: Tensor, start: float, end: float, ratio: Tensor | None, points: int = 2
-    ) -> tuple[Tensor, Tensor]:
-        return solve(denoise, x, start, end, solver=self.solver, sigma_data=self.sigma_data, ratio=ratio, points=points)
+    ) -> Way:
+        return follow(denoise, x, start, end, solver=self.solver, sigma_data=self.sigma_data, ratio=ratio, points=points)
 
     def _counted(self, labels: Any, n: int, dtype: torch.dtype, on_call: Any = None) -> CountedDenoiser:
         label = None if labels is None else torch.as_tensor(labels, dtype=torch.long, device=self._device)

@@ -1,14 +1,16 @@
 """Solvers, coordinates and the sampler against flows known in closed form."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from scipy import stats
+from scipy import integrate, stats
 
-from pfgm import ode, rng
+from pfgm import ode, rng, solver
 from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
 from pfgm.kernel import StudentTKernel, norm
+from pfgm.multistep import adams_bashforth, dpm_solver
 from pfgm.sampler import Latent, Sampler, seed_pairs
 
 F64 = torch.float64
@@ -57,17 +59,109 @@ def test_stream_function_is_constant_along_lines():
         assert torch.allclose(stream(s.integrate(x, 2.0, 0.05), 0.05), stream(x, 2.0), atol=1e-7)
 
 
-@pytest.mark.parametrize("denoiser", [CauchyBlob(0.4), GaussianBlob(0.4)])
+ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "rk4": 4, "ab2": 2, "ab3": 3}
+PUBLISHED = {"dpmpp_2m": 2, "edm_heun": 2}
+
+
+def uneven(n, start=3.0, end=0.3):
+    """n steps that shrink and grow by turns."""
+    share = [(i + 0.2 * (i % 2)) / n for i in range(n)] + [1.0]
+    return [(start**0.2 + t * (end**0.2 - start**0.2)) ** 5 for t in share]
+
+
+@pytest.mark.parametrize("grid", ["uniform", "rho", uneven])
 @pytest.mark.parametrize(
-    ("method", "order", "start"), [("euler", 1, 64), ("midpoint", 2, 64), ("heun2", 2, 64), ("rk4", 4, 16)]
+    ("method", "blob"), [(m, b) for m in ORDERS for b in (CauchyBlob, GaussianBlob)] + [(m, GaussianBlob) for m in PUBLISHED]
 )
-def test_fixed_methods_converge_at_their_order(method, order, start, denoiser):
+def test_fixed_methods_converge_at_their_order(method, grid, blob):
     """sigma_data differs from the blob's scale, so that the right-hand side is not trivial."""
     x = torch.ones(1, 2, dtype=F64)
-    exact = sampler(denoiser, shape=(2,), method="dopri8", rtol=1e-12, atol=1e-13).integrate(x, 3.0, 0.3)
-    runs = [sampler(denoiser, shape=(2,), method=method, steps=n) for n in (start, 2 * start, 4 * start)]
-    errors = [float((run.integrate(x, 3.0, 0.3) - exact).norm()) for run in runs]
-    assert math.log2(errors[0] / errors[2]) / 2 == pytest.approx(order, abs=0.15)
+    law = (0.4 + 0.3) / (0.4 + 3.0) if blob is CauchyBlob else math.sqrt((0.16 + 0.09) / (0.16 + 9.0))
+    counts, errors = (32, 64, 128) if method == "rk4" else (128, 256, 512), []
+    for n in counts:
+        options = {"grid": grid(n)} if callable(grid) else {"grid": grid, "steps": n}
+        run = sampler(blob(0.4), shape=(2,), method=method, **options)
+        errors.append(float((run.integrate(x, 3.0, 0.3) - law * x).norm()))
+    slope = stats.linregress([math.log(n) for n in counts], [math.log(e) for e in errors]).slope
+    assert -slope == pytest.approx((ORDERS | PUBLISHED)[method], abs=0.15)
+
+
+@pytest.mark.parametrize("method", [*PUBLISHED, "dpmpp_3m"])
+def test_published_methods_are_exact_on_straight_lines(method):
+    y, x = torch.randn(3, dtype=F64), 30 * torch.randn(4, 3, dtype=F64)
+    s = sampler(PointCharge(y), method=method, steps=5)
+    assert torch.allclose(s.integrate(x, 40.0, 0.01), y + (x - y) * 0.01 / 40, atol=1e-12)
+    assert torch.allclose(s.integrate(x, 0.5, 40.0), y + (x - y) * 80, atol=1e-9)
+
+
+def test_edm_heun_is_the_published_loop():
+    """Algorithm 1 of arXiv 2206.00364 without churn, eq. 5 for its levels, the last step to zero being an Euler step."""
+    denoiser, n = EmpiricalDenoiser(torch.randn(20, 3, dtype=F64), math.inf), 7
+    s = sampler(denoiser, StudentTKernel(math.inf), method="edm_heun", steps=n)
+    x = s.prior(seed_pairs(4)).t * 40
+    roots = [40 ** (1 / 7) + i / (n - 1) * (0.01 ** (1 / 7) - 40 ** (1 / 7)) for i in range(n)]
+    levels = [root**7 for root in roots] + [0.0]
+    for here, there in itertools.pairwise(levels):
+        d = (x - denoiser(x, here)) / here
+        euler = x + (there - here) * d
+        x = euler if there == 0 else x + (there - here) * (d + (euler - denoiser(euler, there)) / there) / 2
+    out = s.sample(4)
+    assert out.calls == 2 * n - 1
+    assert torch.allclose(out.x.double(), x, atol=1e-6)
+
+
+def test_dpm_solver_2m_is_the_published_loop():
+    """Algorithm 2 of arXiv 2211.01095 with alpha = 1, lambda = -log(sigma)."""
+    denoiser, levels = EmpiricalDenoiser(torch.randn(20, 3, dtype=F64), math.inf), [40.0, 11.0, 3.0, 1.4, 0.2, 0.01]
+    s = sampler(denoiser, StudentTKernel(math.inf), method="dpmpp_2m", grid=levels)
+    start = x = s.prior(seed_pairs(4)).t * 40
+    before = h_before = None
+    for here, there in itertools.pairwise(levels):
+        h, now = math.log(here / there), denoiser(x, here)
+        guess = now if before is None else (1 + h / (2 * h_before)) * now - h / (2 * h_before) * before
+        x, before, h_before = there / here * x - math.expm1(-h) * guess, now, h
+    assert torch.allclose(s.integrate(start, 40.0, 0.01), x, atol=1e-10)
+
+
+def test_multistep_methods_integrate_polynomials_exactly():
+    """A slope that is a polynomial of time alone, of the highest degree whose start is exact as well."""
+    times = [0.0, 0.4, 0.5, 1.3, 1.35, 2.0]
+    for order, degree in ((2, 0), (3, 1)):
+        ends = list(adams_bashforth(lambda t, u, d=degree: torch.tensor([t**d]), torch.zeros(1), times, order))
+        exact = [t ** (degree + 1) / (degree + 1) for t in times[1:]]
+        assert torch.allclose(torch.cat(ends), torch.tensor(exact), atol=1e-6)
+
+
+def test_dpm_solver_3m_integrates_the_parabola_through_three_denoised_points():
+    """One step after two others, which only fill its memory. (Its published Euler start keeps the whole at order 2.)"""
+    times = [1.2, 0.9, 0.1, -0.6]
+    states = list(dpm_solver(lambda t, x: x - t**2, torch.zeros(1, dtype=F64), times, 3))
+    integral = integrate.quad(lambda t: math.exp(times[3] - t) * t**2, times[2], times[3])[0]
+    assert float(states[2]) == pytest.approx(math.exp(times[3] - times[2]) * float(states[1]) - integral, abs=1e-12)
+
+
+def test_draws_on_the_uniform_grid_leave_a_third_of_a_step_to_denoising():
+    seen = []
+    sampler(CauchyBlob(0.3), method="euler", steps=6, sigma_data=0.5).sample(2, on_call=lambda *call: seen.append(call))
+    theta = [math.atan(level / 0.5) for _, level in seen]
+    assert theta[-1] == pytest.approx((theta[0] - theta[1]) / 3)
+    seen.clear()
+    sampler(CauchyBlob(0.3), method="euler", steps=400).sample(2, on_call=lambda *call: seen.append(call))
+    assert seen[-1][1] == 0.01, "never below sigma_min"
+    seen.clear()
+    sampler(CauchyBlob(0.3), grid=[40.0, 2.0, 0.2]).sample(2, on_call=lambda *call: seen.append(call))
+    assert [level for _, level in seen][-1] == 0.2
+
+
+def test_grids_of_ones_own_fit_the_way_in_both_directions():
+    x = torch.randn(4, 3, dtype=F64)
+    s = sampler(CauchyBlob(0.3), method="midpoint", grid=[5.0, 2.0, 1.0, 0.5, 0.2])
+    up = sampler(CauchyBlob(0.3), **TIGHT).integrate(x, 0.01, 5.0)
+    assert torch.allclose(s.integrate(x, 0.01, 5.0), up, rtol=0.05), "one more step to the end"
+    with pytest.raises(ValueError, match="grid begins at 5; this way begins at 40"):
+        s.sample(2)
+    with pytest.raises(ValueError, match=r"grid ends at 0\.2; this way ends at 0.3"):
+        s.integrate(x, 5.0, 0.3)
 
 
 @pytest.mark.parametrize("D", [1.0, 8.0, math.inf])
@@ -122,11 +216,21 @@ def test_calls_are_counted_exactly_and_include_the_last_denoising():
         ({"method": "euler", "steps": 7}, 8),
         ({"method": "midpoint", "steps": 4}, 9),
         ({"method": "rk4", "steps": 2}, 9),
+        ({"method": "ab2", "steps": 9}, 10),
+        ({"method": "ab3", "steps": 8}, 10),
+        ({"method": "dpmpp_3m", "steps": 9}, 10),
+        ({"method": "edm_heun", "steps": 9}, 17),
+        ({"preset": "fast"}, 6),
+        ({"preset": "balanced"}, 10),
+        ({}, 10),
     ):
         count = 0
-        assert sampler(denoiser, **options).sample(3).calls == count == calls
+        out = sampler(denoiser, **options).sample(3)
+        assert out.calls == count == calls
+        assert out.rejected == 0 < out.accepted
     count, seen = 0, []
-    out = sampler(denoiser).sample(3, on_call=lambda calls, level: seen.append((calls, level)))
+    out = sampler(denoiser, rtol=1e-3).sample(3, on_call=lambda calls, level: seen.append((calls, level)))
+    assert out.calls == 2 + out.accepted + out.rejected, "one call to begin, one a step, one to denoise"
     assert out.calls == count == len(seen)
     assert [c for c, _ in seen] == list(range(1, count + 1))
     assert max(level for _, level in seen) == pytest.approx(40.0)
@@ -170,7 +274,7 @@ def test_encode_and_decode_are_inverse(D):
 
 def test_sample_is_decode_of_the_prior_and_a_last_denoising():
     denoiser = EmpiricalDenoiser(torch.randn(20, 3, dtype=F64), 1.0)
-    s = sampler(denoiser, method="midpoint", steps=20)
+    s = sampler(denoiser, method="midpoint", steps=20, grid="rho")
     latent = s.prior(seed_pairs(4))
     _, ratio = s._lift(latent)
     decoded = s.decode(latent)
@@ -214,7 +318,7 @@ def test_a_network_that_returns_nan_is_reported_as_such():
 
 
 def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch):
-    monkeypatch.setattr(ode, "MAX_STEPS", 50)
+    monkeypatch.setattr(solver, "MAX_STEPS", 50)
 
     def denoiser(x, sigma, label=None):
         return torch.rand_like(x)
@@ -227,6 +331,18 @@ def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch):
     ("options", "message"),
     [
         ({"method": "rk45"}, "method = 'rk45' is unknown; choose one of dopri5"),
+        ({"method": "ab2", "steps": 5, "coordinates": "log_sigma"}, "ab2 exists in angle coordinates only"),
+        ({"method": "dpmpp_2m", "steps": 5, "coordinates": "angle"}, "dpmpp_2m exists in log_sigma coordinates only"),
+        ({"method": "edm_heun", "steps": 1}, "steps = 1: edm_heun needs 2"),
+        ({"preset": "best"}, "preset = 'best' is unknown; choose one of fast, balanced, reference"),
+        ({"preset": "fast", "steps": 3}, "leave out either preset or steps"),
+        ({"grid": "cosine", "steps": 3}, "grid = 'cosine' is unknown"),
+        ({"grid": [40.0, 1.0], "steps": 3}, "steps = 3: the given grid of 2 levels"),
+        ({"grid": [40.0]}, "at least two levels"),
+        ({"grid": [40.0, 50.0]}, "falling"),
+        ({"grid": [40.0, 0.0]}, "positive"),
+        ({"grid": [math.inf, 1.0]}, "finite"),
+        ({"grid": "rho", "method": "dopri5"}, "chooses its own steps"),
         ({"coordinates": "z"}, "coordinates = 'z' is unknown"),
         ({"start": "sphere"}, "start = 'sphere' is unknown"),
         ({"sigma_min": 40.0}, "sigma_min = 40.0"),
@@ -236,7 +352,8 @@ def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch):
         ({"method": "euler"}, "steps = None"),
         ({"method": "euler", "steps": 0}, "steps = 0"),
         ({"method": "euler", "steps": 3, "rtol": 0.1}, "has fixed steps"),
-        ({"steps": 3}, "steps = 3"),
+        ({"method": "adaptive_heun", "steps": 3}, "steps = 3"),
+        ({"steps": 0}, "steps = 0"),
         ({"rtol": -1.0}, "rtol = -1"),
         ({"atol": math.nan}, "atol = nan"),
     ],
