@@ -1,0 +1,145 @@
+"""Error and quality of every solver against the network calls it makes.
+
+    python benchmarks/solvers.py runs/digits/checkpoints/last.ckpt [more checkpoints] --out solvers [--sets 3]
+
+Error: the same samples drawn by each method and by dopri5 at tolerance 1e-6 from the same start; mean over the samples of the
+root mean square difference, in units of half the data's range. Calls include the final denoising. "dopri5, log sigma" is the
+published form of PFGM's sampler for D < inf (from the hyperplane, here without clipping), edm_heun that of EDM and PFGM++,
+dpmpp_2m and dpmpp_3m are DPM-Solver++ on EDM's grid. Quality: distances of draws to the training digits, mean and standard
+deviation over sets of 1000. Writes <out>.csv and <out>.png and prints tables.
+"""
+
+import argparse
+import csv
+import math
+import statistics
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pfgm
+from pfgm.data import Digits
+from pfgm.flow import PoissonFlow
+from pfgm.metrics import energy_distance, frechet_distance
+
+CALLS = (6, 8, 10, 12, 16, 20, 24, 36, 48, 64)
+QUALITY = (6, 8, 10, 12, 16, 20)
+ERRORS = (0.05, 0.02, 0.01, 0.005)
+TOLERANCES = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4)
+STEPS = {
+    "ab3": lambda calls: calls - 2,
+    "ab2": lambda calls: calls - 1,
+    "euler": lambda calls: calls - 1,
+    "midpoint": lambda calls: (calls - 1) // 2,
+    "heun2": lambda calls: (calls - 1) // 2,
+    "rk4": lambda calls: (calls - 1) // 4,
+    "dpmpp_2m": lambda calls: calls - 1,
+    "dpmpp_3m": lambda calls: calls - 1,
+    "edm_heun": lambda calls: calls // 2,
+}
+ADAPTIVE = ("adaptive_heun", "bosh3", "dopri5")
+PUBLISHED = "dopri5, log sigma"
+
+
+def ways(D: float) -> dict[str, list[dict[str, Any]]]:
+    """The options of each method, by the calls they lead to or by tolerance."""
+    result = {name: [{"method": name, "steps": steps(c)} for c in CALLS if steps(c) > 1] for name, steps in STEPS.items()}
+    result |= {name: [{"method": name, "rtol": t, "atol": t} for t in TOLERANCES] for name in ADAPTIVE}
+    published = {"method": "dopri5", "coordinates": "log_sigma"} | ({"start": "hyperplane"} if math.isfinite(D) else {})
+    result[PUBLISHED] = [published | {"rtol": t, "atol": t} for t in TOLERANCES if t <= 0.05]
+    return result
+
+
+def errors(flow: PoissonFlow, n: int) -> dict[str, list[tuple[int, float]]]:
+    """For each method (calls, error) in rising order of calls."""
+    pairs, converged = [(11, i) for i in range(n)], {"method": "dopri5", "rtol": 1e-6, "atol": 1e-6}
+    reference = {start: flow.draw(pairs, start=start, **converged).x for start in ("hemisphere", "hyperplane")}
+    low, high = flow.value_range or (-1.0, 1.0)
+    result = {}
+    for name, options in ways(flow.kernel.D).items():
+        rows = {}
+        for option in options:
+            out = flow.draw(pairs, batch_size=n, **option)
+            difference = (out.x - reference[option.get("start", "hemisphere")]) * 2 / (high - low)
+            rows[out.calls] = float(difference.flatten(1).square().mean(1).sqrt().mean())
+        result[name] = sorted(rows.items())
+    return result
+
+
+def calls_for(rows: list[tuple[int, float]], error: float) -> float:
+    """Calls at which a method first stays below `error`, between its points by powers; nan if it never does."""
+    best = math.nan
+    for (c0, e0), (c1, e1) in pairwise([(rows[0][0], rows[0][1]), *rows]):
+        if e1 > error:
+            best = math.nan
+        elif math.isnan(best):
+            best = (
+                c1
+                if e0 <= error or e0 == e1
+                else math.exp(math.log(c0) + math.log(c1 / c0) * math.log(e0 / error) / math.log(e0 / e1))
+            )
+    return best
+
+
+def quality(flow: PoissonFlow, train: torch.Tensor, options: dict[str, Any], sets: int) -> list[str]:
+    """Energy and Fréchet distance to the training digits, mean (sd)."""
+    draws = [flow.sample(1000, seed=seed, batch_size=1000, **options).x for seed in range(sets)]
+    cells = []
+    for distance in (energy_distance, frechet_distance):
+        values = [distance(x, train) for x in draws]
+        cells.append(f"{statistics.mean(values):.4f} ({statistics.stdev(values) if sets > 1 else math.nan:.4f})")
+    return cells
+
+
+def draw_plot(path: Path, results: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
+    """Error over calls, a panel for each model."""
+    import matplotlib.pyplot as plt
+
+    ours, compared = ("ab3", "ab2", "bosh3", "adaptive_heun"), ("edm_heun", "dpmpp_2m", "dpmpp_3m", PUBLISHED)
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(4.2 * len(results), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (model, rows) in zip(axes[0], results.items(), strict=True):
+        for name in ours + compared:
+            calls, error = zip(*rows[name], strict=True)
+            axis.loglog(calls, error, "o-" if name in ours else "s:", ms=3, lw=1.2, label=name)
+        axis.set(title=model, xlabel="network calls", xlim=(5, 130), ylim=(5e-4, 1))
+        axis.set_xticks([6, 10, 20, 50, 100], ["6", "10", "20", "50", "100"])
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("error")
+    axes[0][-1].legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("--n", type=int, default=64, help="samples of the errors")
+    parser.add_argument("--sets", type=int, default=3, help="sets of 1000 samples for the quality; 0 leaves it out")
+    parser.add_argument("--out", type=Path, default=Path("solvers"))
+    arguments = parser.parse_args()
+    train, results, lines = Digits().train_x, {}, []
+    for path in arguments.checkpoints:
+        flow = pfgm.load(path)
+        model = f"{path.parent.parent.name} (D = {flow.kernel.D:g})"
+        results[model] = rows = errors(flow, arguments.n)
+        print(f"\n{model}\n| method | error at calls | " + " | ".join(f"calls for {e}" for e in ERRORS) + " |")
+        print("|---" * (2 + len(ERRORS)) + "|")
+        for name, points in rows.items():
+            lines += [(model, name, calls, error) for calls, error in points]
+            some = ", ".join(f"{calls}: {error:.4f}" for calls, error in points if calls <= 36)
+            print(f"| {name} | {some} | " + " | ".join(f"{calls_for(points, e):.1f}" for e in ERRORS) + " |", flush=True)
+        if arguments.sets:
+            print("\n| calls | energy distance | Fréchet distance |\n|---|---|---|")
+            options = {str(c): {"method": "ab3", "steps": c - 2} for c in QUALITY}
+            for name, option in (options | {"converged": {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4}}).items():
+                print(f"| {name} | " + " | ".join(quality(flow, train, option, arguments.sets)) + " |", flush=True)
+    with arguments.out.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("model", "method", "calls", "error"), *lines])
+    draw_plot(arguments.out.with_suffix(".png"), results)
+
+
+if __name__ == "__main__":
+    main()
