@@ -22,12 +22,19 @@ def checkpoint_path(run_dir: str | Path) -> Path:
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `<run_dir>/checkpoints/last.ckpt` every `every_n_steps` optimizer steps and at the end of training."""
+    """Writes `<run_dir>/checkpoints/last.ckpt` at the start, every `every_n_steps` optimizer steps, and at the end.
+
+    The file is written beside the old one and then takes its place, so that there is always a whole one.
+    """
 
     def __init__(self, every_n_steps: int = 500):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps = {every_n_steps} must be at least 1")
-        self.every_n_steps, self.saved = every_n_steps, 0
+        self.every_n_steps, self.saved = every_n_steps, -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not checkpoint_path(trainer.default_root_dir).exists():
+            self._save(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if trainer.global_step % self.every_n_steps == 0:
@@ -37,9 +44,16 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        if trainer.global_step != self.saved:
-            trainer.save_checkpoint(checkpoint_path(trainer.default_root_dir))
-            self.saved = trainer.global_step
+        path = checkpoint_path(trainer.default_root_dir)
+        if trainer.global_step == self.saved:
+            return
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                trainer.save_checkpoint(temporary)
+        else:
+            trainer.save_checkpoint(path)  # writes nothing, but waits for the others
+        self.saved = trainer.global_step
 
 
 class SampleGrid(Callback):

@@ -1,17 +1,21 @@
 """train.py: LightningCLI with a run directory that the same command starts and resumes."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+import torch
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from pfgm import storage
 from pfgm.callbacks import Evaluation, LastCheckpoint, SampleGrid, StepProgressBar, checkpoint_path
 from pfgm.data import DataModule
 from pfgm.ema import EMA
 from pfgm.flow import load
+from pfgm.loss import DenoisingLoss, Loss
 from pfgm.module import PFGM, NonFiniteLoss
 from pfgm.ode import SolverError
 from pfgm.runlog import RunLog
@@ -26,6 +30,17 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml when training starts, after the first checkpoint; other stages leave it alone."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Once, since the stream of batches is one epoch."""
+        super().setup(trainer, pl_module, "fit")
 
 
 class TrainCLI(LightningCLI):
@@ -51,18 +66,19 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.summary", "model.data", apply_on="instantiate")
         parser.link_arguments("data.shape", "model.net.init_args.shape", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.net.init_args.num_classes", apply_on="instantiate")
-        parser.link_arguments(
-            "model.loss", "model.net.init_args.extra_channels", lambda loss: loss.extra_channels, apply_on="instantiate"
-        )
+        parser.link_arguments("model.loss", "model.net.init_args.extra_channels", _extra_channels, apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._get(self.config_init, "trainer")
-        if self.subcommand == "fit" and config["max_steps"] < 0:
-            raise ValueError(f"trainer.max_steps = {config['max_steps']}: training counts steps; give a number such as 2000")
+        fitting, run_dir = self.subcommand == "fit", self._get(self.config, "run_dir")
+        if not run_dir:
+            raise ValueError("run_dir is empty; give a folder such as runs/mine")
+        if fitting:
+            check_trainer(config)
         if config["enable_progress_bar"] is not False:
             config["callbacks"] = [*(config["callbacks"] or []), StepProgressBar()]
-        if config["logger"] is False:
-            kwargs["logger"] = RunLog(self._get(self.config, "run_dir"))
+        if config["logger"] is False and fitting:
+            kwargs["logger"] = RunLog(run_dir)
         return super().instantiate_trainer(**kwargs)
 
     def fit(self, model: PFGM, datamodule: DataModule) -> None:
@@ -70,17 +86,45 @@ class TrainCLI(LightningCLI):
         run_dir, source = Path(self._get(self.config, "run_dir")), self._get(self.config, "init_from")
         last = checkpoint_path(run_dir)
         if last.exists():
+            if source is not None:
+                raise ValueError(
+                    f"init_from = {source}: {run_dir} holds a run already; leave it out, or give another --run_dir"
+                )
             check_same_run(storage.read_checkpoint(last), model, datamodule, run_dir)
             print(f"resuming {last}", file=sys.stderr)
-        elif source is not None:
-            initialize(model, source)
+        else:
+            check_no_other_files(run_dir)
+            if source is not None:
+                initialize(model, source)
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
 
     def test(self, model: PFGM, datamodule: DataModule) -> None:
         """Evaluate the newest checkpoint of the run."""
         last = checkpoint_path(self._get(self.config, "run_dir"))
+        if not last.exists():
+            raise FileNotFoundError(f"run_dir = {last.parent.parent} has no checkpoint to test; run fit first")
         check_same_run(storage.read_checkpoint(last), model, datamodule, last.parent.parent)
         self.trainer.test(model, datamodule=datamodule, ckpt_path=last, weights_only=True, verbose=False)
+
+
+def check_trainer(config: Any) -> None:
+    """ValueError for settings of the trainer that Lightning would stumble over, or worse, later."""
+    for name, lowest in (("max_steps", 0), ("val_check_interval", 1), ("accumulate_grad_batches", 1)):
+        if config[name] is not None and not config[name] >= lowest:
+            raise ValueError(f"trainer.{name} = {config[name]}: training counts steps; give a number >= {lowest}")
+    devices, cores = config["devices"], os.cpu_count() or 1
+    on_cpu = config["accelerator"] == "cpu" or (config["accelerator"] == "auto" and not torch.cuda.is_available())
+    if on_cpu and str(devices).isdigit() and int(devices) > cores:
+        raise ValueError(f"trainer.devices = {devices}: each is a process here, and this machine has {cores} cores")
+
+
+def check_no_other_files(run_dir: Path) -> None:
+    """FileExistsError if a run would write over files of others; those of a run come after its first checkpoint."""
+    found = [name for name in ("config.yaml", "metrics.csv", "loss.png", "grids", "checkpoints") if (run_dir / name).exists()]
+    if found and found != ["checkpoints"]:
+        raise FileExistsError(
+            f"run_dir = {run_dir} has {', '.join(found)} but no checkpoints/last.ckpt; restore that, or give another --run_dir"
+        )
 
 
 def check_same_run(checkpoint: dict[str, Any], model: PFGM, data: DataModule, run_dir: Path) -> None:
@@ -97,6 +141,10 @@ def check_same_run(checkpoint: dict[str, Any], model: PFGM, data: DataModule, ru
             f"run_dir = {run_dir} holds a run with other settings ({'; '.join(changes)}). Repeat its command to resume it, or "
             "give another --run_dir (with --init_from to start from its weights)"
         )
+
+
+def _extra_channels(loss: Loss | None) -> int:
+    return (loss or DenoisingLoss()).extra_channels
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -129,6 +177,7 @@ def main(args: list[str] | None = None) -> TrainCLI:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         trainer_defaults=TRAINER_DEFAULTS,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         args=args,
     )
@@ -138,6 +187,6 @@ def run() -> None:
     """train.py: an error of the user's making is one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, OSError, NonFiniteLoss, SolverError) as error:
+    except (ValueError, OSError, NonFiniteLoss, SolverError, MisconfigurationException) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)

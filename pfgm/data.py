@@ -4,6 +4,7 @@ The stream of training batches is a function of (seed, step, rank): each pass ov
 seed and the number of the pass, and step k takes the next samples of it. All data is held in memory, in the user's units.
 """
 
+import math
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
@@ -135,6 +136,8 @@ class DataModule(Recorded, pl.LightningDataModule):
         (self.train_x, self.train_labels), (self.held_out_x, self.held_out_labels) = train, held_out
         self.batch_size, self.seed = batch_size, seed
         num_classes = 0 if self.train_labels is None else int(self.train_labels.max()) + 1
+        if num_classes > len(self.train_x):
+            raise ValueError(f"labels go up to {num_classes - 1} for {len(self.train_x)} samples; number the classes from 0")
         self.summary = DataSummary.of(self.train_x, scale=scale, value_range=value_range, num_classes=num_classes, mean=mean)
 
     @property
@@ -250,7 +253,12 @@ def split(
         raise ValueError(f"held_out = {held_out} must lie between 0 and 1: the part of the data kept for validation")
     if len(x) < 2:
         raise ValueError(f"the data has {len(x)} samples; it needs at least two, one of them held out")
-    rows = train_test_split(np.arange(len(x)), test_size=held_out, random_state=seed, stratify=y)
+    try:
+        rows = train_test_split(np.arange(len(x)), test_size=held_out, random_state=seed, stratify=y)
+    except ValueError as error:
+        raise ValueError(
+            f"held_out = {held_out}: {len(x)} samples cannot be split so, each class in proportion: {error}"
+        ) from error
     return tuple((x[index], None if y is None else y[index]) for index in rows)  # type: ignore[return-value]
 
 
@@ -259,22 +267,34 @@ def read_arrays(path: Path, labels: bool) -> tuple[Tensor, Tensor | None]:
     if path.suffix not in (".npy", ".npz", ".pt"):
         raise ValueError(f"path = {path}: the ending {path.suffix!r} is unknown; use .npy, .npz or .pt")
     if not path.is_file():
-        raise FileNotFoundError(f"path = {path} does not exist")
+        raise FileNotFoundError(f"path = {path} does not exist or is no file; give a .npy, .npz or .pt file")
     try:
         content = torch.load(path, weights_only=True) if path.suffix == ".pt" else np.load(path, allow_pickle=False)
         arrays = {k: content[k] for k in content} if hasattr(content, "keys") else {"x": content}
+        if not arrays:
+            raise KeyError("x")
         x = arrays["x"] if "x" in arrays or len(arrays) > 1 else next(iter(arrays.values()))
-        x = torch.stack(list(x)) if isinstance(x, (list, tuple)) else torch.as_tensor(x)
-        y = torch.as_tensor(arrays["labels"]) if labels else None
+        x = torch.stack(list(x)) if isinstance(x, (list, tuple)) else _widen(torch.as_tensor(x))
+        y = _widen(torch.as_tensor(arrays["labels"])) if labels else None
     except KeyError as error:
-        raise ValueError(f"path = {path} has no array {error}, only {sorted(arrays)}") from error
+        raise ValueError(f"path = {path} has no array {error}, only {sorted(arrays)}; add it to the file") from error
     except (ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"path = {path} cannot be read as samples of one shape: {str(error).partition(chr(10))[0]}") from error
+        # Not the libraries' own words: they advise to load pickles.
+        raise ValueError(
+            f"path = {path} cannot be read as samples of one shape ({type(error).__name__}): give arrays of numbers, [n, ...]"
+        ) from error
+    if x.ndim == 0:
+        raise ValueError(f"path = {path} holds a single number; give samples, [n, ...]")
     if y is not None and (y.shape != x.shape[:1] or y.is_floating_point() or (len(y) and int(y.min()) < 0)):
         raise ValueError(
             f"path = {path}: labels need one integer >= 0 for each of {len(x)} samples, got {tuple(y.shape)} {y.dtype}"
         )
     return (x[:, None] if x.ndim == 1 else x), None if y is None else y.long()
+
+
+def _widen(x: Tensor) -> Tensor:
+    """Unsigned integers of more than 8 bits as int64: torch has next to no arithmetic for them."""
+    return x.long() if x.dtype in (torch.uint16, torch.uint32, torch.uint64) else x
 
 
 def check_values(x: Tensor, value_range: tuple[float, float] | None, path: object) -> None:
@@ -286,8 +306,8 @@ def check_values(x: Tensor, value_range: tuple[float, float] | None, path: objec
     if not x.is_floating_point() and value_range is None:
         raise ValueError(f"path = {path}: integers of type {x.dtype} need value_range, such as [0, 65535]")
     if value_range is not None:
-        if not value_range[0] < value_range[1]:
-            raise ValueError(f"value_range = {value_range}: the first number must be below the second")
+        if not -math.inf < value_range[0] < value_range[1] < math.inf:
+            raise ValueError(f"value_range = {value_range}: give two finite numbers, the first below the second")
         if len(x) and not value_range[0] <= float(x.min()) <= float(x.max()) <= value_range[1]:
             raise ValueError(f"path = {path}: values from {x.min()} to {x.max()} leave value_range = {value_range}")
 

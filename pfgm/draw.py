@@ -26,8 +26,10 @@ def parse_seeds(text: str) -> list[int]:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
             seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+        if not seeds:
+            raise ValueError
     except ValueError:
-        raise ValueError(f"seeds = {text!r}: give numbers and ranges such as 0-63 or 1,2,5-10, none negative") from None
+        raise ValueError(f"seeds = {text!r}: give numbers and rising ranges such as 0-63 or 1,2,5-10, none negative") from None
     return seeds
 
 
@@ -78,9 +80,9 @@ def draw(
     checkpoint: Path,
     *,
     n: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     seeds: str | None = None,
-    labels: list[int] | None = None,
+    labels: int | list[int] | None = None,
     out: Path = Path("samples.png"),
     trajectory: Path | None = None,
     preset: str | None = None,
@@ -102,10 +104,10 @@ def draw(
     Args:
         checkpoint: a .ckpt written by train.py, or a folder written by save_pretrained.
         n: number of samples (default 64, unless seeds are given); sample i is a function of (seed, i).
-        seed: the seed of all n samples.
+        seed: the seed of all n samples (default 0).
         seeds: instead of n and seed, one sample for each of these, such as 0-63 or 1,2,5-10.
         labels: one class for all samples, or one for each ([1,7,...]).
-        out: a file .png (grid, or scatter plot of 2-D data), .npz or .pt, or a folder of separate PNGs.
+        out: a file .png (grid, or scatter plot of 2-D data), .npz or .pt, or a folder of separate PNGs; replaced if it exists.
         trajectory: a .png of the way from the hemisphere: a strip for images, field lines for 2-D data.
         preset: fast (6 calls), balanced (10 calls, the default) or reference (dopri5 at tolerance 1e-4).
         method: adaptive dopri5, dopri8, bosh3, adaptive_heun, or fixed ab2, ab3, euler, midpoint, heun2, rk4, or, for
@@ -126,12 +128,14 @@ def draw(
     place = check_device(device)
     flow = load(checkpoint, place, ema, trust)
     flow.denoiser.to(getattr(torch, dtype))
-    label = flow.check_labels(labels[0] if labels and len(labels) == 1 else labels, len(pairs))
-    check_output(out, flow.shape)
-    if trajectory is not None:
-        check_trajectory(trajectory, flow.shape)
+    label = flow.check_labels(labels[0] if isinstance(labels, list) and len(labels) == 1 else labels, len(pairs))
     options: dict[str, Any] = {"preset": preset, "method": method, "coordinates": coordinates, "start": start}
     options |= {"rtol": rtol, "atol": atol, "steps": steps, "grid": grid}
+    flow.sampler(**options)  # its checks come before any folder is made
+    check_pairs(pairs, out, batch_size)
+    check_output(out, flow.shape)
+    if trajectory is not None:
+        check_trajectory(trajectory, out, flow.shape)
     samples = flow.draw(pairs, labels=label, batch_size=batch_size, progress=True, **options)
     write_samples(out, samples, pairs, label, flow.value_range)
     print(f"{len(pairs)} samples in {samples.calls} network calls and {samples.seconds:.2f} s -> {out}")
@@ -158,10 +162,24 @@ def draw_trajectory(
         plot.save_field_lines(path, states, r, samples.x)
 
 
-def check_trajectory(path: Path, shape: Sequence[int]) -> None:
-    """ValueError unless `path` is a .png for samples whose way can be drawn."""
-    if path.suffix != ".png" or not (plot.is_image(shape) or tuple(shape) == (2,)):
-        raise ValueError(f"trajectory = {path}: it is a .png, for images (1 or 3, H, W) or points (2,), not for {tuple(shape)}")
+def check_pairs(pairs: Sequence[tuple[int, int]], out: Path, batch_size: int) -> None:
+    """ValueError if there is nothing to draw, or if two samples would have one file."""
+    if not pairs:
+        raise ValueError("n = 0: there is nothing to draw; give n >= 1")
+    if len(set(pairs)) < len(pairs) and not out.suffix:
+        raise ValueError(f"seeds: some are given twice, and each names a file of the folder {out}; give each once")
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size} must be at least 1")
+
+
+def check_trajectory(path: Path, out: Path, shape: Sequence[int]) -> None:
+    """ValueError unless `path` is a .png of its own, for samples whose way can be drawn."""
+    if path.suffix != ".png":
+        raise ValueError(f"trajectory = {path}: give a name that ends in .png")
+    if not (plot.is_image(shape) or tuple(shape) == (2,)):
+        raise ValueError(f"trajectory = {path}: only images (1 or 3, H, W) and points (2,) have one, not {tuple(shape)}")
+    if path.absolute() == out.absolute():
+        raise ValueError(f"trajectory = {path} is also out; give two names")
     check_output(path, shape)
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pfgm import storage
-from pfgm.kernel import StudentTKernel, per_sample
+from pfgm.kernel import StudentTKernel, check_positive, per_sample
 from pfgm.progress import DrawProgress
-from pfgm.sampler import Latent, Sampler, Samples, check_levels, seed_pairs
+from pfgm.sampler import Latent, Sampler, Samples, check_finite_samples, check_levels, check_start, seed_pairs
 from pfgm.spec import build, to_json
 
 PREFIX = "flow."
@@ -50,6 +50,9 @@ class PoissonFlow(nn.Module):
     ):
         super().__init__()
         check_levels(sigma_min, sigma_max)
+        check_positive("sigma_data", sigma_data)
+        check_positive("scale", scale)
+        check_start(start)
         self.denoiser, self.kernel = denoiser, StudentTKernel(D)
         self.shape, self.scale, self.num_classes, self.start = tuple(shape), scale, num_classes, start
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
@@ -65,12 +68,15 @@ class PoissonFlow(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], trust: Sequence[str] = ()) -> "PoissonFlow":
         """A flow with fresh weights. ValueError for class paths outside this package and outside the modules `trust`."""
-        return cls(build(config["denoiser"], trust), **{name: value for name, value in config.items() if name != "denoiser"})
+        return cls(
+            build(config["denoiser"], trust, nn.Module), **{name: value for name, value in config.items() if name != "denoiser"}
+        )
 
     def to_model(self, x: Tensor) -> Tensor:
         """The user's units [B, *shape] -> centred model space."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"x has samples of shape {tuple(x.shape[1:])}; this flow's are {self.shape}")
+        x = x if x.is_floating_point() else x.float()
         return x / self.scale - self.mean.to(x.dtype)
 
     def to_user(self, x: Tensor) -> Tensor:
@@ -94,7 +100,7 @@ class PoissonFlow(nn.Module):
         self,
         n: int | None = None,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         seeds: Sequence[int] | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
         preset: str | None = None,
@@ -108,7 +114,7 @@ class PoissonFlow(nn.Module):
         batch_size: int = 256,
         progress: bool = False,
     ) -> Samples:
-        """`n` samples of `seed`, or one for each of `seeds`, in the user's units: `Samples` with x [n, *shape].
+        """`n` samples of `seed` (default 0), or one for each of `seeds`, in the user's units: `Samples` with x [n, *shape].
 
         Sample i is a function of (seed, i), `seeds` = [k, ...] gives those of (k, 0). `labels` is one class for all or one for
         each. `batch_size` samples are drawn at a time, with a progress bar if `progress`. The other arguments are those of
@@ -144,8 +150,15 @@ class PoissonFlow(nn.Module):
 
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        """E[y | x, sigma] for `x` [B, *shape] and `sigma` (float or [B]) in the user's units: like x."""
-        return self.to_user(self.denoiser(self.to_model(x), per_sample(sigma, x) / self.scale, label))
+        """E[y | x, sigma] for `x` [B, *shape] and `sigma` (float or [B]) > 0 in the user's units: like x.
+
+        ValueError if x or sigma is not finite, sigma not positive, or the labels do not fit.
+        """
+        level, model = per_sample(sigma, x), self.to_model(x)
+        if not bool(((level > 0) & torch.isfinite(level)).all()):
+            raise ValueError(f"sigma = {sigma} must be positive and finite, in the units of x")
+        check_finite_samples("x", model)
+        return self.to_user(self.denoiser(model, level / self.scale, self.check_labels(label, len(x))))
 
     def encode(self, x: Tensor, *, labels: Any = None, **options: Any) -> Latent:
         """The latent on the plane sigma_max that flows to `x` [B, *shape] (user's units, read at sigma_min).
@@ -153,12 +166,20 @@ class PoissonFlow(nn.Module):
         `options` are those of `Sampler` (default: preset "reference"); tolerances of 1e-5 make the round trip through `decode`
         more accurate still.
         """
-        latent = self._accurate(options).encode(self.to_model(x), self.check_labels(labels, len(x)))
+        model = self.to_model(x)
+        check_finite_samples("x", model)
+        latent = self._accurate(options).encode(model, self.check_labels(labels, len(x)))
         return dataclasses.replace(latent, level=latent.level * self.scale)
 
     def decode(self, latent: Latent, *, labels: Any = None, **options: Any) -> Tensor:
         """Follow the flow from `latent`, on the surface that it names, to sigma_min; without the last denoising that
         sampling does. [B, *shape] in the user's units."""
+        if latent.t.shape[1:] != self.shape or not latent.t.is_floating_point():
+            raise ValueError(
+                f"latent.t has shape {tuple(latent.t.shape)} and type {latent.t.dtype}; "
+                f"this flow's latents are floating-point and of shape (n, *{self.shape})"
+            )
+        check_finite_samples("latent.t", latent.t)
         model = dataclasses.replace(latent, level=latent.level / self.scale)
         return self.to_user(self._accurate(options).decode(model, self.check_labels(labels, len(latent.t))))
 
@@ -199,11 +220,13 @@ def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True,
         config = checkpoint[storage.KEY]["flow"]
         weights = checkpoint["state_dict"] if ema else checkpoint.get("current_model_state", checkpoint["state_dict"])
         state = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
-    flow = PoissonFlow.from_config(config, trust)
     try:
+        flow = PoissonFlow.from_config(config, trust)
         flow.load_state_dict(state)
     except RuntimeError as error:
         raise storage.CheckpointError(
             f"{path}: the weights do not match the network that the file describes: {error}"
         ) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise storage.CheckpointError(f"{path}: the file's description of the flow is incomplete ({error})") from error
     return flow.to(device).eval()

@@ -37,6 +37,12 @@ def check_dimensions(D: float | str) -> float:
     return value
 
 
+def check_positive(name: str, value: float) -> None:
+    """ValueError unless `value` is positive and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} = {value} must be a positive finite number")
+
+
 def per_sample(value: float | Tensor, like: Tensor, name: str = "sigma") -> Tensor:
     """A float or a [B] tensor as float64 [B] on the device of `like` [B, ...]; ValueError for any other shape."""
     tensor = torch.as_tensor(value, dtype=torch.float64, device=like.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pfgm import rng, storage
 from pfgm.flow import PoissonFlow
-from pfgm.kernel import check_dimensions
+from pfgm.kernel import check_dimensions, check_positive
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.noise import DataSummary, PoissonFlowNoise, recommended_sigma_min
 from pfgm.spec import Recorded, build
@@ -56,6 +56,9 @@ class PFGM(Recorded, pl.LightningModule):
         D = self._arguments["D"] = check_dimensions(D)  # "inf" and "Infinity" come as text from a command line
         if not 0 < lr < math.inf or warmup_steps < 0:
             raise ValueError(f"lr = {lr}, warmup_steps = {warmup_steps}: lr must be positive and finite, warmup_steps >= 0")
+        for name, value in (("sigma_data", sigma_data), ("data_norm", data_norm)):
+            if value is not None:
+                check_positive(name, value)
         self.data = dataclasses.replace(
             data,
             sigma_data=data.sigma_data if sigma_data is None else sigma_data,
@@ -99,7 +102,8 @@ class PFGM(Recorded, pl.LightningModule):
                 f"the training loss is {loss.item()} at step {self.global_step}; the last checkpoint was written before it and "
                 "is kept. A lower model.lr, a longer model.warmup_steps or trainer.precision=32 usually helps"
             )
-        self.log("train_loss", loss)
+        # Lightning counts batches of this process instead, one too many after resuming from a checkpoint of the start.
+        self.log_dict({"train_loss": loss, "step": float(self.global_step)})
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -111,6 +115,7 @@ class PFGM(Recorded, pl.LightningModule):
         """Mean loss on held-out data, with the same noise for each sample every time."""
         loss = self._loss(batch, VALIDATION)
         self.log("val_loss", loss.mean(), prog_bar=True, batch_size=len(loss), sync_dist=True)
+        self.log("step", float(self.global_step), batch_size=len(loss))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The same on the test data."""

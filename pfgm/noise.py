@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pfgm import rng
-from pfgm.kernel import expand, norm
+from pfgm.kernel import check_positive, expand, norm
 from pfgm.rng import Generators
 from pfgm.spec import Recorded, to_json
 
@@ -94,7 +94,7 @@ class LogNormal(Recorded):
 
     def __init__(self, mean: float = -0.5, std: float = 1.2):
         _check_finite("mean", mean)
-        _check_positive("std", std)
+        check_positive("std", std)
         self.mean, self.std = mean, std
 
     def sample(self, y: Tensor, sigma_data: float, generator: Generators = None) -> Tensor:
@@ -107,8 +107,8 @@ class LogUniform(Recorded):
     """log(sigma / sigma_data) uniform between log(low) and log(high)."""
 
     def __init__(self, low: float = 0.002, high: float = 100.0):
-        _check_positive("low", low)
-        _check_positive("high", high)
+        check_positive("low", low)
+        check_positive("high", high)
         if low >= high:
             raise ValueError(f"low = {low} must be below high = {high}")
         self.low, self.high = low, high
@@ -126,10 +126,10 @@ class PoissonFlowNoise(Recorded):
     """
 
     def __init__(self, sigma_end: float = 0.01, tau: float = 0.03, M: float | None = None):
-        _check_positive("sigma_end", sigma_end)
-        _check_positive("tau", tau)
+        check_positive("sigma_end", sigma_end)
+        check_positive("tau", tau)
         if M is not None:
-            _check_positive("M", M)
+            check_positive("M", M)
         self.sigma_end, self.tau, self.M = sigma_end, tau, M
 
     def exponent(self, data_norm: float, N: int) -> float:
@@ -150,11 +150,6 @@ class PoissonFlowNoise(Recorded):
         # |eps_x| u is itself N(0, sigma_end² I): a Gaussian vector is its norm times an independent uniform direction.
         x = y + expand(growth, y) * rng.normal(y.shape, generator, like=y)
         return x, growth * rng.normal((len(y),), generator, like=like).abs()
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} = {value} must be a positive finite number")
 
 
 def _check_finite(name: str, value: float) -> None:

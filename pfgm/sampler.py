@@ -5,6 +5,7 @@ batch it is drawn in.
 """
 
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pfgm import rng
-from pfgm.kernel import StudentTKernel, expand, norm
+from pfgm.kernel import StudentTKernel, check_positive, expand, norm
 from pfgm.ode import CountedDenoiser, Way, follow
 from pfgm.solver import make_solver
 
@@ -84,10 +85,8 @@ class Sampler:
     ):
         self.solver = make_solver(preset, method, coordinates, rtol, atol, steps, grid)
         check_levels(sigma_min, sigma_max)
-        if not 0 < sigma_data < math.inf:
-            raise ValueError(f"sigma_data = {sigma_data} must be a positive finite number")
-        if start not in STARTS:
-            raise ValueError(f"start = {start!r} is unknown; choose one of {', '.join(STARTS)}")
+        check_positive("sigma_data", sigma_data)
+        check_start(start)
         self.denoiser, self.kernel, self.shape, self.start = denoiser, kernel, tuple(shape), start
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
 
@@ -95,14 +94,15 @@ class Sampler:
         self,
         n: int | None = None,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         seeds: Sequence[int] | None = None,
         labels: Tensor | Sequence[int] | None = None,
         on_call: Callable[[int, float], None] | None = None,
     ) -> Samples:
-        """`n` samples of `seed`, sample i from (seed, i), or one sample (k, 0) for each k of `seeds`; `labels` [n] or None.
+        """`n` samples of `seed` (default 0), sample i from (seed, i), or one sample (k, 0) for each k of `seeds`.
 
-        float32 [n, *shape] (the network's dtype if that is wider). `on_call(calls, level)` follows the progress.
+        float32 [n, *shape] (the network's dtype if that is wider); `labels` [n] or None. `on_call(calls, level)` follows the
+        progress.
         """
         return self.draw(seed_pairs(n, seed, seeds), labels, on_call)
 
@@ -149,8 +149,7 @@ class Sampler:
     def integrate(self, x: Tensor, sigma_from: float, sigma_to: float, labels: Tensor | Sequence[int] | None = None) -> Tensor:
         """The flow's map from the plane sigma_from to the plane sigma_to, in either direction: like `x` [n, ...]."""
         for name, sigma in (("sigma_from", sigma_from), ("sigma_to", sigma_to)):
-            if not 0 < sigma < math.inf:
-                raise ValueError(f"{name} = {sigma} must be a positive finite number")
+            check_positive(name, sigma)
         denoise = self._counted(labels, len(x), x.dtype)
         return self._follow(denoise, x, sigma_from, sigma_to, None).end.to(x.dtype)
 
@@ -192,14 +191,37 @@ class Sampler:
         return tensors[0].device if tensors else torch.device("cpu")
 
 
-def seed_pairs(n: int | None = None, seed: int = 0, seeds: Sequence[int] | None = None) -> list[tuple[int, int]]:
+def seed_pairs(n: int | None = None, seed: int | None = None, seeds: Sequence[int] | None = None) -> list[tuple[int, int]]:
     """(seed, 0), ..., (seed, n-1), or (k, 0) for each k of `seeds`. ValueError unless exactly one is given and none is < 0."""
-    if (n is None) == (seeds is None):
-        raise ValueError(f"n = {n}, seeds = {seeds}: give either a number of samples n or a list of seeds")
-    for name, value in (("n", n or 0), ("seed", seed), ("seeds", min(seeds or [0]))):
-        if value < 0:
-            raise ValueError(f"{name} has the value {value}; it must not be negative")
-    return [(seed, i) for i in range(n)] if n is not None else [(int(k), 0) for k in seeds or []]
+    if (n is None) == (seeds is None) or (seeds is not None and seed is not None):
+        raise ValueError(f"n = {n}, seed = {seed}, seeds = {seeds}: give either a number n (and a seed for all), or seeds")
+    if seeds is None:
+        return [(_natural("seed", seed or 0), i) for i in range(_natural("n", n))]
+    return [(_natural("seeds", k), 0) for k in seeds]
+
+
+def _natural(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} has the value {value!r}; give whole numbers") from None
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{name} has the value {number}; it must not be negative, and fit into 64 bits")
+    return number
+
+
+def check_start(start: str) -> None:
+    """ValueError unless `start` is known."""
+    if start not in STARTS:
+        raise ValueError(f"start = {start!r} is unknown; choose one of {', '.join(STARTS)}")
+
+
+def check_finite_samples(name: str, x: Tensor) -> None:
+    """ValueError if `x` has values that are NaN or infinite, or no samples."""
+    if not len(x):
+        raise ValueError(f"{name} has no samples; give at least one")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name}: {int((~torch.isfinite(x)).sum())} values are NaN or infinite")
 
 
 def check_levels(sigma_min: float, sigma_max: float) -> None:

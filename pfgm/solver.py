@@ -4,7 +4,6 @@ torchdiffeq does the adaptive methods and the Runge-Kutta ones on fixed grids, `
 bound the error of the worst sample of a batch.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pfgm.coordinates import Angle, Coordinates, LogSigma, Sigma
 from pfgm.grid import Grid, make_grid
+from pfgm.kernel import check_positive
 from pfgm.multistep import Slope, adams_bashforth, dpm_solver
 
 BOTH, ANGLE, LOG_SIGMA = ("angle", "log_sigma"), ("angle",), ("log_sigma",)
@@ -223,6 +223,6 @@ def _interpolate(states: Tensor, times: Tensor, at: Tensor) -> Tensor:
 
 
 def _tolerance(name: str, value: float | None, default: float) -> float:
-    if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"{name} = {value} must be a positive finite number")
-    return default if value is None else value
+    value = default if value is None else value
+    check_positive(name, value)
+    return value

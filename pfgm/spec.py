@@ -56,13 +56,13 @@ def to_json(value: Any) -> Any:
     )
 
 
-def build(spec: Mapping[str, Any], trust: Sequence[str] = ()) -> Any:
-    """The object that `spec` describes; nested specs are built first.
+def build(spec: Mapping[str, Any], trust: Sequence[str] = (), kind: type = object) -> Any:
+    """The object of a subclass of `kind` that `spec` describes; nested specs, of that kind as well, are built first.
 
     ValueError if the class is neither in this package nor in one of the modules `trust`, or cannot be made from its arguments.
     """
-    class_ = _find_class(spec["class_path"], trust)
-    arguments = {name: _build_nested(value, trust) for name, value in spec["init_args"].items()}
+    class_ = _find_class(spec["class_path"], trust, kind)
+    arguments = {name: _build_nested(value, trust, kind) for name, value in spec["init_args"].items()}
     try:
         return class_(**arguments)
     except TypeError as error:
@@ -71,11 +71,11 @@ def build(spec: Mapping[str, Any], trust: Sequence[str] = ()) -> Any:
         ) from error
 
 
-def _build_nested(value: Any, trust: Sequence[str]) -> Any:
-    return build(value, trust) if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"} else value
+def _build_nested(value: Any, trust: Sequence[str], kind: type) -> Any:
+    return build(value, trust, kind) if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"} else value
 
 
-def _find_class(class_path: str, trust: Sequence[str]) -> type:
+def _find_class(class_path: str, trust: Sequence[str], kind: type) -> type:
     module_name, _, name = class_path.rpartition(".")
     own = module_name.partition(".")[0] == PACKAGE
     if not own and not any(module_name == t or module_name.startswith(t + ".") for t in trust):
@@ -87,6 +87,8 @@ def _find_class(class_path: str, trust: Sequence[str]) -> type:
         class_ = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"class_path {class_path!r} does not exist here: {error}") from error
-    if not (isinstance(class_, type) and issubclass(class_, Recorded if own else (Recorded, nn.Module))):
+    if not (
+        isinstance(class_, type) and issubclass(class_, Recorded if own else (Recorded, nn.Module)) and issubclass(class_, kind)
+    ):
         raise ValueError(f"class_path {class_path!r} is not a class that a checkpoint may name")
     return class_

@@ -1,6 +1,6 @@
 """Files: written whole or not at all, read with a reason when they cannot be.
 
-Checkpoints and exports carry a SHA-256 digest of their tensors, since a flipped bit passes torch.load unnoticed.
+Checkpoints and exports carry a SHA-256 digest of their content, since a flipped bit passes torch.load unnoticed.
 """
 
 import hashlib
@@ -26,24 +26,36 @@ class CheckpointError(ValueError):
     """A checkpoint or export is missing a part, damaged, or of another format."""
 
 
-def digest(*states: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the tensors of `states`, independent of their order."""
+def digest(content: Any) -> str:
+    """SHA-256 of nested mappings and sequences of tensors and plain values; the order of the mappings does not matter."""
     total = hashlib.sha256()
-    for state in states:
-        for name in sorted(state):
-            tensor = state[name].detach().cpu().contiguous()
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    _update(total, "", content)
     return total.hexdigest()
 
 
+def _update(total: Any, name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        tensor = value.detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            _update(total, f"{name}/{key}", value[key])
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _update(total, f"{name}/{i}", item)
+    else:
+        total.update(f"{name} {value!r}\n".encode())
+
+
 def seal(checkpoint: dict[str, Any], flow: Mapping[str, Any], data: Mapping[str, Any] | None) -> None:
-    """Add to a Lightning `checkpoint` what its flow and its data were, and the digest of its weights, averaged and raw."""
-    checkpoint[KEY] = {"format": FORMAT, "flow": flow, "data": data, "digest": digest(*_states(checkpoint))}
+    """Add to a Lightning `checkpoint` what its flow and its data were, and the digest of all that it holds."""
+    checkpoint[KEY] = {"format": FORMAT, "flow": flow, "data": data}
+    checkpoint[KEY]["digest"] = digest(_sealed(checkpoint))
 
 
 def check_seal(checkpoint: Mapping[str, Any], path: object = "the checkpoint") -> None:
-    """CheckpointError unless `checkpoint` was sealed by this package in this format and its weights are unchanged."""
+    """CheckpointError unless `checkpoint` was sealed by this package in this format and is unchanged."""
     part = checkpoint.get(KEY)
     if not isinstance(part, Mapping) or "state_dict" not in checkpoint:
         raise CheckpointError(
@@ -53,8 +65,8 @@ def check_seal(checkpoint: Mapping[str, Any], path: object = "the checkpoint") -
         raise CheckpointError(
             f"{path} has format {part.get('format')!r}, this version reads {FORMAT}; install the version that wrote it"
         )
-    if part.get("digest") != digest(*_states(checkpoint)):
-        raise CheckpointError(f"{path} has been altered: its weights do not have the digest stored with them; use another copy")
+    if part.get("digest") != digest(_sealed(checkpoint)):
+        raise CheckpointError(f"{path} has been altered: its content does not have the digest stored in it; use another copy")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -63,7 +75,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     FileNotFoundError if there is none, CheckpointError if it is truncated, altered or of another format.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a .ckpt file or an exported folder")
+        raise FileNotFoundError(f"{path} does not exist or is no file; give a .ckpt file or an exported folder")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (
@@ -74,13 +86,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         OSError,
         ValueError,
         KeyError,
-        UnicodeDecodeError,
+        IndexError,
+        TypeError,
+        AttributeError,
     ) as error:
+        # Not torch's own words: they advise to load the file without weights_only.
         raise CheckpointError(
-            f"{path} cannot be read: truncated, altered or not a checkpoint ({_first_line(error)})"
+            f"{path} cannot be read: truncated, altered or not a checkpoint ({type(error).__name__}); use another copy"
         ) from error
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint of this package")
+        raise CheckpointError(
+            f"{path} holds a {type(checkpoint).__name__}, not a checkpoint of this package; give a .ckpt written by train.py"
+        )
     check_seal(checkpoint, path)
     return checkpoint
 
@@ -91,7 +108,8 @@ def write_export(folder: str | Path, flow: Mapping[str, Any], state: Mapping[str
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    config = json.dumps({"format": FORMAT, "digest": digest(tensors), "flow": flow}, indent=2, allow_nan=False)
+    parts = {"format": FORMAT, "flow": flow}
+    config = json.dumps(parts | {"digest": digest(parts | {"tensors": tensors})}, indent=2, allow_nan=False)
     with replacing(Path(folder) / "model.safetensors") as temporary:
         save_file(tensors, temporary)
     with replacing(Path(folder) / "config.json") as temporary:
@@ -110,11 +128,16 @@ def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((Path(folder) / "config.json").read_text())
         state = load_file(Path(folder) / "model.safetensors")
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read: truncated or altered ({_first_line(error)})") from error
+        raise CheckpointError(
+            f"{folder} cannot be read: truncated or altered ({type(error).__name__}); use another copy"
+        ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{folder}/config.json is not an export of this package in format {FORMAT}")
-    if config.get("digest") != digest(state):
-        raise CheckpointError(f"{folder} has been altered: its weights do not have the digest in config.json; use another copy")
+    found = digest({name: value for name, value in config.items() if name != "digest"} | {"tensors": state})
+    if config.get("digest") != found:
+        raise CheckpointError(
+            f"{folder} has been altered: its content does not have the digest in config.json; use another copy"
+        )
     return config["flow"], state
 
 
@@ -139,9 +162,6 @@ def _umask() -> int:
     return mask
 
 
-def _states(checkpoint: Mapping[str, Any]) -> list[Mapping[str, Tensor]]:
-    return [checkpoint[name] for name in ("state_dict", "current_model_state") if name in checkpoint]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:200]
+def _sealed(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    own = {name: value for name, value in checkpoint[KEY].items() if name != "digest"}
+    return {name: value for name, value in checkpoint.items() if name != KEY} | {KEY: own}

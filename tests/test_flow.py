@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pfgm
+import pfgm.sampler
 from pfgm import draw, storage
 from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
@@ -103,6 +104,62 @@ def test_every_single_flipped_bit_is_found(tmp_path):
             pfgm.load(tmp_path)
 
 
+def test_an_edited_description_is_found(tmp_path):
+    make_flow(shape=(5,)).save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"sigma_max": 40.0', '"sigma_max": 500.0'))
+    with pytest.raises(storage.CheckpointError, match="altered"):
+        pfgm.load(tmp_path)
+
+
+def test_a_file_cannot_name_classes_that_are_no_networks(tmp_path):
+    flow = make_flow(shape=(5,))
+    spec = {"class_path": "pfgm.data.Arrays", "init_args": {"path": "/etc/hostname"}}
+    storage.write_export(tmp_path, flow.config | {"denoiser": spec}, flow.state_dict())
+    with pytest.raises(ValueError, match="not a class that a checkpoint may name"):
+        pfgm.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"shape": 3}, {"colour": 1}, {"sigma_max": "40"}, {"denoiser": {}}])
+def test_an_incomplete_description_is_named(change, tmp_path):
+    flow = make_flow(shape=(5,))
+    storage.write_export(tmp_path, flow.config | change, flow.state_dict())
+    with pytest.raises(storage.CheckpointError, match="incomplete"):
+        pfgm.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"start": "sphere"}, "start = 'sphere'"),
+        ({"scale": math.nan}, "scale = nan"),
+        ({"sigma_data": 0.0}, r"sigma_data = 0\.0"),
+        ({"sigma_min": 50.0}, r"sigma_min = 50\.0"),
+    ],
+)
+def test_bad_settings_of_a_flow_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_flow(shape=(5,), **settings)
+
+
+def test_bad_points_are_named_and_integers_are_numbers():
+    flow = make_flow(shape=(5,), scale=2.0)
+    x = torch.arange(10).reshape(2, 5)
+    assert torch.equal(flow.denoise(x, 0.5), flow.denoise(x.float(), 0.5))
+    for sigma in (-1.0, 0.0, math.nan, math.inf, torch.tensor([1.0, -1.0])):
+        with pytest.raises(ValueError, match="sigma = "):
+            flow.denoise(x, sigma)
+    with pytest.raises(ValueError, match="trained without labels"):
+        flow.denoise(x, 1.0, torch.tensor([1, 1]))
+    for method in (lambda y: flow.denoise(y, 1.0), flow.encode):
+        with pytest.raises(ValueError, match="x: 2 values are NaN"):
+            method(torch.where(x < 2, torch.nan, x))
+        with pytest.raises(ValueError, match="shape"):
+            method(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"latent\.t has shape \(2, 4\)"):
+        flow.decode(pfgm.sampler.Latent(torch.zeros(2, 4), 40.0, "plane"))
+
+
 def test_damaged_and_foreign_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         pfgm.load(tmp_path / "none.ckpt")
@@ -182,6 +239,8 @@ def test_drawing_writes_what_was_asked_for(export, tmp_path, capsys):
         assert arrays["labels"].tolist() == [0, 1, 2]
         expected = pfgm.load(export).sample(3, seed=7, method="midpoint", steps=3, labels=[0, 1, 2]).x
         assert np.allclose(arrays["x"], expected.numpy(), atol=1e-6)
+    draw.main([export, "--n=2", "--labels=1", "--out", f"{out}/y.npz", "--preset=fast"])
+    os.remove(f"{out}/y.npz")
     assert "3 samples in 7 network calls" in capsys.readouterr().out
     draw.main(
         [export, "--seeds=1,4-5", "--out", f"{out}/x.pt", "--batch_size=2", "--method=midpoint", "--steps=3", "--dtype=float64"]
@@ -199,6 +258,13 @@ def test_drawing_writes_what_was_asked_for(export, tmp_path, capsys):
         (["--n=-1"], "n has the value -1"),
         (["--seeds=3-x"], "seeds = '3-x'"),
         (["--n=2", "--seeds=1"], "either"),
+        (["--seed=2", "--seeds=1"], "either"),
+        (["--n=0"], "n = 0"),
+        (["--seeds=5-1"], "seeds = '5-1'"),
+        (["--seeds=1,1", "--out=folder"], "given twice"),
+        (["--preset=fast", "--steps=3"], "leave out either preset or steps"),
+        (["--trajectory=samples.png"], "give two names"),
+        (["--out=new/x.png", "--method=foo"], "method = 'foo'"),
         (["--labels=[5]"], "labels = 5"),
         (["--method=rk45"], "method = 'rk45'"),
         (["--coordinates=z"], "coordinates = 'z'"),
@@ -222,7 +288,7 @@ def test_a_missing_checkpoint_ends_in_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         draw.main(["none.ckpt"])
     error = capsys.readouterr().err.strip()
-    assert error == "sample.py: error: none.ckpt does not exist; give a .ckpt file or an exported folder"
+    assert error == "sample.py: error: none.ckpt does not exist or is no file; give a .ckpt file or an exported folder"
 
 
 def test_the_sampling_path_stays_light():

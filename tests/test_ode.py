@@ -256,7 +256,7 @@ def test_samples_depend_on_their_seed_alone_on_fixed_grids():
     x = s.sample(10, seed=5).x
     assert x.dtype == torch.float32
     assert torch.allclose(s.draw([(5, 3), (5, 7)]).x, x[[3, 7]], atol=1e-6)
-    assert torch.allclose(s.sample(seeds=[5, 9]).x[:1], x[:1], atol=1e-6)
+    assert torch.allclose(s.sample(seeds=torch.tensor([5, 9])).x[:1], x[:1], atol=1e-6)
     assert not torch.allclose(s.sample(10, seed=6).x, x)
     assert s.sample(0).x.shape == (0, 3)
 
@@ -374,6 +374,10 @@ def test_bad_settings_are_named_before_any_call(options, message):
         ({"n": -1}, "n has the value -1"),
         ({"n": 1, "seed": -2}, "seed has"),
         ({"seeds": [1, -3]}, "-3"),
+        ({"seeds": [1], "seed": 2}, "either"),
+        ({"n": 2.5}, r"n has the value 2\.5; give whole numbers"),
+        ({"seeds": [1.5]}, "whole numbers"),
+        ({"n": 1, "seed": 2**64}, "64 bits"),
     ],
 )
 def test_bad_numbers_and_seeds_are_named(arguments, message):

@@ -89,6 +89,34 @@ def test_a_run_that_went_past_its_checkpoint_is_continued_from_it(tmp_path):
     assert steps[0] == steps[1]
 
 
+def test_a_run_that_died_early_starts_again_with_the_same_command(tmp_path, monkeypatch):
+    whole = PFGM.training_step
+
+    def die(self, batch, index):
+        if self.global_step == 2:
+            raise KeyboardInterrupt
+        return whole(self, batch, index)
+
+    fit(tmp_path / "a", "--trainer.max_steps=4")
+    monkeypatch.setattr(PFGM, "training_step", die)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path / "b", "--trainer.max_steps=4")
+    monkeypatch.setattr(PFGM, "training_step", whole)
+    assert last(tmp_path / "b")["global_step"] in (0, 2)
+    fit(tmp_path / "b", "--trainer.max_steps=4")
+    assert same_tensors(last(tmp_path / "a")["state_dict"], last(tmp_path / "b")["state_dict"])
+    logs = [[(r["step"], r["train_loss"]) for r in log_rows(tmp_path / x) if r["train_loss"]] for x in "ab"]
+    assert logs[0] == logs[1]
+
+
+def test_more_processes_than_cores_are_refused():
+    settings = {"max_steps": 1, "val_check_interval": 5, "accumulate_grad_batches": 1, "accelerator": "cpu"}
+    for devices in (9999, "9999"):
+        with pytest.raises(ValueError, match=r"trainer\.devices = 9999"):
+            cli.check_trainer(settings | {"devices": devices})
+    cli.check_trainer(settings | {"devices": "auto"})
+
+
 def test_a_new_process_draws_the_same_samples(tmp_path):
     trained = fit(tmp_path, "--trainer.max_steps=3")
     here = trained.model.flow.eval().sample(5, seed=1, method="midpoint", steps=4).x
@@ -195,11 +223,42 @@ def test_a_damaged_checkpoint_is_not_resumed(tmp_path):
         fit(tmp_path, "--trainer.max_steps=4")
 
 
-def test_evaluation_prints_its_table(tmp_path, capsys):
+def test_evaluation_prints_its_table_and_leaves_the_run_alone(tmp_path, capsys):
     fit(tmp_path, "--trainer.max_steps=2")
+    before = {name: (tmp_path / name).read_bytes() for name in ("metrics.csv", "config.yaml", "checkpoints/last.ckpt")}
     cli.main(["test", *TOY, "--run_dir", str(tmp_path), "--evaluation.n=50", "--evaluation.sets=2"])
     assert "2 sets of 50 samples" in capsys.readouterr().out
     assert (tmp_path / "test.json").exists()
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    with pytest.raises(FileNotFoundError, match="run fit first"):
+        cli.main(["test", *TOY, "--run_dir", str(tmp_path / "none")])
+
+
+def test_files_of_others_are_not_written_over(tmp_path):
+    fit(tmp_path / "a", "--trainer.max_steps=2")
+    (tmp_path / "a" / "checkpoints" / "last.ckpt").rename(tmp_path / "kept.ckpt")
+    before = (tmp_path / "a" / "metrics.csv").read_bytes()
+    with pytest.raises(FileExistsError, match=r"has config\.yaml, metrics\.csv.* but no checkpoints/last\.ckpt"):
+        fit(tmp_path / "a", "--trainer.max_steps=2")
+    assert (tmp_path / "a" / "metrics.csv").read_bytes() == before
+    shutil.copy(tmp_path / "kept.ckpt", tmp_path / "a" / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match="holds a run already"):
+        fit(tmp_path / "a", "--trainer.max_steps=2", "--init_from", str(tmp_path / "kept.ckpt"))
+
+
+def test_a_failing_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    fit(tmp_path, "--trainer.max_steps=2")
+    before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+
+    def half(self, path, *args):
+        Path(path).write_bytes(before[:1000])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", half)
+    with pytest.raises(OSError, match="No space"):
+        fit(tmp_path, "--trainer.max_steps=4")
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
 @pytest.mark.parametrize("text", ["inf", ".inf", "Infinity", ".Inf"])
@@ -222,6 +281,12 @@ def test_infinite_D_may_be_written_in_each_usual_way(text, tmp_path):
         (["--ema.decay=1.5"], "decay = 1.5"),
         (["--data.init_args.batch_size=0"], "batch_size = 0"),
         (["--init_from=none.ckpt"], r"none\.ckpt does not exist"),
+        (["--model.start=sphere"], "start = 'sphere'"),
+        (["--model.data_norm=0"], "data_norm = 0"),
+        (["--model.sigma_data=-1", "--model.sigma_min=0.01"], "sigma_data = -1"),
+        (["--model.net.init_args.depth=-1"], "depth = -1"),
+        (["--trainer.val_check_interval=0"], "val_check_interval = 0"),
+        (["--run_dir="], "run_dir is empty"),
     ],
 )
 def test_bad_training_arguments_are_named_before_any_work(arguments, message, tmp_path):
@@ -283,6 +348,8 @@ def test_arrays_of_each_kind_train_in_their_own_units(tmp_path):
     model = PFGM(TimeMLP((7,), width=8, depth=1), data.summary)
     x = model.flow.sample(200).x
     assert 4500 < float(x.mean()) < 5500
+    np.save(tmp_path / "wide.npy", np.arange(40, dtype=np.uint16).reshape(20, 2) * 1000)
+    assert Arrays(tmp_path / "wide.npy", value_range=(0, 65535)).summary.scale == 32767.5
     np.save(tmp_path / "line.npy", np.linspace(0.0, 1.0, 30))
     assert Arrays(tmp_path / "line.npy").shape == (1,)
 
@@ -299,6 +366,9 @@ def save(folder, array, **more):
         (lambda d: {"path": d / "a.csv"}, "ending '.csv'"),
         (lambda d: save(d, np.zeros((0, 3))), "0 samples"),
         (lambda d: save(d, np.ones((9, 3))), "all 8 samples are equal"),
+        (lambda d: save(d, np.float64(3)), "a single number"),
+        (lambda d: save(d, np.arange(9.0), labels=np.arange(9) * 10**12) | {"labels": True}, "labels go up to|cannot be split"),
+        (lambda d: save(d, np.arange(9.0)) | {"value_range": (-math.inf, math.inf)}, "two finite numbers"),
         (lambda d: save(d, np.array([[1.0, np.nan]] * 9)), "9 values are NaN"),
         (lambda d: save(d, np.arange(9)[:, None]), "need value_range"),
         (lambda d: save(d, np.arange(9)[:, None]) | {"value_range": (0, 5)}, r"0 to 8 leave value_range"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pfgm.nn.network import Embedding, Network
+from pfgm.nn.network import Embedding, Network, check_sizes
 
 
 class TimeMLP(Network):
@@ -19,6 +19,7 @@ class TimeMLP(Network):
         self, shape: Sequence[int], num_classes: int = 0, extra_channels: int = 0, *, width: int = 256, depth: int = 4
     ):
         super().__init__()
+        check_sizes(width=width, depth=depth)
         self.out_shape = (shape[0] + extra_channels, *shape[1:])
         self.embedding = Embedding(width, num_classes)
         self.first = nn.Linear(math.prod(shape), width)

@@ -17,6 +17,13 @@ class Network(Recorded, nn.Module):
     """
 
 
+def check_sizes(**sizes: int) -> None:
+    """ValueError naming the first of `sizes` that is not a whole number >= 1."""
+    for name, size in sizes.items():
+        if not (isinstance(size, int) and size >= 1):
+            raise ValueError(f"{name} = {size} must be a whole number >= 1")
+
+
 class Embedding(nn.Module):
     """Noise level and label -> [B, width].
 

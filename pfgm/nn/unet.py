@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfgm.nn.network import Embedding, Network
+from pfgm.nn.network import Embedding, Network, check_sizes
 
 
 class UNet(Network):
@@ -33,6 +33,9 @@ class UNet(Network):
         super().__init__()
         if len(shape) != 3:
             raise ValueError(f"shape = {tuple(shape)}: UNet needs images (channels, height, width); use TimeMLP for vectors")
+        check_sizes(width=width, blocks=blocks, multipliers=min(multipliers, default=0))
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout = {dropout} must lie in [0, 1)")
         embedding = 4 * width
         self.multiple = 2 ** (len(multipliers) - 1)
         self.embedding = Embedding(embedding, num_classes)
