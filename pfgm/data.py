@@ -24,7 +24,7 @@ from pfgm.spec import Recorded
 
 Batch = dict[str, Any]
 """"x" [B, *shape], "label" [B] if there are labels, "counters" (k, j) of the stream or first index of the held-out batch,
-and "reference" [L, *shape] if the objective asks for charges."""
+and "reference" [L, *shape], with "reference_label" [L] if there are labels, if the objective asks for charges."""
 
 
 class Stream(IterableDataset):
@@ -59,18 +59,21 @@ class Stream(IterableDataset):
         if self.labels is not None:
             batch["label"] = self.labels[index]
         if self.reference_size:
-            batch["reference"] = self._reference(index, step)
+            charges = self._reference(index, step)
+            batch["reference"] = self.x[charges]
+            if self.labels is not None:
+                batch["reference_label"] = self.labels[charges]
         return batch
 
-    def _reference(self, index: Tensor, step: int) -> Tensor:
-        """Charges for the step: all data if reference_size covers it, else the batch and others drawn without repetition."""
+    def _reference(self, index: Tensor, step: int) -> Tensor | slice:
+        """The charges of the step: all data if reference_size covers it, else the batch and others, without repetition."""
         n = len(self.x)
         if self.reference_size >= n:
-            return self.x
+            return slice(None)
         order = torch.randperm(n, generator=rng.generator(self.seed, 1, step, self.rank))
         own = index.unique()
         others = order[~torch.isin(order, own)]
-        return self.x[torch.cat([own, others])[: max(self.reference_size, len(own))]]
+        return torch.cat([own, others])[: max(self.reference_size, len(own))]
 
 
 def stream_indices(first: int, count: int, n: int, seed: int) -> Tensor:
@@ -103,8 +106,10 @@ class HeldOut(Dataset):
         if self.labels is not None:
             batch["label"] = self.labels[rows]
         if self.reference_size:
-            others = torch.cat([self.x[rows], self.x[: rows.start], self.x[rows.stop :]])
-            batch["reference"] = others[: max(self.reference_size, len(batch["x"]))]
+            size = max(self.reference_size, len(batch["x"]))
+            for name, all_rows in (("reference", self.x), ("reference_label", self.labels)):
+                if all_rows is not None:
+                    batch[name] = torch.cat([all_rows[rows], all_rows[: rows.start], all_rows[rows.stop :]])[:size]
         return batch
 
 

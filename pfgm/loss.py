@@ -6,6 +6,8 @@ Both take clean data in centred model space and draw their own noise. `Denoising
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,10 +43,12 @@ class Loss(Recorded, ABC):
         *,
         data: DataSummary,
         reference: Tensor | None = None,
+        reference_label: Tensor | None = None,
         generator: Generators = None,
     ) -> Tensor:
         """Loss [B] for clean `y` [B, ...] in centred model space, `label` [B] and charges `reference` [L, ...] that include y
-        (needed if reference_size > 0)."""
+        (needed if reference_size > 0), whose `reference_label` [L] is needed if there are labels: the target of a sample
+        comes from the charges of its own class."""
 
 
 class DenoisingLoss(Loss):
@@ -77,11 +81,18 @@ class DenoisingLoss(Loss):
         *,
         data: DataSummary,
         reference: Tensor | None = None,
+        reference_label: Tensor | None = None,
         generator: Generators = None,
     ) -> Tensor:
         sigma = self.noise.sample(y, data.sigma_data, generator)
         x = denoiser.kernel.sample(y, sigma, generator)
-        target = posterior_mean(x, sigma, reference, denoiser.kernel.D) if reference is not None else y
+        target = y
+        if reference is not None:
+
+            def mean(x: Tensor, sigma: Tensor, charges: Tensor) -> tuple[Tensor]:
+                return (posterior_mean(x, sigma, charges, denoiser.kernel.D),)
+
+            (target,) = of_own_class(mean, x, sigma, reference, label, reference_label)
         error = (denoiser(x, sigma, label) - target) / expand(denoiser.output_scale(x, sigma), x)
         return error.square().flatten(1).mean(1)
 
@@ -117,14 +128,39 @@ class PoissonFieldLoss(Loss):
         *,
         data: DataSummary,
         reference: Tensor | None = None,
+        reference_label: Tensor | None = None,
         generator: Generators = None,
     ) -> Tensor:
         if reference is None:
             raise ValueError("reference = None: PoissonFieldLoss needs charges [L, ...] that include y")
         x, z = self.noise.perturb(y, data.norm, generator)
-        t_x, t_z = normalized_field(x, z, reference, self.gamma)
+        field = partial(normalized_field, gamma=self.gamma)
+        t_x, t_z = of_own_class(field, x, z, reference, label, reference_label)
         v_x, v_z = denoiser.field(x, z, label)
         return ((v_x - t_x).square().flatten(1).sum(1) + (v_z - t_z).square()) / (y[0].numel() + 1)
+
+
+def of_own_class(
+    target: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+    x: Tensor,
+    level: Tensor,
+    reference: Tensor,
+    label: Tensor | None,
+    reference_label: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """`target`(x, level, charges), each sample [B, ...] with the charges of its own class, or with all if there are none."""
+    if label is None:
+        return target(x, level, reference)
+    if reference_label is None:
+        raise ValueError("reference_label = None: with labels, the charges need theirs, [L]")
+    whole: tuple[Tensor, ...] = ()
+    for one in label.unique():
+        rows = label == one
+        parts = target(x[rows], level[rows], reference[reference_label == one])
+        whole = whole or tuple(part.new_empty(len(x), *part.shape[1:]) for part in parts)
+        for all_rows, part in zip(whole, parts, strict=True):
+            all_rows[rows] = part
+    return whole
 
 
 def check_reference_size(value: int, lowest: int) -> int:

@@ -146,6 +146,7 @@ class PFGM(Recorded, pl.LightningModule):
             batch.get("label"),
             data=self.data,
             reference=None if reference is None else self.flow.to_model(reference.float()),
+            reference_label=batch.get("reference_label"),
             generator=rng.generator(self.seed, stream, *map(int, batch["counters"]), device=y.device),
         )
 

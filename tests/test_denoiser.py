@@ -1,5 +1,6 @@
 """Preconditioning, the field network, the objectives and the networks."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -40,6 +41,43 @@ def test_preconditioning_is_edms_at_infinite_D():
     root = (v**2 + s**2).sqrt()
     expected = s**2 / root**2 * x + v * s / root * (2 * x / root + (v.log() / 4).float())
     assert torch.allclose(PreconditionedDenoiser(net, math.inf, **STATISTICS)(x, sigma), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("D", [0.5, 1.0, 4.0, 128.0])
+@pytest.mark.parametrize("sigma", [0.01, 0.3, 5.0, 40.0])
+def test_one_level_rules_the_whole_preconditioning(D, sigma):
+    """c_skip, c_out and c_in are those of the level that c_noise tells the network, whose input is about 1 for every x."""
+    x, seen = StudentTKernel(D).sample(0.5 * torch.randn(200, 64, dtype=F64), sigma, rng.generator(1)), []
+
+    def denoise(value):
+        def net(u, c):
+            seen.append((u, (4 * c.double()).exp()))
+            return torch.full_like(u, value)
+
+        return PreconditionedDenoiser(Oracle(net), D, **STATISTICS)(x, sigma)
+
+    zero, one = denoise(0.0), denoise(1.0)
+    u, level = seen[0][0], seen[0][1][:, None]
+    q = (level**2 + 0.25).sqrt()
+    for mine, edm in ((u, x / q), (zero, 0.25 / q**2 * x), (one - zero, (0.5 * level / q).expand_as(x))):
+        assert torch.allclose(mine, edm, rtol=1e-4, atol=1e-9)
+    rms = norm(u) / 8
+    assert 0.5 < float(rms.min()) < float(rms.max()) < 2
+
+
+@pytest.mark.parametrize(
+    ("D", "sigma", "median", "rms"),
+    [(1.0, 0.3, 0.12, 0.24), (1.0, 0.6, 0.05, 0.135), (32.0, 0.3, 0.075, 0.11), (32.0, 0.6, 0.045, 0.067)],
+)
+def test_typical_level_is_close_to_the_true_one(D, sigma, median, rms):
+    """Log errors where noise and data are alike, the bounds a tenth above what was measured."""
+    N, n, kernel = 64, 4000, StudentTKernel(D)
+    y = 0.5 * torch.randn(n, N, generator=rng.generator(1), dtype=F64)
+    x, s = kernel.sample(y, sigma, rng.generator(2)), torch.full((n,), sigma, dtype=F64)
+    level = typical_level(x, s, kernel, (0.5, 0.25 * math.sqrt(2 / N), float(norm(y).max()) / 8))
+    error = (level / kernel.effective_level(norm(x - y), s, N)).log()
+    assert float(error.abs().median()) < median
+    assert float(error.square().mean().sqrt()) < rms
 
 
 @pytest.mark.parametrize("D", [0.5, 1.0, 4.0, 128.0])
@@ -94,11 +132,12 @@ def test_field_denoiser_reads_a_true_field_as_the_true_denoised_point(z):
     assert torch.allclose(exact(x, z), posterior_mean(x, z, charges, 1.0), rtol=1e-6, atol=1e-6)
 
 
-def test_zero_field_network_is_the_far_field_of_a_point_charge():
+@pytest.mark.parametrize("gamma", [0.1, 5.0, 1000.0])
+def test_zero_field_network_is_the_far_field_of_a_point_charge(gamma):
     x = 1e4 * nn.functional.normalize(torch.randn(6, 8, dtype=F64))
-    denoiser = FieldDenoiser(Oracle(lambda x, c: torch.zeros(6, 9, dtype=F64)), 5.0, **STATISTICS)
+    denoiser = FieldDenoiser(Oracle(lambda x, c: torch.zeros(6, 9, dtype=F64)), gamma, **STATISTICS)
     z = torch.full((6,), 3e3, dtype=F64)
-    for mine, exact in zip(denoiser.field(x, z), field_from_displacement(x, z, 5.0), strict=True):
+    for mine, exact in zip(denoiser.field(x, z), field_from_displacement(x, z, gamma), strict=True):
         assert torch.allclose(mine, exact, rtol=1e-3)
 
 
@@ -158,6 +197,63 @@ def test_poisson_field_loss_compares_with_the_field_of_the_reference():
         assert torch.allclose(mine, exact)
 
 
+class Clairvoyant(nn.Module):
+    """The exact denoiser, and field, of two points, each a class of its own."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.kernel = StudentTKernel(D)
+
+    def forward(self, x, sigma, label):
+        return (2.0 * label - 1)[:, None].to(x.dtype)
+
+    def output_scale(self, x, sigma):
+        return torch.ones(len(x), dtype=F64)
+
+    def field(self, x, z, label):
+        return field_from_displacement(x - self(x, z, label), z, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "D"), [(DenoisingLoss(LogUniform(0.3, 10.0), reference_size=4), 8.0), (PoissonFieldLoss(0.5, 4), 1.0)]
+)
+def test_the_target_of_a_class_comes_from_its_own_charges(loss, D):
+    """The exact class-conditional model has no loss; with charges of all classes it would."""
+    y, label = torch.tensor([[-1.0], [1.0]], dtype=F64).repeat(50, 1), torch.tensor([0, 1]).repeat(50)
+    settings = {"data": DataSummary.of(y), "generator": rng.generator(1)}
+    value = loss(Clairvoyant(D), y, label, reference=y[:4], reference_label=label[:4], **settings)
+    assert float(value.max()) < 1e-12
+    with pytest.raises(ValueError, match="reference_label = None"):
+        loss(Clairvoyant(D), y, label, reference=y[:4], **settings)
+
+
+@pytest.mark.parametrize("objective", [DenoisingLoss(), PoissonFieldLoss(2.0, 6)])
+def test_labels_reach_the_network_in_training_and_in_denoising(objective):
+    seen = []
+
+    class Listener(Oracle):
+        def forward(self, x, c_noise, label=None):
+            seen.append(label)
+            return torch.zeros(len(x), 3 + objective.extra_channels, dtype=F64)
+
+    y, label, data = torch.randn(6, 3, dtype=F64), torch.arange(6), summary(0.5, (3,))
+    denoiser = objective.make_denoiser(Listener(None), 1.0, data)
+    objective(denoiser, y, label, data=data, reference=y, reference_label=label, generator=rng.generator(0))
+    denoiser(y, 1.0, label)
+    assert len(seen) == 2
+    assert all(torch.equal(label, one) for one in seen)
+
+
+def test_objectives_start_where_their_training_reaches():
+    """By hand for CIFAR-10-like numbers: (1+tau)^M = (28²/(2 sqrt(3072) 1e-4))^.75."""
+    data = dataclasses.replace(summary(0.5, (3, 32, 32)), norm=28.0)
+    assert DenoisingLoss().recommended_sigma_max(data) == pytest.approx(40.0)
+    by_hand = 0.01 * (28**2 / (2 * math.sqrt(3072) * 1e-4)) ** 0.75 * math.sqrt(2 / math.pi)
+    assert PoissonFieldLoss().recommended_sigma_max(data) == pytest.approx(by_hand)
+    for objective in (DenoisingLoss(), PoissonFieldLoss()):
+        assert objective.make_denoiser(nn.Linear(1, 1), 1.0, data).statistics == (0.5, 0.03, 2.0)
+
+
 def test_poisson_field_loss_needs_D_one_and_charges():
     data = summary(0.5, (3,))
     with pytest.raises(ValueError, match="D = 2"):
@@ -206,6 +302,19 @@ def test_networks_tell_noise_levels_and_labels_apart():
     labels = [net(x[:1], torch.zeros(1), label) for label in (None, torch.tensor([0]), torch.tensor([2]))]
     assert not torch.allclose(labels[0], labels[1])
     assert not torch.allclose(labels[1], labels[2])
+
+
+def test_the_height_channel_of_a_picture_is_averaged():
+    x, bumps = torch.randn(2, 3, 4, 5, dtype=F64), torch.randn(1, 1, 4, 5, dtype=F64)
+
+    def v_z(extra):
+        net = Oracle(lambda u, c: torch.cat([torch.zeros_like(u), extra.expand(2, 1, 4, 5)], dim=1))
+        return FieldDenoiser(net, 5.0, **STATISTICS).field(x, 1.0)[1]
+
+    assert torch.allclose(v_z(bumps), v_z(bumps.mean().expand(1, 1, 4, 5)))
+    level = typical_level(x, torch.ones(2, dtype=F64), StudentTKernel(1.0), TRIPLE)
+    share = v_z(torch.ones(1, 1, 4, 5, dtype=F64)) / v_z(torch.zeros(1, 1, 4, 5, dtype=F64)) - 1
+    assert torch.allclose(share, 0.5 / (level**2 + 0.25).sqrt())
 
 
 def test_wrong_networks_are_named():

@@ -191,3 +191,35 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=name):
             call()
+
+
+@pytest.mark.parametrize("error", [0.02, 0.1])
+@pytest.mark.parametrize("z", [0.01, 1.0, 5.0, 10.0, 40.0])
+@pytest.mark.parametrize(("N", "n"), [(64, 500), (3072, 300), (12288, 100)])
+def test_inverse_is_never_much_worse_than_the_better_of_the_two(N, n, z, error):
+    """(a) by bisection of n (R + gamma) = rho, (b) from v_z alone; medians over samples."""
+    gamma, height = 5.0, torch.full((n,), z, dtype=F64)
+    x, g = StudentTKernel(1).sample(torch.zeros(n, N, dtype=F64), z, rng.generator(6)), rng.generator(7)
+    v_x, v_z = (
+        v * (1 + error * torch.randn(v.shape, generator=g, dtype=F64)) for v in field_from_displacement(x, height, gamma)
+    )
+    share = (norm(v_x) / math.sqrt(N)).clamp(max=1 - 1e-6)
+    low, high = torch.zeros(n, dtype=F64), torch.full((n,), 1e12, dtype=F64)
+    for _ in range(200):
+        rho = (low + high) / 2
+        small = rho < share * (torch.hypot(rho, height) + gamma)
+        low, high = torch.where(small, rho, low), torch.where(small, high, rho)
+    R = (math.sqrt(N) * z / v_z.abs() - gamma).clamp(min=z)
+    mine = norm(x - denoised_from_field(x, z, v_x, v_z, gamma))
+    errors = [float(((r - norm(x)).abs() / norm(x)).median()) for r in (mine, low, (R**2 - z**2).sqrt())]
+    assert errors[0] < 1.5 * min(errors[1:])
+
+
+def test_normalised_field_of_weighted_charges():
+    x, z, y, p = torch.tensor([[0.4]], dtype=F64), 0.7, torch.tensor([[-1.0], [1.0]], dtype=F64), torch.tensor([0.9, 0.1])
+    k = p / ((0.4 - y[:, 0]) ** 2 + z**2)
+    away = 0.4 - float((k * y[:, 0]).sum() / k.sum())
+    v_x, v_z = normalized_field(x, z, y, 0.5, p)
+    R = math.hypot(away, z)
+    assert float(v_x) == pytest.approx(-away / (R + 0.5))
+    assert float(v_z) == pytest.approx(-z / (R + 0.5))

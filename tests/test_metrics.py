@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy import linalg
 
 from pfgm import rng
 from pfgm.metrics import energy_distance, frechet_distance, nearest_neighbour_accuracy
@@ -25,6 +26,20 @@ def test_frechet_distance_of_gaussians():
     x, y = normals(200000, 3), 2 * normals(200000, 4) + 1
     assert frechet_distance(x, y) == pytest.approx(3 * 1 + 3 * (2 - 1) ** 2, rel=0.02)
     assert frechet_distance(x, x) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_frechet_distance_of_correlated_sets():
+    """Two sets whose sample means and covariances are exact; the root by scipy."""
+    a, b = torch.tensor([[2.0, 0.0], [0.0, 0.5]], dtype=F64), torch.tensor([[1.0, 0.8], [0.8, 1.5]], dtype=F64)
+
+    def exactly(n, covariance, mean, k):
+        x = normals(n, 9, k, N=2)
+        white = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T)).T)
+        return white @ torch.linalg.cholesky(covariance).T + mean
+
+    x, y = exactly(50, a, torch.zeros(2), 1), exactly(70, b, torch.tensor([2.0, -3.0]), 2)
+    expected = 13 + float((a + b).trace()) - 2 * linalg.sqrtm((a @ b).numpy()).trace().real
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
 
 
 def test_nearest_neighbours_tell_sets_apart():

@@ -8,7 +8,7 @@ from scipy import stats
 
 from pfgm import rng
 from pfgm.kernel import norm
-from pfgm.noise import DataSummary, LogNormal, LogUniform, PoissonFlowNoise
+from pfgm.noise import DataSummary, LogNormal, LogUniform, PoissonFlowNoise, recommended_sigma_max, recommended_sigma_min
 from pfgm.spec import build
 
 F64 = torch.float64
@@ -43,6 +43,13 @@ def test_exponent_and_height_follow_the_published_rule():
     assert noise.exponent(28.0, 3072) == pytest.approx(283.33, abs=0.01)
     assert noise.z_max(28.0, 3072) == pytest.approx(math.sqrt(2 / math.pi) * 0.01 * 1.03 ** noise.exponent(28.0, 3072))
     assert PoissonFlowNoise(M=100).exponent(28.0, 3072) == 100
+
+
+def test_recommended_values_are_the_published_ones():
+    """The range in units of sigma_data, and EDM's P_mean and P_std, given for sigma_data = .5."""
+    assert (recommended_sigma_max(0.5), recommended_sigma_min(0.5)) == (40.0, 0.01)
+    assert (LogNormal().mean + math.log(0.5), LogNormal().std) == pytest.approx((-1.2, 1.2), abs=0.01)
+    assert DataSummary.of(torch.tensor([[0.0], [4.0]]), scale=2.0, mean=2.0).mean.tolist() == [1.0]
 
 
 def test_summary_by_hand():

@@ -204,6 +204,71 @@ def test_hemisphere_start_of_a_blob_gives_the_blob(D):
         assert stats.ks_2samp(norm(x).numpy(), norm(charges).numpy()).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("start", ["hemisphere", "hyperplane"])
+def test_samples_of_a_blob_are_its_flow_and_a_last_denoising_at_their_own_sigma(start):
+    """x_0 = sigma_0 t flows to x_0 (s + sigma)/(s + sigma_0), and is denoised to x s/(s + sigma) = x_0 s/(s + sigma_0)."""
+    N, s, top, bottom, pairs = 3, 0.4, 30.0, 0.5, seed_pairs(20, 3)
+    run = sampler(CauchyBlob(s), sigma_min=bottom, sigma_max=top, start=start, **TIGHT)
+    like = torch.empty(0, dtype=F64)
+    t = torch.cat([KERNEL.direction((1, N), [rng.generator(*pair)], like=like) for pair in pairs])
+    sigma_0 = top / ((1 + t.square().sum(1)) / (N + 1)).sqrt() if start == "hemisphere" else torch.full((20,), top, dtype=F64)
+    sigma = bottom * sigma_0 / top
+    assert torch.allclose(run.sample(20, seed=3).x.double(), (sigma_0 * s / (s + sigma_0))[:, None] * t, rtol=1e-5, atol=1e-6)
+    decoded = run.decode(run.prior(pairs))
+    assert torch.allclose(decoded, (sigma_0 * (s + sigma) / (s + sigma_0))[:, None] * t, rtol=1e-5, atol=1e-6)
+    states, sigmas = run.trajectory(pairs, 4)
+    assert torch.allclose(sigmas[-1], sigma)
+    assert torch.allclose(states, ((s + sigmas) * (sigma_0 / (s + sigma_0)))[..., None] * t, rtol=1e-5, atol=1e-6)
+
+
+def test_samples_of_many_seeds_are_their_first():
+    s = sampler(CauchyBlob(0.3), method="euler", steps=3)
+    both = s.sample(seeds=[4, 9]).x
+    assert torch.allclose(both, torch.cat([s.sample(1, seed=4).x, s.sample(1, seed=9).x]), atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "midpoint", "steps": 5}, {"method": "edm_heun", "steps": 5}])
+def test_the_flow_has_no_scale_of_its_own(options):
+    """All that has a unit times 7: the samples of a coarse grid are times 7."""
+
+    def draw(c):
+        settings = {"sigma_min": 0.02 * c, "sigma_max": 20.0 * c, "sigma_data": 0.5 * c}
+        return sampler(CauchyBlob(0.4 * c), **settings, **options).sample(4).x
+
+    assert torch.allclose(draw(7.0), 7 * draw(1.0), rtol=1e-4)
+
+
+def test_the_state_is_float64_and_tolerances_keep_their_names():
+    x = torch.randn(4, 3, dtype=F64)
+    fine = sampler(CauchyBlob(0.3), method="dopri8", rtol=1e-12, atol=1e-12).integrate(x, 5.0, 0.02)
+    assert torch.allclose(fine, x * 0.32 / 5.3, rtol=1e-10, atol=0)
+    made = solver.make_solver(rtol=1e-3, atol=1e-6)
+    assert (made.rtol, made.atol) == (1e-3, 1e-6)
+    assert solver.make_solver(rtol=1e-3).atol == solver.ATOL == 0.05
+    assert float(solver.worst_sample(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))) == pytest.approx(math.sqrt(12.5))
+
+
+def test_decode_starts_where_the_latent_says():
+    t = torch.randn(4, 3, dtype=F64)
+    decoded = sampler(CauchyBlob(0.3), **TIGHT).decode(Latent(t, 7.0, "plane"))
+    assert torch.allclose(decoded, 7.0 * t * 0.31 / 7.3, rtol=1e-6)
+
+
+def test_labels_reach_the_denoiser_on_every_way():
+    seen = []
+
+    def denoiser(x, sigma, label):
+        seen.append(label.tolist())
+        return 0 * x
+
+    s, label, x = sampler(denoiser, method="euler", steps=1), [3, 1], torch.ones(2, 3, dtype=F64)
+    s.decode(s.encode(x, label), label)
+    s.integrate(x, 1.0, 2.0, label)
+    s.trajectory(seed_pairs(2), 2, label)
+    s.sample(2, labels=label)
+    assert seen == [[3, 1]] * 6
+
+
 def test_calls_are_counted_exactly_and_include_the_last_denoising():
     count = 0
 

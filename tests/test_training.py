@@ -160,6 +160,13 @@ def test_checkpoints_hold_the_average_and_the_raw_weights(tmp_path):
     assert torch.equal(model.flow.denoiser.net.last.weight, checkpoint["state_dict"][name]), "fitting leaves the average"
 
 
+def test_the_average_stops_warming_up_at_its_decay():
+    for n, decay in ((1, 2 / 11), (5, 0.4), (80, 0.9), (10**6, 0.9)):
+        average = [torch.tensor([1.0], dtype=torch.float64)]
+        EMA(0.9)._average(average, [torch.tensor([3.0], dtype=torch.float64)], torch.tensor(n))
+        assert float(average[0]) == pytest.approx(decay * 1 + (1 - decay) * 3)
+
+
 def test_resuming_with_other_settings_is_refused_and_names_them(tmp_path):
     fit(tmp_path, "--trainer.max_steps=2")
     before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes(), (tmp_path / "config.yaml").read_bytes()
