@@ -2,7 +2,7 @@
 
     python benchmarks/solvers.py runs/digits/checkpoints/last.ckpt [more checkpoints] --out solvers [--sets 3]
 
-Error: the same samples drawn by each method and by dopri5 at tolerance 1e-6 from the same start; mean over the samples of the
+Error: the same samples drawn by each method and by dopri5 at tolerance 1e-5 from the same start; mean over the samples of the
 root mean square difference, in units of half the data's range. Calls include the final denoising. "dopri5, log sigma" is the
 published form of PFGM's sampler for D < inf (from the hyperplane, here without clipping), edm_heun that of EDM and PFGM++,
 dpmpp_2m and dpmpp_3m are DPM-Solver++ on EDM's grid. Quality: distances of draws to the training digits, mean and standard
@@ -27,7 +27,9 @@ from pfgm.metrics import energy_distance, frechet_distance
 CALLS = (6, 8, 10, 12, 16, 20, 24, 36, 48, 64)
 QUALITY = (6, 8, 10, 12, 16, 20)
 ERRORS = (0.05, 0.02, 0.01, 0.005)
-TOLERANCES = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4)
+TOLERANCES = (0.2, 0.1, 0.05, 0.02, 0.01, 5e-3, 2e-3, 1e-3, 3e-4, 1e-4)
+MOST_CALLS = 130
+"""A method's tolerances end where it needs more."""
 STEPS = {
     "ab3": lambda calls: calls - 2,
     "ab2": lambda calls: calls - 1,
@@ -54,13 +56,15 @@ def ways(D: float) -> dict[str, list[dict[str, Any]]]:
 
 def errors(flow: PoissonFlow, n: int) -> dict[str, list[tuple[int, float]]]:
     """For each method (calls, error) in rising order of calls."""
-    pairs, converged = [(11, i) for i in range(n)], {"method": "dopri5", "rtol": 1e-6, "atol": 1e-6}
+    pairs, converged = [(11, i) for i in range(n)], {"method": "dopri5", "rtol": 1e-5, "atol": 1e-5}
     reference = {start: flow.draw(pairs, start=start, **converged).x for start in ("hemisphere", "hyperplane")}
     low, high = flow.value_range or (-1.0, 1.0)
     result = {}
     for name, options in ways(flow.kernel.D).items():
-        rows = {}
+        rows: dict[int, float] = {}
         for option in options:
+            if max(rows, default=0) > MOST_CALLS:
+                break
             out = flow.draw(pairs, batch_size=n, **option)
             difference = (out.x - reference[option.get("start", "hemisphere")]) * 2 / (high - low)
             rows[out.calls] = float(difference.flatten(1).square().mean(1).sqrt().mean())

@@ -96,8 +96,8 @@ def denoised_from_field(x: Tensor, z: float | Tensor, v_x: Tensor, v_z: Tensor, 
     With s = rho²/(R (R + gamma)) a relative error of n is amplified by 1/(1-s) in (a), one of v_z by 1/s in (b). Independent
     errors of the N components of v_x average out to 1/sqrt(N) in n, but they also lengthen it, by half their mean square: in
     all n is better known than v_z by a factor of at most 400 in the variance. The inverse-variance weights are (1-s)² M : s²
-    with 1/M = 1/N + 1/400, and where n >= 1, which no distance has, (b) answers alone if it can. s is taken from (b), which knows
-    1-s = (z² + gamma R)/(R (R + gamma)) without cancellation.
+    with 1/M = 1/N + 1/400, and where n >= 1, which no distance has, (b) answers alone if it can. s is taken from (b), which
+    knows 1-s = (z² + gamma R)/(R (R + gamma)) without cancellation.
     """
     height, N = per_sample(z, x, "z"), x[0].numel()
     v_norm = norm(v_x)

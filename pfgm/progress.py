@@ -11,13 +11,14 @@ class DrawProgress:
     """A bar over `total` samples, as a context manager.
 
     It is the `on_call` of a Sampler: `batch(size)` announces the next batch, calls move the bar by its share of the way from
-    sigma_max to sigma_min.
+    sigma_max to the level that is denoised.
     """
 
     def __init__(self, total: int, sampler: Sampler, show: bool):
         self.bar = tqdm(total=total, unit=" samples", disable=not show, dynamic_ncols=True)
         self.path = sampler.solver.path(sampler.sigma_data)
-        self.start, self.end = self.path.time(sampler.sigma_max), self.path.time(sampler.sigma_min)
+        last = sampler.solver.last_level(sampler.sigma_data, sampler.sigma_max, sampler.sigma_min)
+        self.start, self.end = self.path.time(sampler.sigma_max), self.path.time(last)
         self.done, self.size = 0, 0
 
     def batch(self, size: int) -> None:
