@@ -86,7 +86,7 @@ class GaussianBlob(nn.Module):
         q, N, s = norm(x).square()[:, None], x[0].numel(), sigma[:, None]
         span = 10 * math.sqrt(2 / self.D) + 2 * self.DEPTH / self.D
         low = torch.log((N + self.D) / (self.D + q / s.square())).clamp(max=0) - span
-        high = torch.full_like(low, math.log1p(10 * math.sqrt(2 / self.D) + 2 * self.DEPTH / self.D))
+        high = torch.full_like(low, math.log1p(N / self.D) + math.log1p(10 * math.sqrt(2 / self.D) + 2 * self.DEPTH / self.D))
         unit = torch.linspace(0, 1, self.NODES, dtype=torch.float64, device=x.device)
         for _ in range(self.ROUNDS):
             u = low + (high - low) * unit
@@ -106,8 +106,9 @@ class UniformSegment(nn.Module):
         """E[y | x, sigma], like `x` [B, 1]."""
         z = expand(per_sample(sigma, x), x.double())
         right, left = x.double() + 1, x.double() - 1
-        E_x = torch.log((right.square() + z.square()) / (left.square() + z.square())) / 4
-        E_z = (torch.atan(right / z) - torch.atan(left / z)) / 2
+        # Without the cancellation of log(right² + z²) - log(left² + z²) and atan(right/z) - atan(left/z) far away.
+        E_x = torch.log1p(4 * x.double() / (left.square() + z.square())) / 4
+        E_z = torch.atan2(2 * z, right * left + z.square()) / 2
         return (x - z * E_x / E_z).to(x.dtype)
 
 

@@ -59,7 +59,8 @@ class LastCheckpoint(Checkpoint):
 class SampleGrid(Callback):
     """After each validation, `n` samples of seed 0 as `<run_dir>/grids/<step>.png`, and the loss curve as loss.png.
 
-    Images make a grid, 2-D data a scatter plot, other shapes nothing. Placed before EMA, so that the averaged weights draw.
+    Images make a grid, of the classes in turn if there are any, 2-D data a scatter plot, other shapes nothing. Placed before
+    EMA, so that the averaged weights draw.
     """
 
     def __init__(self, n: int = 64):
@@ -75,7 +76,7 @@ class SampleGrid(Callback):
             return
         (folder / "grids").mkdir(parents=True, exist_ok=True)
         try:
-            x = flow.sample(self.n).x
+            x = flow.sample(self.n, labels=torch.arange(self.n) % flow.num_classes if flow.num_classes else None).x
         except SolverError as error:
             pl.utilities.rank_zero_warn(f"no sample grid at step {trainer.global_step}: {error}")
             return
@@ -101,7 +102,9 @@ class Evaluation(Callback):
         assert isinstance(pl_module, PFGM)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         train, held_out = data.train_x.to(pl_module.device), data.held_out_x.to(pl_module.device)
-        draws = [pl_module.flow.sample(self.n, seed=seed) for seed in range(self.sets)]
+        labels = data.train_labels  # of training samples, so that the classes have their shares
+        labels = None if labels is None else labels[torch.arange(self.n) % len(labels)]
+        draws = [pl_module.flow.sample(self.n, seed=seed, labels=labels) for seed in range(self.sets)]
         result = {
             "samples against training data": compare([draw.x for draw in draws], train),
             "samples against held-out data": compare([draw.x for draw in draws], held_out),

@@ -48,6 +48,8 @@ def poisson_field(
 
     `x` [B, ...], `r` > 0 a float or [B], `charges` [L, ...], `weights` [L] normalised to 1 (default: 1/L). Returns E_x like x
     and E_r [B], without the factor 1/(area of the unit sphere), in the dtype of x. Differentiable in x and r.
+    Its strength is a power N + D - 1 of a distance: from N of about a hundred on it leaves the range of its dtype, and is 0 or
+    inf there; use `normalized_field` or `posterior_mean`.
     ValueError as for `posterior_mean`, and for D = inf, where the field has no limit (its direction has: `posterior_mean`).
     """
     if math.isinf(check_dimensions(D)):

@@ -187,8 +187,10 @@ class PoissonFlow(nn.Module):
         return self.sampler(**({"preset": "reference"} if not options.keys() - {"start"} else {}) | options)
 
     def check_labels(self, labels: int | Sequence[int] | Tensor | None, n: int) -> Tensor | None:
-        """`labels` as [n] on the flow's device. ValueError if out of range, of the wrong number, or given in vain."""
+        """`labels` as [n] on the flow's device. ValueError if out of range, of the wrong number, missing, or given in vain."""
         if labels is None:
+            if self.num_classes:
+                raise ValueError(f"labels = None: this model is class-conditional; give labels from 0..{self.num_classes - 1}")
             return None
         if not self.num_classes:
             raise ValueError(f"labels = {labels}: this model was trained without labels; leave labels out")

@@ -32,7 +32,7 @@ def check_dimensions(D: float | str) -> float:
     if not value >= MIN_D:
         raise ValueError(
             f"D = {D} is out of range: give a real number from {MIN_D} to inf "
-            f"(below {MIN_D} the noise overflows float32 in one draw of a hundred)"
+            f"(below, the square of the noise overflows float32 more and more often)"
         )
     return value
 

@@ -43,7 +43,9 @@ def nearest_neighbour_accuracy(x: Tensor, y: Tensor) -> float:
 def _flat(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if min(len(x), len(y)) < 2 or x.shape[1:] != y.shape[1:]:
         raise ValueError(f"sets of shape {tuple(x.shape)} and {tuple(y.shape)}: give two or more samples each, of one shape")
-    return x.flatten(1).double(), y.flatten(1).double()
+    a, b = x.flatten(1).double(), y.flatten(1).double()
+    centre = a.mean(0)  # of no influence but on rounding
+    return a - centre, b - centre
 
 
 def _mean_distance(x: Tensor) -> Tensor:

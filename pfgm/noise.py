@@ -134,9 +134,14 @@ class PoissonFlowNoise(Recorded):
 
     def exponent(self, data_norm: float, N: int) -> float:
         """M, or the published rule .75 log(norm²/(2 sqrt(N) sigma_end²)) / log(1+tau) for a mean norm `data_norm`."""
-        if self.M is not None:
-            return self.M
-        return 0.75 * math.log(data_norm**2 / (2 * math.sqrt(N) * self.sigma_end**2)) / math.log1p(self.tau)
+        M = self.M
+        if M is None:
+            M = 0.75 * math.log(data_norm**2 / (2 * math.sqrt(N) * self.sigma_end**2)) / math.log1p(self.tau)
+        if not 0 < M * math.log1p(self.tau) < 100:
+            raise ValueError(
+                f"M = {M:g} at data norm {data_norm:g}, sigma_end = {self.sigma_end}, tau = {self.tau}: give another M"
+            )
+        return M
 
     def z_max(self, data_norm: float, N: int) -> float:
         """The mean of z at m = M, sqrt(2/pi) sigma_end (1+tau)^M: where PFGM starts its flow."""

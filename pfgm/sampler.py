@@ -205,8 +205,8 @@ def _natural(name: str, value: Any) -> int:
         number = operator.index(value)
     except TypeError:
         raise ValueError(f"{name} has the value {value!r}; give whole numbers") from None
-    if not 0 <= number < 2**63:
-        raise ValueError(f"{name} has the value {number}; it must not be negative, and fit into 64 bits")
+    if not 0 <= number < 2**32:  # above, numpy's SeedSequence would take it for two counters
+        raise ValueError(f"{name} has the value {number}; it must not be negative, and below 2^32")
     return number
 
 

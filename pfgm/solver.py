@@ -6,6 +6,7 @@ bound the error of the worst sample of a batch.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -105,20 +106,17 @@ class Fixed(_Method):
     ) -> tuple[Tensor, Steps]:
         """As `Adaptive.follow`; between grid points the states are interpolated linearly."""
         times = [path.time(level) for level in self.grid.levels(path, start, end)]
-        states = torch.stack(list(self._states(slope, state, times)))
-        return _interpolate(states, torch.tensor(times, dtype=at.dtype, device=at.device), at), Steps(len(times) - 1)
-
-    def _states(self, slope: Slope, state: Tensor, times: list[float]) -> Iterable[Tensor]:
+        steps = Steps(len(times) - 1)
         if self.method in ("ab2", "ab3"):
-            return [state, *adams_bashforth(slope, state, times, int(self.method[-1]))]
-        if self.method.startswith("dpmpp"):
-            return [state, *dpm_solver(slope, state, times, int(self.method[-2]))]
+            return _pick(state, adams_bashforth(slope, state, times, int(self.method[-1])), times, at), steps
+        if self.method in ("dpmpp_2m", "dpmpp_3m"):
+            return _pick(state, dpm_solver(slope, state, times, int(self.method[-2])), times, at), steps
         from torchdiffeq import odeint
 
         right_hand_side = _Forward(slope, times[0], times[-1])
         grid = right_hand_side.share(torch.tensor(times, dtype=torch.float64, device=state.device))
-        method = "heun2" if self.method == "edm_heun" else self.method
-        return odeint(right_hand_side, state, grid, method=method, options={"grid_constructor": lambda f, y, t: grid})
+        method, options = "heun2" if self.method == "edm_heun" else self.method, {"grid_constructor": lambda f, y, t: grid}
+        return odeint(right_hand_side, state, right_hand_side.share(at), method=method, options=options), steps
 
 
 Solver = Adaptive | Fixed
@@ -214,12 +212,14 @@ class _Counting(_Forward):
         self.steps.rejected += 1
 
 
-def _interpolate(states: Tensor, times: Tensor, at: Tensor) -> Tensor:
-    """`states` [n, ...] at monotonic `times` [n], linearly at the times `at` [points], which share their ends."""
-    way = torch.sign(times[-1] - times[0])
-    right = torch.searchsorted(way * times, way * at).clamp(1, len(times) - 1)
-    share = (at - times[right - 1]) / (times[right] - times[right - 1])
-    return torch.lerp(states[right - 1], states[right], share.clamp(0, 1).reshape(-1, *[1] * (states.ndim - 1)))
+def _pick(state: Tensor, states: Iterable[Tensor], times: Sequence[float], at: Tensor) -> Tensor:
+    """Of `state` at times[0] and `states` at times[1:], those at the times `at`, linearly in between; no others are kept."""
+    picked, wanted, way = [state], at[1:-1].tolist(), times[-1] - times[0]
+    for (start, end), after in zip(pairwise(times), states, strict=True):
+        while wanted and (wanted[0] - end) / way <= 0:
+            picked.append(torch.lerp(state, after, (wanted.pop(0) - start) / (end - start)))
+        state = after
+    return torch.stack([*picked, state])
 
 
 def _tolerance(name: str, value: float | None, default: float) -> float:

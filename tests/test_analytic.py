@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
+from pfgm import rng
+from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge, UniformSegment
 from pfgm.field import posterior_mean
-from pfgm.kernel import StudentTKernel
+from pfgm.kernel import StudentTKernel, norm
 
 F64 = torch.float64
 
@@ -75,3 +76,38 @@ def test_empirical_denoiser_and_point_charge():
     assert torch.allclose(PointCharge(charges[0])(x, 0.5), one)
     with pytest.raises(ValueError, match="scale = 0"):
         CauchyBlob(0)
+
+
+@pytest.mark.parametrize(
+    ("N", "D", "sigma", "rms"), [(16, 3.0, 0.5, 0.4), (64, 1.0, 2.0, 1.0), (64, 1.0, 10.0, 0.01), (3072, 128.0, 40.0, 5.0)]
+)
+def test_gaussian_blob_in_many_dimensions(N, D, sigma, rms):
+    """By scipy's quadrature over log kappa, also where |x| is much smaller than the noise usually makes it."""
+
+    def log_density(u):
+        v = 0.49 + sigma**2 * math.exp(-u)
+        return D / 2 * (u - math.exp(u)) - N / 2 * math.log(v) - N * rms**2 / (2 * v)
+
+    def mean(k):
+        def integrand(u):
+            return math.exp(log_density(u) - log_density(top)) * (0.49 / (0.49 + sigma**2 * math.exp(-u))) ** k
+
+        return integrate.quad(integrand, top - 30, top + 6, points=[top], limit=1000)[0]
+
+    grid = np.linspace(-15, 15, 3001)
+    top = grid[np.argmax([log_density(u) for u in grid])]
+    x = torch.full((1, N), rms, dtype=F64)
+    assert float(GaussianBlob(0.7, D)(x, sigma)[0, 0]) == pytest.approx(rms * mean(1) / mean(0), rel=1e-6)
+
+
+def test_segment_is_accurate_far_away():
+    """On its axis, ∫ y/(x-y)² dy / ∫ 1/(x-y)² dy = x - (x²-1)/2 log((x+1)/(x-1)) = 2/(3x) + 2/(15x³) + ..."""
+    for x, z in ((1e3, 1e-3), (1e4, 0.01), (-1e3, 1e-3)):
+        exact = 2 / (3 * x) + 2 / (15 * x**3)
+        assert float(UniformSegment()(torch.tensor([[x]], dtype=F64), z)) == pytest.approx(exact, rel=1e-6)
+
+
+def test_blurred_cauchy_data_is_cauchy_of_the_sum_of_scales():
+    y = StudentTKernel(1).sample(torch.zeros(20000, 3, dtype=F64), 0.4, rng.generator(11))
+    x = StudentTKernel(1).sample(y, 0.9, rng.generator(12))
+    assert stats.kstest((norm(x) / 1.3).square().numpy(), stats.betaprime(1.5, 0.5).cdf).pvalue > 1e-3

@@ -88,6 +88,8 @@ def test_labels_are_checked_and_used():
     for labels, message in (([0, 3], r"0\.\.2"), (-1, r"0\.\.2"), ([1, 1, 1], "each of the 2"), ([0.5, 1.0], "integers")):
         with pytest.raises(ValueError, match=message):
             flow.sample(2, labels=labels)
+    with pytest.raises(ValueError, match="class-conditional"):
+        flow.sample(2)
     with pytest.raises(ValueError, match="trained without labels"):
         make_flow(shape=(5,)).sample(2, labels=1)
 
@@ -226,20 +228,26 @@ def test_a_network_that_cannot_be_stored_is_refused():
 
 @pytest.fixture
 def export(tmp_path):
-    make_flow(classes=3).save_pretrained(tmp_path / "export")
+    make_flow().save_pretrained(tmp_path / "export")
     return str(tmp_path / "export")
 
 
-def test_drawing_writes_what_was_asked_for(export, tmp_path, capsys):
+@pytest.fixture
+def conditional(tmp_path):
+    make_flow(classes=3).save_pretrained(tmp_path / "conditional")
+    return str(tmp_path / "conditional")
+
+
+def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys):
     out = str(tmp_path / "out")
-    draw.main([export, "--n=3", "--seed=7", "--out", f"{out}/x.npz", "--method=midpoint", "--steps=3", "--labels=[0,1,2]"])
+    draw.main([conditional, "--n=3", "--seed=7", "--out", f"{out}/x.npz", "--method=midpoint", "--steps=3", "--labels=[0,1,2]"])
     with np.load(f"{out}/x.npz") as arrays:
         assert arrays["x"].shape == (3, 1, 8, 8)
         assert arrays["seeds"].tolist() == [[7, 0], [7, 1], [7, 2]]
         assert arrays["labels"].tolist() == [0, 1, 2]
-        expected = pfgm.load(export).sample(3, seed=7, method="midpoint", steps=3, labels=[0, 1, 2]).x
+        expected = pfgm.load(conditional).sample(3, seed=7, method="midpoint", steps=3, labels=[0, 1, 2]).x
         assert np.allclose(arrays["x"], expected.numpy(), atol=1e-6)
-    draw.main([export, "--n=2", "--labels=1", "--out", f"{out}/y.npz", "--preset=fast"])
+    draw.main([conditional, "--n=2", "--labels=1", "--out", f"{out}/y.npz", "--preset=fast"])
     os.remove(f"{out}/y.npz")
     assert "3 samples in 7 network calls" in capsys.readouterr().out
     draw.main(
@@ -265,7 +273,7 @@ def test_drawing_writes_what_was_asked_for(export, tmp_path, capsys):
         (["--preset=fast", "--steps=3"], "leave out either preset or steps"),
         (["--trajectory=samples.png"], "give two names"),
         (["--out=new/x.png", "--method=foo"], "method = 'foo'"),
-        (["--labels=[5]"], "labels = 5"),
+        (["--labels=[5]"], "labels = 5: this model was trained without labels"),
         (["--method=rk45"], "method = 'rk45'"),
         (["--coordinates=z"], "coordinates = 'z'"),
         (["--method=euler"], "steps = None"),

@@ -73,6 +73,8 @@ def test_summary_by_hand():
         (lambda: LogUniform(2.0, 1.0), "low = 2.0"),
         (lambda: PoissonFlowNoise(tau=-1.0), "tau = -1"),
         (lambda: PoissonFlowNoise(M=0.0), "M = 0"),
+        (lambda: PoissonFlowNoise(M=1e5).z_max(1.0, 3), r"M = 100000 .* give another M"),
+        (lambda: PoissonFlowNoise(sigma_end=1.0).z_max(0.1, 3), "M = -"),
         (lambda: DataSummary.of(torch.ones(3, 2)), "all 3 samples are equal"),
     ],
 )

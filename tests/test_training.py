@@ -1,6 +1,7 @@
 """Training from the command line: resuming bit for bit, refusing mismatches, loading what was trained."""
 
 import csv
+import json
 import math
 import shutil
 import subprocess
@@ -14,12 +15,13 @@ import torch
 
 import pfgm
 from pfgm import cli, storage
-from pfgm.data import Arrays, Digits, Stream, Toy, stream_indices
+from pfgm.data import Arrays, Digits, HeldOut, Stream, Toy, stream_indices
 from pfgm.ema import EMA
 from pfgm.flow import PREFIX
-from pfgm.loss import PoissonFieldLoss
+from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM, NonFiniteLoss
 from pfgm.nn import TimeMLP, UNet
+from pfgm.noise import DataSummary
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--grid.n=4", "--trainer.log_every_n_steps=1"]
@@ -158,6 +160,68 @@ def test_checkpoints_hold_the_average_and_the_raw_weights(tmp_path):
     assert torch.equal(pfgm.load(path).denoiser.net.last.weight, checkpoint["state_dict"][name])
     assert torch.equal(pfgm.load(path, ema=False).denoiser.net.last.weight, raws[-1][name])
     assert torch.equal(model.flow.denoiser.net.last.weight, checkpoint["state_dict"][name]), "fitting leaves the average"
+
+
+class Spy(DenoisingLoss):
+    """Remembers what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __call__(self, denoiser, y, label=None, *, data, reference=None, reference_label=None, generator=None):
+        self.seen.append((y, label, reference, reference_label, generator.initial_seed()))
+        return y.sum(1)
+
+
+def test_the_objective_gets_centred_data_labels_and_noise_of_its_own():
+    x, label, spy = 100 + 10 * torch.randn(40, 2), torch.arange(40) % 3, Spy()
+    model = PFGM(TimeMLP((2,), 3, width=8, depth=1), DataSummary.of(x, scale=20.0, num_classes=3), spy, D=2, seed=4)
+    batch = {"x": x[:8], "label": label[:8], "reference": x, "reference_label": label}
+    for stream, counters in ((2, (0, 0)), (2, (1, 0)), (2, (0, 1)), (3, (0,)), (3, (8,)), (2, (0, 0))):
+        model._loss(batch | {"counters": counters}, stream)
+    centred = (x - x.mean(0)) / 20
+    for y, y_label, reference, reference_label, _ in spy.seen:
+        assert torch.allclose(y, centred[:8], atol=1e-5)
+        assert torch.allclose(reference, centred, atol=1e-5)
+        assert torch.equal(y_label, label[:8])
+        assert torch.equal(reference_label, label)
+    seeds = [seen[-1] for seen in spy.seen]
+    assert len(set(seeds)) == 5
+    assert seeds[0] == seeds[-1]
+
+
+def test_the_learning_rate_warms_up():
+    model = PFGM(TimeMLP((2,), width=8, depth=1), DataSummary.of(torch.randn(9, 2)), lr=0.1, warmup_steps=4)
+    parts, rates = model.configure_optimizers(), []
+    for _ in range(7):
+        rates.append(parts["optimizer"].param_groups[0]["lr"])
+        parts["optimizer"].step()
+        parts["lr_scheduler"]["scheduler"].step()
+    assert rates == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("config", ["digits.yaml", "digits_pfgmpp.yaml"])
+def test_classes_are_trained_drawn_and_evaluated(config, tmp_path):
+    base = ["--config", str(ROOT / "configs" / config), *SMALL, "--data.init_args.labels=true", "--model.net.init_args.width=8"]
+    fit(tmp_path, "--trainer.max_steps=2", "--trainer.val_check_interval=2", base=base)
+    cli.main(["test", *base, "--run_dir", str(tmp_path), "--evaluation.n=30", "--evaluation.sets=2"])
+    values = json.loads((tmp_path / "test.json").read_text())["samples against training data"]["energy"]
+    assert values[0] != values[1], "each set has its own seed"
+    flow = pfgm.load(tmp_path / "checkpoints" / "last.ckpt")
+    assert flow.sample(3, labels=[1, 2, 9]).x.shape == (3, 1, 8, 8)
+    with pytest.raises(ValueError, match="class-conditional"):
+        flow.sample(3)
+
+
+def test_held_out_batches_and_steps_have_their_own_randomness():
+    x = torch.arange(100.0)[:, None]
+    held_out = HeldOut(x, None, 30, 0)
+    assert [held_out[i]["counters"] for i in range(4)] == [(0,), (30,), (60,), (90,)]
+    stream = Stream(x, None, batch_size=8, seed=0, start=0, rank=0, world=1, reference_size=50)
+    batches = [stream.batch(step) for step in (0, 13)]
+    a, b = (set(v["reference"].flatten().tolist()) - set(v["x"].flatten().tolist()) for v in batches)
+    assert len(a & b) < 40
 
 
 def test_the_average_stops_warming_up_at_its_decay():
