@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pfgm import plot
-from pfgm.flow import PoissonFlow, load
+from pfgm.flow import PoissonFlow, check_batch_size, load
 from pfgm.ode import SolverError
 from pfgm.sampler import Samples, seed_pairs
 from pfgm.storage import replacing
@@ -132,7 +132,8 @@ def draw(
     options: dict[str, Any] = {"preset": preset, "method": method, "coordinates": coordinates, "start": start}
     options |= {"rtol": rtol, "atol": atol, "steps": steps, "grid": grid}
     flow.sampler(**options)  # its checks come before any folder is made
-    check_pairs(pairs, out, batch_size)
+    check_pairs(pairs, out)
+    check_batch_size(batch_size)
     check_output(out, flow.shape)
     if trajectory is not None:
         check_trajectory(trajectory, out, flow.shape)
@@ -162,14 +163,12 @@ def draw_trajectory(
         plot.save_field_lines(path, states, r, samples.x)
 
 
-def check_pairs(pairs: Sequence[tuple[int, int]], out: Path, batch_size: int) -> None:
+def check_pairs(pairs: Sequence[tuple[int, int]], out: Path) -> None:
     """ValueError if there is nothing to draw, or if two samples would have one file."""
     if not pairs:
         raise ValueError("n = 0: there is nothing to draw; give n >= 1")
     if len(set(pairs)) < len(pairs) and not out.suffix:
         raise ValueError(f"seeds: some are given twice, and each names a file of the folder {out}; give each once")
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size} must be at least 1")
 
 
 def check_trajectory(path: Path, out: Path, shape: Sequence[int]) -> None:

@@ -136,8 +136,7 @@ class PoissonFlow(nn.Module):
     ) -> Samples:
         """One sample for each (seed, index) of `pairs`; the other arguments are those of `sample`."""
         sampler, label = self.sampler(**options), self.check_labels(labels, len(pairs))
-        if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size} must be at least 1")
+        check_batch_size(batch_size)
         parts = []
         with DrawProgress(len(pairs), sampler, progress) as bar:
             for i in range(0, max(1, len(pairs)), batch_size):
@@ -204,6 +203,12 @@ class PoissonFlow(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Export to `folder`: config.json (valid JSON, also for D = inf) and model.safetensors; `pfgm.load` reads it."""
         storage.write_export(folder, self.config, self.state_dict())
+
+
+def check_batch_size(batch_size: int) -> None:
+    """ValueError unless `batch_size` is at least 1."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size} must be at least 1")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True, trust: Sequence[str] = ()) -> PoissonFlow:

@@ -17,8 +17,7 @@ class DrawProgress:
     def __init__(self, total: int, sampler: Sampler, show: bool):
         self.bar = tqdm(total=total, unit=" samples", disable=not show, dynamic_ncols=True)
         self.path = sampler.solver.path(sampler.sigma_data)
-        last = sampler.solver.last_level(sampler.sigma_data, sampler.sigma_max, sampler.sigma_min)
-        self.start, self.end = self.path.time(sampler.sigma_max), self.path.time(last)
+        self.start, self.end = self.path.time(sampler.sigma_max), self.path.time(sampler.last_level)
         self.done, self.size = 0, 0
 
     def batch(self, size: int) -> None:

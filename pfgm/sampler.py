@@ -90,6 +90,11 @@ class Sampler:
         self.denoiser, self.kernel, self.shape, self.start = denoiser, kernel, tuple(shape), start
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
 
+    @property
+    def last_level(self) -> float:
+        """Where a draw hands over to the final denoising: at sigma_min, or a little above if the solver's grid says so."""
+        return self.solver.last_level(self.sigma_data, self.sigma_max, self.sigma_min)
+
     def sample(
         self,
         n: int | None = None,
@@ -120,9 +125,8 @@ class Sampler:
             return Samples(torch.empty(0, *self.shape, dtype=denoise.dtype, device=self._device), 0, 0.0)
         latent = self.prior(pairs)
         x, ratio = self._lift(latent)
-        last = self.solver.last_level(self.sigma_data, latent.level, self.sigma_min)
-        way = self._follow(denoise, x, latent.level, last, ratio)
-        x = denoise(way.end, last, ratio).to(denoise.dtype)
+        way = self._follow(denoise, x, latent.level, self.last_level, ratio)
+        x = denoise(way.end, self.last_level, ratio).to(denoise.dtype)
         if x.is_cuda:
             torch.cuda.synchronize()
         return Samples(x, denoise.calls, time.perf_counter() - began, way.steps.accepted, way.steps.rejected)
@@ -163,8 +167,7 @@ class Sampler:
         """
         denoise, latent = self._counted(labels, len(pairs), torch.float32), self.prior(pairs)
         x, ratio = self._lift(latent)
-        last = self.solver.last_level(self.sigma_data, latent.level, self.sigma_min)
-        way = self._follow(denoise, x, latent.level, last, ratio, points)
+        way = self._follow(denoise, x, latent.level, self.last_level, ratio, points)
         return way.states, way.levels[:, None] / ratio
 
     def _lift(self, latent: Latent) -> tuple[Tensor, Tensor]:
@@ -196,7 +199,8 @@ def seed_pairs(n: int | None = None, seed: int | None = None, seeds: Sequence[in
     if (n is None) == (seeds is None) or (seeds is not None and seed is not None):
         raise ValueError(f"n = {n}, seed = {seed}, seeds = {seeds}: give either a number n (and a seed for all), or seeds")
     if seeds is None:
-        return [(_natural("seed", seed or 0), i) for i in range(_natural("n", n))]
+        one = _natural("seed", 0 if seed is None else seed)
+        return [(one, i) for i in range(_natural("n", n))]
     return [(_natural("seeds", k), 0) for k in seeds]
 
 

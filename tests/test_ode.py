@@ -450,6 +450,7 @@ def test_bad_settings_are_named_before_any_call(options, message):
         ({"n": 2, "seeds": [1]}, "either"),
         ({"n": -1}, "n has the value -1"),
         ({"n": 1, "seed": -2}, "seed has"),
+        ({"n": 0, "seed": -2}, "seed has"),
         ({"seeds": [1, -3]}, "-3"),
         ({"seeds": [1], "seed": 2}, "either"),
         ({"n": 2.5}, r"n has the value 2\.5; give whole numbers"),
