@@ -12,21 +12,25 @@ is the same flow in each of them:
 """
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+Number = Any
+"""A float, or a float64 tensor of a shape that fits x."""
 
 
 class Coordinates(Protocol):
     """`time(level)` and its inverse `level(time)`; `radius(level)`, x divided by the state; `slope` of the state over time."""
 
-    def time(self, level: float) -> float: ...
+    def time(self, level: Number) -> Number: ...
 
-    def level(self, time: float) -> float: ...
+    def level(self, time: Number) -> Number: ...
 
-    def radius(self, level: float) -> float: ...
+    def radius(self, level: Number) -> Number: ...
 
-    def slope(self, x: Tensor, denoised: Tensor, level: float) -> Tensor: ...
+    def slope(self, x: Tensor, denoised: Tensor, level: Number) -> Tensor: ...
 
 
 class Angle:
@@ -35,16 +39,16 @@ class Angle:
     def __init__(self, sigma_data: float):
         self.s = sigma_data
 
-    def time(self, level: float) -> float:
-        return math.atan(level / self.s)
+    def time(self, level: Number) -> Number:
+        return _library(level).atan(level / self.s)
 
-    def level(self, time: float) -> float:
-        return self.s * math.tan(time)
+    def level(self, time: Number) -> Number:
+        return self.s * _library(time).tan(time)
 
-    def radius(self, level: float) -> float:
-        return math.hypot(level, self.s)
+    def radius(self, level: Number) -> Number:
+        return (level**2 + self.s**2) ** 0.5
 
-    def slope(self, x: Tensor, denoised: Tensor, level: float) -> Tensor:
+    def slope(self, x: Tensor, denoised: Tensor, level: Number) -> Tensor:
         q = self.radius(level)
         return ((self.s / q) ** 2 * x - denoised) * (q / (level * self.s))
 
@@ -52,30 +56,35 @@ class Angle:
 class LogSigma:
     """x over log(level)."""
 
-    def time(self, level: float) -> float:
-        return math.log(level)
+    def time(self, level: Number) -> Number:
+        return _library(level).log(level)
 
-    def level(self, time: float) -> float:
-        return math.exp(time)
+    def level(self, time: Number) -> Number:
+        return _library(time).exp(time)
 
-    def radius(self, level: float) -> float:
-        return 1.0
+    def radius(self, level: Number) -> Number:
+        return 0 * level + 1
 
-    def slope(self, x: Tensor, denoised: Tensor, level: float) -> Tensor:
+    def slope(self, x: Tensor, denoised: Tensor, level: Number) -> Tensor:
         return x - denoised
 
 
 class Sigma:
     """x over level."""
 
-    def time(self, level: float) -> float:
+    def time(self, level: Number) -> Number:
         return level
 
-    def level(self, time: float) -> float:
+    def level(self, time: Number) -> Number:
         return time
 
-    def radius(self, level: float) -> float:
-        return 1.0
+    def radius(self, level: Number) -> Number:
+        return 0 * level + 1
 
-    def slope(self, x: Tensor, denoised: Tensor, level: float) -> Tensor:
+    def slope(self, x: Tensor, denoised: Tensor, level: Number) -> Tensor:
         return (x - denoised) / level
+
+
+def _library(value: Number) -> Any:
+    """Where the functions of `value` are."""
+    return torch if isinstance(value, Tensor) else math

@@ -37,19 +37,29 @@ class PreconditionedDenoiser(Recorded, nn.Module):
         self.net, self.kernel = net, StudentTKernel(D)
         self.sigma_data, self.statistics = sigma_data, (sigma_data, power_std, max_rms)
 
+    @staticmethod
+    def level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, statistics: Statistics) -> Tensor:
+        """What rules the network's preconditioning, [B] in float64."""
+        return typical_level(x, sigma, kernel, statistics)
+
+    @staticmethod
+    def weight_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, statistics: Statistics) -> Tensor:
+        """What rules the weight of the loss, [B] in float64."""
+        return rms_level(x, sigma, kernel, statistics)
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which samples should come: that of the parameters, float32 at least."""
         return torch.promote_types(_parameter_dtype(self.net), torch.float32)
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        level = typical_level(x, per_sample(sigma, x), self.kernel, self.statistics)
+        level = self.level(x, per_sample(sigma, x), self.kernel, self.statistics)
         skip, out = preconditioning(level, self.sigma_data)
         return expand(skip, x) * x + expand(out, x) * _call(self.net, x, level, self.sigma_data, label, 0)
 
     def output_scale(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """c_out of the RMS level [B] at `x` [B, ...] and `sigma`: the size of y - c_skip x to expect, for the loss."""
-        level = rms_level(x, per_sample(sigma, x), self.kernel, self.statistics)
+        level = self.weight_level(x, per_sample(sigma, x), self.kernel, self.statistics)
         return preconditioning(level, self.sigma_data)[1]
 
 

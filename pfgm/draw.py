@@ -1,6 +1,5 @@
 """Drawing to disk: samples of a flow as pictures or arrays."""
 
-import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,10 +10,11 @@ import numpy as np
 import torch
 
 from pfgm import plot
-from pfgm.flow import PoissonFlow, check_batch_size, load
+from pfgm.flow import check_batch_size, load
 from pfgm.ode import SolverError
-from pfgm.sampler import Samples, seed_pairs
+from pfgm.sampler import Samples, check_max_calls, seed_pairs
 from pfgm.storage import replacing
+from pfgm.trajectory import check_trajectory, write_trajectory
 
 ARRAYS = (".npz", ".pt")
 
@@ -47,12 +47,16 @@ def check_output(out: Path, shape: Sequence[int]) -> None:
         raise ValueError(f"out = {out}: samples of shape {tuple(shape)} are no images; use a file ending in .npz or .pt")
     if (out.suffix and out.is_dir()) or (not out.suffix and out.is_file()):
         raise ValueError(f"out = {out} is a {'folder' if out.is_dir() else 'file'}; choose another name")
-    folder = out.parent if out.suffix else out
+    check_writable(out.parent if out.suffix else out, "out", out)
+
+
+def check_writable(folder: Path, name: str, path: Path) -> None:
+    """Make `folder`. OSError that names the argument `name` and its `path` if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(f"out = {out} cannot be written: {error.strerror}; choose another folder") from error
+        raise OSError(f"{name} = {path} cannot be written: {error.strerror}; choose another folder") from error
 
 
 def write_samples(
@@ -91,8 +95,14 @@ def draw(
     start: str | None = None,
     rtol: float | None = None,
     atol: float | None = None,
+    independent: bool = False,
     steps: int | None = None,
     grid: str | list[float] | None = None,
+    s_churn: float | None = None,
+    s_tmin: float | None = None,
+    s_tmax: float | None = None,
+    restart: list[tuple[float, float, int]] | None = None,
+    max_calls: int | None = None,
     batch_size: int = 256,
     device: str | None = None,
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
@@ -130,37 +140,22 @@ def draw(
     flow.denoiser.to(getattr(torch, dtype))
     label = flow.check_labels(labels[0] if isinstance(labels, list) and len(labels) == 1 else labels, len(pairs))
     options: dict[str, Any] = {"preset": preset, "method": method, "coordinates": coordinates, "start": start}
-    options |= {"rtol": rtol, "atol": atol, "steps": steps, "grid": grid}
+    options |= {"rtol": rtol, "atol": atol, "independent": independent, "steps": steps, "grid": grid}
+    options |= {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "restart": restart}
     flow.sampler(**options)  # its checks come before any folder is made
     check_pairs(pairs, out)
     check_batch_size(batch_size)
+    check_max_calls(max_calls)
     check_output(out, flow.shape)
     if trajectory is not None:
         check_trajectory(trajectory, out, flow.shape)
-    samples = flow.draw(pairs, labels=label, batch_size=batch_size, progress=True, **options)
+        check_writable(trajectory.parent, "trajectory", trajectory)
+    samples = flow.draw(pairs, labels=label, batch_size=batch_size, max_calls=max_calls, progress=True, **options)
     write_samples(out, samples, pairs, label, flow.value_range)
     print(f"{len(pairs)} samples in {samples.calls} network calls and {samples.seconds:.2f} s -> {out}")
     if trajectory is not None:
-        draw_trajectory(trajectory, flow, pairs, label, samples, options)
+        write_trajectory(trajectory, flow, pairs, label, samples, batch_size, options)
         print(f"their way from the {flow.sampler(**options).start} -> {trajectory}")
-
-
-def draw_trajectory(
-    path: Path, flow: PoissonFlow, pairs: list[tuple[int, int]], label: Any, samples: Samples, options: dict[str, Any]
-) -> None:
-    """A picture of the first samples' way down: a strip of 8 images, or field lines of 2-D data above all `samples`."""
-    image = plot.is_image(flow.shape)
-    few = pairs[: 8 if image else 200]
-    sampler = flow.sampler(**options)
-    states, sigma = sampler.trajectory(few, 12 if image else 120, None if label is None else label[: len(few)])
-    states = torch.cat(
-        [flow.to_user(states.flatten(0, 1)).unflatten(0, states.shape[:2]), samples.x[None, : len(few)].double()]
-    )
-    if image:
-        plot.save_strip(path, states, flow.value_range)
-    else:
-        r = torch.cat([sigma, torch.zeros_like(sigma[:1])]) * flow.scale * math.sqrt(min(flow.kernel.D, 1e6))
-        plot.save_field_lines(path, states, r, samples.x)
 
 
 def check_pairs(pairs: Sequence[tuple[int, int]], out: Path) -> None:
@@ -169,17 +164,6 @@ def check_pairs(pairs: Sequence[tuple[int, int]], out: Path) -> None:
         raise ValueError("n = 0: there is nothing to draw; give n >= 1")
     if len(set(pairs)) < len(pairs) and not out.suffix:
         raise ValueError(f"seeds: some are given twice, and each names a file of the folder {out}; give each once")
-
-
-def check_trajectory(path: Path, out: Path, shape: Sequence[int]) -> None:
-    """ValueError unless `path` is a .png of its own, for samples whose way can be drawn."""
-    if path.suffix != ".png":
-        raise ValueError(f"trajectory = {path}: give a name that ends in .png")
-    if not (plot.is_image(shape) or tuple(shape) == (2,)):
-        raise ValueError(f"trajectory = {path}: only images (1 or 3, H, W) and points (2,) have one, not {tuple(shape)}")
-    if path.absolute() == out.absolute():
-        raise ValueError(f"trajectory = {path} is also out; give two names")
-    check_output(path, shape)
 
 
 def check_device(device: str | None) -> torch.device:

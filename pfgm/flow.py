@@ -7,7 +7,7 @@ model = user / scale - mean; here, and only here, samples come and go in the use
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from pfgm import storage
 from pfgm.kernel import StudentTKernel, check_positive, per_sample
 from pfgm.progress import DrawProgress
-from pfgm.sampler import Latent, Sampler, Samples, check_finite_samples, check_levels, check_start, seed_pairs
+from pfgm.sampler import (
+    Latent,
+    Sampler,
+    SamplerOptions,
+    Samples,
+    Trajectory,
+    check_finite_samples,
+    check_levels,
+    check_max_calls,
+    check_start,
+    seed_pairs,
+)
 from pfgm.spec import build, to_json
 
 PREFIX = "flow."
@@ -83,9 +94,9 @@ class PoissonFlow(nn.Module):
         """Centred model space [B, *shape] -> the user's units."""
         return (x + self.mean.to(x.dtype)) * self.scale
 
-    def sampler(self, **options: Any) -> Sampler:
-        """The `Sampler` of this flow; `options` are its preset, method, coordinates, start, rtol, atol, steps, grid."""
-        settings = {"start": self.start} | {name: value for name, value in options.items() if value is not None}
+    def sampler(self, **options: Unpack[SamplerOptions]) -> Sampler:
+        """The `Sampler` of this flow; options that are None are left out."""
+        settings: Any = {"start": self.start} | {name: value for name, value in options.items() if value is not None}
         return Sampler(
             self.denoiser,
             self.kernel,
@@ -103,27 +114,20 @@ class PoissonFlow(nn.Module):
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
-        preset: str | None = None,
-        method: str | None = None,
-        coordinates: str | None = None,
-        start: str | None = None,
-        rtol: float | None = None,
-        atol: float | None = None,
-        steps: int | None = None,
-        grid: str | Sequence[float] | None = None,
         batch_size: int = 256,
+        max_calls: int | None = None,
         progress: bool = False,
+        **options: Unpack[SamplerOptions],
     ) -> Samples:
         """`n` samples of `seed` (default 0), or one for each of `seeds`, in the user's units: `Samples` with x [n, *shape].
 
         Sample i is a function of (seed, i), `seeds` = [k, ...] gives those of (k, 0). `labels` is one class for all or one for
-        each. `batch_size` samples are drawn at a time, with a progress bar if `progress`. The other arguments are those of
-        `Sampler`; without any the preset is "balanced", 10 calls. ValueError for arguments out of range, before the first
-        network call; SolverError if solving fails.
+        each. `batch_size` samples are drawn at a time, with a progress bar if `progress`; after `max_calls` of the network a
+        batch ends where it is. `options` are those of `Sampler`; without any the preset is "balanced", 10 calls. ValueError
+        for arguments out of range, before the first network call; SolverError if solving fails.
         """
-        options: dict[str, Any] = {"preset": preset, "method": method, "coordinates": coordinates, "start": start}
-        options |= {"rtol": rtol, "atol": atol, "steps": steps, "grid": grid}
-        return self.draw(seed_pairs(n, seed, seeds), labels=labels, batch_size=batch_size, progress=progress, **options)
+        pairs = seed_pairs(n, seed, seeds)
+        return self.draw(pairs, labels=labels, batch_size=batch_size, max_calls=max_calls, progress=progress, **options)
 
     def draw(
         self,
@@ -131,21 +135,45 @@ class PoissonFlow(nn.Module):
         *,
         labels: Any = None,
         batch_size: int = 256,
+        max_calls: int | None = None,
         progress: bool = False,
-        **options: Any,
+        **options: Unpack[SamplerOptions],
     ) -> Samples:
         """One sample for each (seed, index) of `pairs`; the other arguments are those of `sample`."""
         sampler, label = self.sampler(**options), self.check_labels(labels, len(pairs))
         check_batch_size(batch_size)
+        check_max_calls(max_calls)
         parts = []
         with DrawProgress(len(pairs), sampler, progress) as bar:
             for i in range(0, max(1, len(pairs)), batch_size):
                 batch, part = pairs[i : i + batch_size], None if label is None else label[i : i + batch_size]
                 bar.batch(len(batch))
-                parts.append(sampler.draw(batch, part, bar))
+                parts.append(sampler.draw(batch, part, max_calls, bar))
         x = self.to_user(torch.cat([part.x for part in parts]))
         most = {name: max(getattr(part, name) for part in parts) for name in ("calls", "accepted", "rejected")}
-        return Samples(x, seconds=sum(part.seconds for part in parts), **most)
+        errors = [part.error for part in parts if part.error is not None]
+        error = torch.cat(errors) * self.scale if len(errors) == len(parts) else None
+        complete = all(part.complete for part in parts)
+        return Samples(x, seconds=sum(part.seconds for part in parts), error=error, complete=complete, **most)
+
+    def trajectory(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        points: int,
+        *,
+        labels: Any = None,
+        batch_size: int = 256,
+        **options: Unpack[SamplerOptions],
+    ) -> Trajectory:
+        """The way of the samples (seed, index) of `pairs` in the user's units, see `Sampler.trajectory`."""
+        sampler, label = self.sampler(**options), self.check_labels(labels, len(pairs))
+        check_batch_size(batch_size)
+        ways = []
+        for i in range(0, len(pairs), batch_size):
+            part = None if label is None else label[i : i + batch_size]
+            ways.append(sampler.trajectory(pairs[i : i + batch_size], points, part))
+        x, denoised = (self.to_user(torch.cat([getattr(way, name) for way in ways], 1)) for name in ("x", "denoised"))
+        return Trajectory(x, denoised, torch.cat([way.sigma for way in ways], 1) * self.scale)
 
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:

@@ -10,16 +10,17 @@ All are exact integrals of the polynomial through the remembered values, on grid
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-Slope = Callable[[float, Tensor], Tensor]
-"""Of the state at a time."""
+Slope = Callable[[Any, Tensor], Tensor]
+"""Of the state [B, ...] at a time: a float or, where each sample has its own, [B]."""
 
 
-def adams_bashforth(slope: Slope, state: Tensor, times: Sequence[float], order: int) -> Iterator[Tensor]:
-    """The states at times[1:], by the method of `order` 2 or 3.
+def adams_bashforth(slope: Slope, state: Tensor, times: Sequence[float], order: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The states at times[1:], by the method of `order` 2 or 3, each with what one order less makes of the last step.
 
     The first step costs one call at order 2 (Euler) and two at order 3 (midpoint), the second uses two slopes: each of these
     is one step with an error of the order of the step to the power of `order`, which does not lower the order of the whole.
@@ -29,17 +30,18 @@ def adams_bashforth(slope: Slope, state: Tensor, times: Sequence[float], order: 
         first = slope(start, state)
         history = [(start, first), *history][:order]
         if len(history) == 1 and order == 3:
-            middle = (start + end) / 2
+            middle, lower = (start + end) / 2, state + (end - start) * first
             state = state + (end - start) * slope(middle, state + (middle - start) * first)
         else:
             h = end - start
             moments = [h ** (m + 1) / (m + 1) for m in range(len(history))]
+            lower = state + _one_order_less(history, start, moments)
             state = state + _combine(history, start, moments)
-        yield state
+        yield state, lower
 
 
-def dpm_solver(slope: Slope, x: Tensor, times: Sequence[float], order: int) -> Iterator[Tensor]:
-    """DPM-Solver++(2M) or (3M) in x over log(level): the states at times[1:], one call each.
+def dpm_solver(slope: Slope, x: Tensor, times: Sequence[float], order: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """DPM-Solver++(2M) or (3M) in x over log(level): the states at times[1:], one call each, as `adams_bashforth`.
 
     Order 2 has the published weights 1 + 1/(2r), -1/(2r) with r = h_before/h, times 1 - e^h.
     """
@@ -51,8 +53,9 @@ def dpm_solver(slope: Slope, x: Tensor, times: Sequence[float], order: int) -> I
             moments = [-math.expm1(h), -math.expm1(h) * h / 2]
         else:
             moments = _exponential_moments(h, len(history))
+        lower = math.exp(h) * x + _one_order_less(history, start, moments)
         x = math.exp(h) * x + _combine(history, start, moments)
-        yield x
+        yield x, lower
 
 
 def _combine(history: Sequence[tuple[float, Tensor]], origin: float, moments: Sequence[float]) -> Tensor:
@@ -60,6 +63,12 @@ def _combine(history: Sequence[tuple[float, Tensor]], origin: float, moments: Se
     nodes = np.array([time - origin for time, _ in history])
     weights = np.linalg.solve(np.vander(nodes, increasing=True).T, np.array(moments))
     return sum((float(w) * value for w, (_, value) in zip(weights, history, strict=True)), start=0 * history[0][1])
+
+
+def _one_order_less(history: Sequence[tuple[float, Tensor]], origin: float, moments: Sequence[float]) -> Tensor:
+    """The same without the oldest value; with it if there is no other."""
+    keep = max(1, len(history) - 1)
+    return _combine(history[:keep], origin, moments[:keep])
 
 
 def _exponential_moments(h: float, number: int) -> list[float]:

@@ -6,13 +6,16 @@ with ratio = 1 on the plane sigma = level, and ratio = varsigma/sigma, fixed for
 The state is float64; see `pfgm.coordinates` for its forms and `pfgm.solver` for the methods.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pfgm.adaptive import StepError
+from pfgm.kernel import expand
 from pfgm.solver import Solver, Steps
 
 
@@ -20,11 +23,16 @@ class SolverError(RuntimeError):
     """The flow could not be integrated: the denoiser returned NaN or infinity, or the step size vanished."""
 
 
+class OutOfCalls(Exception):
+    """The denoiser was asked more often than allowed."""
+
+
 class CountedDenoiser:
     """A denoiser as a solver sees it: float64 in and out, calls counted, values that are not finite refused.
 
     Networks get their input in the dtype of their parameters (or of their attribute `dtype`), denoisers without parameters in
-    `dtype`. After each call `on_call(calls, level)` is told the number of calls so far and the level that was asked for.
+    `dtype`. After each call `on_call(calls, level)` is told the number of calls so far and the (highest) level that was asked
+    for, also kept as `level`. Beyond `max_calls` calls OutOfCalls is raised.
     """
 
     def __init__(
@@ -35,33 +43,43 @@ class CountedDenoiser:
         dtype: torch.dtype,
         on_call: Callable[[int, float], None] | None = None,
     ):
-        self.denoiser, self.label, self.on_call, self.calls = denoiser, label, on_call, 0
+        self.denoiser, self.label, self.on_call = denoiser, label, on_call
+        self.calls, self.level, self.max_calls = 0, math.nan, math.inf
         self.dtype = input_dtype(denoiser, dtype)
 
-    def __call__(self, x: Tensor, level: float, ratio: Tensor) -> Tensor:
-        """denoise(x, level/ratio) for `x` [B, ...] and `ratio` [B]. SolverError if it is not finite."""
+    def __call__(self, x: Tensor, level: float | Tensor, ratio: Tensor) -> Tensor:
+        """denoise(x, level/ratio) for `x` [B, ...], `level` (float or [B]) and `ratio` [B]. SolverError if it is not finite."""
+        if self.calls >= self.max_calls:
+            raise OutOfCalls
         sigma = (level / ratio).to(self.dtype)
         point = x.to(self.dtype)
         denoised = self.denoiser(point, sigma) if self.label is None else self.denoiser(point, sigma, self.label)
         self.calls += 1
+        self.level = float(level.max()) if isinstance(level, Tensor) else level
         if not bool(torch.isfinite(denoised).all()):
             bad = int((~torch.isfinite(denoised).flatten(1).all(1)).sum())
             raise SolverError(
-                f"the denoiser returned NaN or infinity for {bad} of {len(x)} samples at level {level:.4g} "
+                f"the denoiser returned NaN or infinity for {bad} of {len(x)} samples at level {self.level:.4g} "
                 f"(call {self.calls}); its weights may have diverged in training, or its dtype may be too narrow: try float32"
             )
         if self.on_call is not None:
-            self.on_call(self.calls, level)
+            self.on_call(self.calls, self.level)
         return denoised.double()
 
 
 @dataclass
 class Way:
-    """What following the flow gave: float64 `states` [points, B, ...] at `levels` [points], and the solver's `steps`."""
+    """What following the flow gave: float64 `states` [points, B, ...] at `levels` [points] and what the solver did, `steps`.
+
+    The error in `steps` is in the units of x. If calls ran out, the way is not `complete`: its states are the first and the
+    last that was reached, whose `level` (float or [B]) is above the end.
+    """
 
     states: Tensor
     levels: Tensor
+    level: float | Tensor
     steps: Steps
+    complete: bool = True
 
     @property
     def end(self) -> Tensor:
@@ -72,39 +90,52 @@ class Way:
 def follow(
     denoise: CountedDenoiser,
     x: Tensor,
-    level_from: float,
-    level_to: float,
+    levels: Sequence[float],
     *,
     solver: Solver,
     sigma_data: float,
     ratio: Tensor | None = None,
     points: int = 2,
 ) -> Way:
-    """Follow the flow from `x` [B, ...] at `level_from` to `level_to`, up or down, with `ratio` [B] fixed (default 1).
+    """Follow the flow from `x` [B, ...] at levels[0] through `levels` to the last, with `ratio` [B] fixed (default 1).
 
     The states of the Way are at `points` levels equally spaced in the coordinate's time; the first is x itself. SolverError if
     the denoiser is not finite or the tolerance cannot be met.
     """
     path = solver.path(sigma_data)
+    if len(levels) == 1:
+        return Way(x.double().expand(points, *x.shape), torch.full((points,), levels[0]), levels[0], Steps())
     ratios = torch.ones(len(x)) if ratio is None else ratio
     ratios = ratios.to(x.device, torch.float64)
 
-    def slope(time: float, state: Tensor) -> Tensor:
+    def slope(time: Any, state: Tensor) -> Tensor:
         level = path.level(time)
-        point = path.radius(level) * state
-        return path.slope(point, denoise(point, level, ratios), level)
+        wide = expand(level, state) if isinstance(level, Tensor) else level
+        point = path.radius(wide) * state
+        return path.slope(point, denoise(point, level, ratios), wide)
 
-    times = torch.linspace(path.time(level_from), path.time(level_to), points, dtype=torch.float64, device=x.device)
+    start, end = path.time(levels[0]), path.time(levels[-1])
+    times = torch.linspace(start, end, points, dtype=torch.float64, device=x.device)
+    state = x.double() / path.radius(levels[0])
+    reached: dict[str, Any] = {"time": start, "state": state}
     try:
-        states, steps = solver.follow(slope, x.double() / path.radius(level_from), path, level_from, level_to, times)
-    except AssertionError as error:
+        states, steps = solver.follow(slope, state, path, levels, times, lambda t, state: reached.update(time=t, state=state))
+    except StepError as error:
         raise SolverError(
-            f"{solver.method} could not meet its tolerance after {denoise.calls} calls ({error}); "
-            "raise rtol and atol, or use a fixed method"
+            f"{solver.method} could not meet its tolerance at level {denoise.level:.4g} after {denoise.calls} calls ({error}); "
+            "raise rtol and atol, or use a fixed method such as ab3; if that is no better, the network is not smooth there"
         ) from error
-    levels = [level_from, *map(path.level, times[1:-1].tolist()), level_to]
-    radii = torch.tensor([path.radius(level) for level in levels], dtype=torch.float64, device=x.device)
-    return Way(states * radii.reshape(-1, *[1] * x.ndim), torch.tensor(levels, dtype=torch.float64, device=x.device), steps)
+    except OutOfCalls:
+        level = path.level(reached["time"])
+        wide = expand(level, x.double()) if isinstance(level, Tensor) else level
+        states, way = torch.stack([x.double(), path.radius(wide) * reached["state"]]), torch.full((2,), torch.nan)
+        return Way(states, way, level, Steps(), complete=False)
+    passed = [levels[0], *map(path.level, times[1:-1].tolist()), levels[-1]]
+    radii = torch.tensor([path.radius(level) for level in passed], dtype=torch.float64, device=x.device)
+    if steps.error is not None:
+        steps.error = steps.error * path.radius(levels[-1])
+    way = torch.tensor(passed, dtype=torch.float64, device=x.device)
+    return Way(states * radii.reshape(-1, *[1] * x.ndim), way, levels[-1], steps)
 
 
 def input_dtype(denoiser: Any, default: torch.dtype) -> torch.dtype:

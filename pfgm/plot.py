@@ -1,6 +1,6 @@
 """Pictures: grids, scatter plots, the way down from the hemisphere, field lines, loss curves.
 
-Each function draws into a new PNG file; arrays are in the user's units, on any device.
+Each function draws into a new PNG or GIF file; arrays are in the user's units, on any device.
 """
 
 import csv
@@ -37,12 +37,17 @@ def save_image(path: Path, image: Tensor) -> None:
 
 
 def save_grid(path: Path, x: Tensor, value_range: ValueRange = None, columns: int | None = None) -> None:
-    """Images [n, C, H, W] side by side, small ones enlarged to at least 32 pixels by whole factors."""
+    """Images [n, C, H, W] side by side."""
+    save_image(path, _grid(x, value_range, columns))
+
+
+def _grid(x: Tensor, value_range: ValueRange, columns: int | None = None) -> Tensor:
+    """Images as one, uint8 [3, H', W']; small ones are enlarged to at least 32 pixels by whole factors."""
     from torchvision.utils import make_grid
 
     factor = max(1, -(-32 // min(x.shape[-2:])))
     large = to_bytes(x, value_range).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    save_image(path, make_grid(large, nrow=columns or int(np.ceil(np.sqrt(len(x)))), padding=2, pad_value=128))
+    return make_grid(large, nrow=columns or int(np.ceil(np.sqrt(len(x)))), padding=2, pad_value=128)
 
 
 def save_scatter(path: Path, x: Tensor) -> None:
@@ -76,6 +81,43 @@ def save_strip(path: Path, states: Tensor, value_range: ValueRange = None) -> No
     scaled = states.double() * (end / states.double().flatten(2).std(2).clamp(min=end))[..., None, None, None]
     points, n = states.shape[:2]
     save_grid(path, scaled.transpose(0, 1).reshape(points * n, *states.shape[2:]), value_range, columns=points)
+
+
+def save_animation(path: Path, noisy: Tensor, denoised: Tensor, value_range: ValueRange = None) -> None:
+    """A GIF of images or points, [points, n, ...]: noisy states on the left, denoised ones on the right; the end stays."""
+    from PIL import Image
+
+    if is_image(noisy.shape[2:]):
+        frames = [
+            torch.cat([_grid(x, value_range), _grid(y, value_range)], 2).permute(1, 2, 0).numpy()
+            for x, y in zip(noisy, denoised, strict=True)
+        ]
+    else:
+        frames = _scatter_frames(noisy, denoised)
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    duration = [80] * len(others) + [2000]
+    with replacing(path) as temporary:
+        first.save(temporary, format="GIF", save_all=True, append_images=others, duration=duration, loop=0)
+
+
+def _scatter_frames(noisy: Tensor, denoised: Tensor) -> list[np.ndarray]:
+    low, high = noisy.amin((0, 1)).cpu(), noisy.amax((0, 1)).cpu()
+    frames = []
+    for pair in zip(noisy, denoised, strict=True):
+        figure = _figure(7, 3.6)
+        for axes, points in zip(figure.subplots(1, 2), pair, strict=True):
+            axes.scatter(*points.cpu().T.numpy(), s=4, alpha=0.6, linewidths=0)
+            axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+        frames.append(_pixels(figure))
+    return frames
+
+
+def _pixels(figure: Any) -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def save_field_lines(path: Path, states: Tensor, heights: Tensor, charges: Tensor) -> None:

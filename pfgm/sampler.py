@@ -7,31 +7,52 @@ batch it is drawn in.
 import math
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from pfgm import rng
 from pfgm.kernel import StudentTKernel, check_positive, expand, norm
-from pfgm.ode import CountedDenoiser, Way, follow
-from pfgm.solver import make_solver
+from pfgm.ode import CountedDenoiser, OutOfCalls, Way, follow
+from pfgm.solver import SolverOptions, Steps, make_solver
+from pfgm.stochastic import Plan, check_churn, check_restart, churn, restart
 
 STARTS = ("hemisphere", "hyperplane")
 
 
+RENOISING = 1
+"""Last counter of the streams of added noise."""
+
+
 @dataclass
 class Samples:
-    """What a draw returns: `x` [n, ...], `calls` of the network for each batch (the most, if batches differ), the final
-    denoising included, wall-clock `seconds`, and the steps that the solver accepted and rejected."""
+    """What a draw returns: `x` [n, ...] and what it cost.
+
+    `calls` of the network for each batch (the most, if batches differ), the final denoising included, wall-clock `seconds`, the
+    steps that the solver `accepted` and `rejected`, and its estimate of each sample's root mean square `error` [n] in the units
+    of x (mostly too high; None for Runge-Kutta methods with fixed steps). Not `complete` if max_calls ended the draw: then x is
+    the denoised state at which that was.
+    """
 
     x: Tensor
     calls: int
     seconds: float
     accepted: int = 0
     rejected: int = 0
+    error: Tensor | None = None
+    complete: bool = True
+
+
+@dataclass
+class Trajectory:
+    """The way of samples: `x` and the network's `denoised` of it, both float64 [points, n, ...], at `sigma` [points, n]."""
+
+    x: Tensor
+    denoised: Tensor
+    sigma: Tensor
 
 
 @dataclass
@@ -52,6 +73,16 @@ class Latent:
             raise ValueError(f"level = {self.level} must be a positive finite number")
 
 
+class SamplerOptions(SolverOptions, total=False):
+    """How to draw: the arguments of `Sampler` that are not the model's."""
+
+    start: str
+    s_churn: float
+    s_tmin: float
+    s_tmax: float
+    restart: Sequence[tuple[float, float, int]]
+
+
 class Sampler:
     """Draw from any denoiser by following its flow down from `sigma_max`, then denoising once.
 
@@ -61,6 +92,10 @@ class Sampler:
     runs on one clock, level = ratio sigma. The network is asked for sigma = level/ratio, below sigma_min for samples of heavy
     tails; this is not clamped, since c_out is negligible there. "hyperplane" starts all samples at sigma_max, for comparison
     and for data that is itself heavy-tailed. The other arguments are those of `pfgm.solver.make_solver`.
+
+    Noise may be added on the way, of the kernel and so for every D (see `pfgm.stochastic`; levels in model units): before each
+    step of a one-step method between the levels s_tmin and s_tmax, as EDM does with `s_churn`, or by `restart`, intervals
+    (t_min, t_max, K) that are passed K times more. For D < inf each of these lifts asks the network once for the source.
 
     ValueError for levels that are not 0 < sigma_min < sigma_max < inf, and for unknown names.
     """
@@ -74,19 +109,22 @@ class Sampler:
         sigma_min: float,
         sigma_max: float,
         sigma_data: float = 0.5,
-        preset: str | None = None,
-        method: str | None = None,
-        coordinates: str | None = None,
         start: str = "hemisphere",
-        rtol: float | None = None,
-        atol: float | None = None,
-        steps: int | None = None,
-        grid: str | Sequence[float] | None = None,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        restart: Sequence[tuple[float, float, int]] = (),
+        **options: Unpack[SolverOptions],
     ):
-        self.solver = make_solver(preset, method, coordinates, rtol, atol, steps, grid)
+        self.solver = make_solver(**options)
         check_levels(sigma_min, sigma_max)
         check_positive("sigma_data", sigma_data)
         check_start(start)
+        check_churn(self.solver, s_churn, s_tmin, s_tmax)
+        check_restart(restart, sigma_min, sigma_max)
+        if s_churn and restart:
+            raise ValueError(f"s_churn = {s_churn}, restart = {restart}: give one of them")
+        self.churn, self.restarts = (s_churn, s_tmin, s_tmax), restart
         self.denoiser, self.kernel, self.shape, self.start = denoiser, kernel, tuple(shape), start
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
 
@@ -95,6 +133,14 @@ class Sampler:
         """Where a draw hands over to the final denoising: at sigma_min, or a little above if the solver's grid says so."""
         return self.solver.last_level(self.sigma_data, self.sigma_max, self.sigma_min)
 
+    @property
+    def plan(self) -> Plan:
+        """The levels of a draw, from sigma_max to `last_level`: falling runs, between which noise is added."""
+        levels = self.solver.levels(self.sigma_data, self.sigma_max, self.last_level)
+        if self.churn[0]:
+            return churn(levels, *self.churn)
+        return restart(levels, self.restarts) if self.restarts else [levels]
+
     def sample(
         self,
         n: int | None = None,
@@ -102,34 +148,61 @@ class Sampler:
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         labels: Tensor | Sequence[int] | None = None,
+        max_calls: int | None = None,
         on_call: Callable[[int, float], None] | None = None,
     ) -> Samples:
         """`n` samples of `seed` (default 0), sample i from (seed, i), or one sample (k, 0) for each k of `seeds`.
 
-        float32 [n, *shape] (the network's dtype if that is wider); `labels` [n] or None. `on_call(calls, level)` follows the
-        progress.
+        float32 [n, *shape] (the network's dtype if that is wider); `labels` [n] or None. After `max_calls` of the network the
+        draw ends where it is, see `Samples`. `on_call(calls, level)` follows the progress.
         """
-        return self.draw(seed_pairs(n, seed, seeds), labels, on_call)
+        return self.draw(seed_pairs(n, seed, seeds), labels, max_calls, on_call)
 
     @torch.no_grad()
     def draw(
         self,
         pairs: Sequence[tuple[int, int]],
         labels: Tensor | Sequence[int] | None = None,
+        max_calls: int | None = None,
         on_call: Callable[[int, float], None] | None = None,
     ) -> Samples:
         """One sample for each (seed, index) of `pairs`."""
         began = time.perf_counter()
+        check_max_calls(max_calls)
         denoise = self._counted(labels, len(pairs), torch.float32, on_call)
         if not pairs:
             return Samples(torch.empty(0, *self.shape, dtype=denoise.dtype, device=self._device), 0, 0.0)
         latent = self.prior(pairs)
         x, ratio = self._lift(latent)
-        way = self._follow(denoise, x, latent.level, self.last_level, ratio)
-        x = denoise(way.end, self.last_level, ratio).to(denoise.dtype)
+        level: float | Tensor = latent.level
+        denoise.max_calls, steps, complete = math.inf if max_calls is None else max_calls - 1, Steps(), True
+        try:
+            for way in self._runs(denoise, x, ratio, pairs):
+                x, level, complete = way.end, way.level, way.complete
+                steps = steps + way.steps
+        except OutOfCalls:
+            complete = False
+        denoise.max_calls = math.inf
+        x = denoise(x, level, ratio).to(denoise.dtype)
         if x.is_cuda:
             torch.cuda.synchronize()
-        return Samples(x, denoise.calls, time.perf_counter() - began, way.steps.accepted, way.steps.rejected)
+        return Samples(x, denoise.calls, time.perf_counter() - began, steps.accepted, steps.rejected, steps.error, complete)
+
+    def _runs(
+        self, denoise: CountedDenoiser, x: Tensor, ratio: Tensor, pairs: Sequence[tuple[int, int]], points: int = 2
+    ) -> Iterator[Way]:
+        """The ways of the plan's runs, from `x` on the level sigma_max: what is yielded last is where the draw ends."""
+        level, plan = self.sigma_max, self.plan
+        for k, run in enumerate(plan):
+            if run[0] > level:
+                source = x if math.isinf(self.kernel.D) else denoise(x, level, ratio)
+                noise = [rng.generator(*pair, 0, k, RENOISING) for pair in pairs]
+                x = self.kernel.renoise(x, source, level / ratio, run[0] / ratio, noise)
+            way = self._follow(denoise, x, run, ratio, max(2, points // len(plan)))
+            yield way
+            if not way.complete:
+                return
+            x, level = way.end, run[-1]
 
     def prior(self, pairs: Sequence[tuple[int, int]]) -> Latent:
         """The latents of (seed, index) `pairs`: directions drawn on the CPU in float64, one generator each."""
@@ -142,7 +215,7 @@ class Sampler:
         """Follow the flow from `latent` down to the level sigma_min, without denoising: [n, ...] in the dtype of latent.t."""
         denoise = self._counted(labels, len(latent.t), latent.t.dtype)
         x, ratio = self._lift(latent)
-        return self._follow(denoise, x, latent.level, self.sigma_min, ratio).end.to(latent.t.dtype)
+        return self._flow(denoise, x, latent.level, self.sigma_min, ratio).to(latent.t.dtype)
 
     def encode(self, x: Tensor, labels: Tensor | Sequence[int] | None = None) -> Latent:
         """Follow the flow from `x` [n, ...] at sigma_min up the plane clock to sigma_max; `decode` inverts it."""
@@ -155,20 +228,22 @@ class Sampler:
         for name, sigma in (("sigma_from", sigma_from), ("sigma_to", sigma_to)):
             check_positive(name, sigma)
         denoise = self._counted(labels, len(x), x.dtype)
-        return self._follow(denoise, x, sigma_from, sigma_to, None).end.to(x.dtype)
+        return self._flow(denoise, x, sigma_from, sigma_to, None).to(x.dtype)
 
     @torch.no_grad()
     def trajectory(
         self, pairs: Sequence[tuple[int, int]], points: int, labels: Tensor | Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The way of the samples (seed, index) of `pairs`: x [points, n, ...] in float64 and sigma [points, n].
+    ) -> Trajectory:
+        """The way of the samples (seed, index) of `pairs`, at `points` equally spaced in the coordinate's time.
 
-        The points are equally spaced in the coordinate's time; the last is the one that a draw would denoise.
+        The last is the one that a draw would denoise. With added noise each run has its share of the points, 2 at least.
         """
         denoise, latent = self._counted(labels, len(pairs), torch.float32), self.prior(pairs)
         x, ratio = self._lift(latent)
-        way = self._follow(denoise, x, latent.level, self.last_level, ratio, points)
-        return way.states, way.levels[:, None] / ratio
+        ways = list(self._runs(denoise, x, ratio, pairs, points))
+        states, levels = (torch.cat(parts) for parts in zip(*((way.states, way.levels) for way in ways), strict=True))
+        denoised = torch.stack([denoise(state, float(level), ratio) for state, level in zip(states, levels, strict=True)])
+        return Trajectory(states, denoised, levels[:, None] / ratio)
 
     def _lift(self, latent: Latent) -> tuple[Tensor, Tensor]:
         """The point x [n, ...] of a latent and its ratio level/sigma [n]."""
@@ -177,10 +252,18 @@ class Sampler:
         ratio = ones if latent.surface == "plane" else self.kernel.effective_level(norm(t), ones, t[0].numel())
         return expand(latent.level / ratio, t) * t, ratio
 
+    def _flow(self, denoise: CountedDenoiser, x: Tensor, start: float, end: float, ratio: Tensor | None) -> Tensor:
+        """The flow's map from one level to another. ValueError if noise is to be added, which would be no map."""
+        if self.churn[0] or self.restarts:
+            raise ValueError(
+                "s_churn, restart: only samples have noise added, not encode, decode and integrate; leave them out"
+            )
+        return self._follow(denoise, x, self.solver.levels(self.sigma_data, start, end), ratio).end
+
     def _follow(
-        self, denoise: CountedDenoiser, x: Tensor, start: float, end: float, ratio: Tensor | None, points: int = 2
+        self, denoise: CountedDenoiser, x: Tensor, levels: Sequence[float], ratio: Tensor | None, points: int = 2
     ) -> Way:
-        return follow(denoise, x, start, end, solver=self.solver, sigma_data=self.sigma_data, ratio=ratio, points=points)
+        return follow(denoise, x, levels, solver=self.solver, sigma_data=self.sigma_data, ratio=ratio, points=points)
 
     def _counted(self, labels: Any, n: int, dtype: torch.dtype, on_call: Any = None) -> CountedDenoiser:
         label = None if labels is None else torch.as_tensor(labels, dtype=torch.long, device=self._device)
@@ -218,6 +301,12 @@ def check_start(start: str) -> None:
     """ValueError unless `start` is known."""
     if start not in STARTS:
         raise ValueError(f"start = {start!r} is unknown; choose one of {', '.join(STARTS)}")
+
+
+def check_max_calls(max_calls: int | None) -> None:
+    """ValueError if `max_calls` is given and below 1."""
+    if max_calls is not None and max_calls < 1:
+        raise ValueError(f"max_calls = {max_calls} must be at least 1: the final denoising")
 
 
 def check_finite_samples(name: str, x: Tensor) -> None:

@@ -281,7 +281,12 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
         (["--device=cuda:77"], "device = 'cuda:77'"),
         (["--out=x.jpg"], r"out = x\.jpg"),
         (["--out=/proc/none/x.png"], "out = /proc/none/x.png cannot be written"),
-        (["--trajectory=x.gif"], r"trajectory = x\.gif"),
+        (["--trajectory=x.jpg"], r"trajectory = x\.jpg"),
+        (["--trajectory=/proc/none/x.png"], "trajectory = /proc/none/x.png cannot be written"),
+        (["--max_calls=0"], "max_calls = 0 must be at least 1"),
+        (["--s_churn=5"], "s_churn = 5.0: noise before each step needs fixed steps"),
+        (["--restart=[[1,2]]"], "restart"),
+        (["--independent=true", "--method=dopri8"], "independent = True: dopri8 has no steps for each sample"),
     ],
 )
 def test_bad_arguments_end_in_one_line(export, arguments, message, monkeypatch, tmp_path, capsys):

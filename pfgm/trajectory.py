@@ -1,0 +1,75 @@
+"""The way of samples from the hemisphere down to the data, on disk: a picture, an animation or arrays, by the file's ending."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pfgm import plot
+from pfgm.flow import PoissonFlow
+from pfgm.sampler import Samples, Trajectory
+from pfgm.storage import replacing
+
+ENDINGS = (".png", ".gif", ".npz")
+POINTS = {"strip": 12, "lines": 120, ".gif": 48, ".npz": 48}
+MOST = {"strip": 8, "lines": 200, ".gif": 64}
+"""Points of the way, and how many samples are shown at most."""
+
+
+def check_trajectory(path: Path, out: Path, shape: Sequence[int]) -> None:
+    """ValueError unless `path` is a .png, .gif or .npz of its own, for samples of a `shape` whose way can be shown so."""
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"trajectory = {path}: give a name that ends in {', '.join(ENDINGS)}")
+    if path.suffix != ".npz" and not (plot.is_image(shape) or tuple(shape) == (2,)):
+        raise ValueError(
+            f"trajectory = {path}: only images (1 or 3, H, W) and points (2,) can be shown, not {tuple(shape)}; use .npz"
+        )
+    if path.absolute() == out.absolute():
+        raise ValueError(f"trajectory = {path} is also out; give two names")
+
+
+def write_trajectory(
+    path: Path,
+    flow: PoissonFlow,
+    pairs: Sequence[tuple[int, int]],
+    labels: Any,
+    samples: Samples,
+    batch_size: int,
+    options: Any,
+) -> None:
+    """The way of the first (seed, index) `pairs`, drawn again with `options`, to `path`; `samples` are their ends.
+
+    .png: a strip of 8 images, or field lines of 2-D data above all samples; .gif: noisy and denoised states of 64 samples, side
+    by side; .npz: both for all samples, "x" and "denoised" [points, n, *shape], at "sigma" [points, n], in the user's units.
+    """
+    image = plot.is_image(flow.shape)
+    kind = path.suffix if path.suffix != ".png" else "strip" if image else "lines"
+    few = pairs[: MOST.get(kind, len(pairs))]
+    way = flow.trajectory(
+        few, POINTS[kind], labels=None if labels is None else labels[: len(few)], batch_size=batch_size, **options
+    )
+    if kind == ".npz":
+        with replacing(path) as temporary:
+            np.savez(temporary, x=way.x.cpu(), denoised=way.denoised.cpu(), sigma=way.sigma.cpu(), seeds=np.array(few))
+    elif kind == ".gif":
+        plot.save_animation(path, _rescaled(flow, way), way.denoised, flow.value_range)
+    else:
+        states = torch.cat([way.x, samples.x[None, : len(few)].double()])
+        if image:
+            plot.save_strip(path, states, flow.value_range)
+        else:
+            r = torch.cat([way.sigma, torch.zeros_like(way.sigma[:1])]) * math.sqrt(min(flow.kernel.D, 1e6))
+            plot.save_field_lines(path, states, r, samples.x)
+
+
+def _rescaled(flow: PoissonFlow, way: Trajectory) -> Tensor:
+    """The noisy states with the spread of the data at every level, about the data's mean."""
+    mean = flow.mean.to(way.x) * flow.scale
+    centred = way.x - mean
+    spread = centred.flatten(2).square().mean(2).sqrt()
+    scale = flow.sigma_data * flow.scale / spread.clamp(min=flow.sigma_data * flow.scale)
+    return mean + centred * scale.reshape(*scale.shape, *[1] * len(flow.shape))

@@ -1,0 +1,165 @@
+"""Steps for each sample: against scipy's tableaux, flows in closed form, and the sample drawn alone."""
+
+import math
+
+import pytest
+import torch
+from scipy import integrate
+
+from pfgm import ode, solver
+from pfgm.adaptive import PAIRS, integrate_each
+from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, PointCharge
+from pfgm.denoiser import PreconditionedDenoiser
+from pfgm.kernel import StudentTKernel
+from pfgm.nn import UNet
+from pfgm.sampler import Sampler, seed_pairs
+
+F64 = torch.float64
+
+
+def sampler(denoiser, D=1.0, shape=(3,), **options):
+    return Sampler(denoiser, StudentTKernel(D), shape=shape, sigma_min=0.01, sigma_max=40.0, **options)
+
+
+@pytest.mark.parametrize(("name", "oracle"), [("bosh3", integrate.RK23), ("dopri5", integrate.RK45)])
+def test_pairs_are_scipys(name, oracle):
+    pair, stages = PAIRS[name], oracle.n_stages
+    rows = [[*oracle.A[i, :i]] for i in range(1, stages)] + [[*oracle.B]]
+    assert [pytest.approx(row, abs=1e-15) for row in rows] == [list(row) for row in pair.rows]
+    assert [abs(e) for e in pair.error] == pytest.approx([abs(e) for e in oracle.E], abs=1e-15)
+    assert sum(pair.error) == pytest.approx(0, abs=1e-15)
+    assert pair.order == oracle.order
+
+
+@pytest.mark.parametrize("coordinates", ["angle", "log_sigma"])
+@pytest.mark.parametrize(("method", "tolerance"), [("bosh3", 1e-9), ("dopri5", 1e-10), ("adaptive_heun", 1e-6)])
+def test_lines_to_a_point_charge_are_straight(method, tolerance, coordinates):
+    y, x = torch.randn(3, dtype=F64), torch.tensor([30.0, 1.0, 0.1], dtype=F64)[:, None] * torch.randn(3, 3, dtype=F64)
+    options = {"method": method, "coordinates": coordinates, "rtol": tolerance, "atol": tolerance, "independent": True}
+    s = sampler(PointCharge(y), **options)
+    accuracy = 1e-7 if tolerance < 1e-6 else 1e-4
+    assert torch.allclose(s.integrate(x, 40.0, 0.01), y + (x - y) * 0.01 / 40, atol=accuracy)
+    assert torch.allclose(s.integrate(x, 0.5, 40.0), y + (x - y) * 80, atol=100 * accuracy)
+
+
+def test_the_way_between_the_steps_is_the_flow():
+    s = sampler(CauchyBlob(0.3), method="bosh3", rtol=1e-8, atol=1e-8, independent=True)
+    way = s.trajectory(seed_pairs(5), 9)
+    law = (0.3 + way.sigma) / (0.3 + way.sigma[0])
+    assert torch.allclose(way.x, way.x[0] * law[..., None], rtol=1e-5, atol=1e-6)
+
+
+def two_charges(n=40):
+    """Starts from those that decide late between two charges to one for which there is nothing to decide."""
+    x = torch.logspace(-2, 1.5, n, dtype=F64)[:, None]
+    return EmpiricalDenoiser(torch.tensor([[-0.5], [0.5]], dtype=F64), math.inf), x
+
+
+def test_each_sample_is_the_one_drawn_alone():
+    denoiser, x = two_charges()
+    loose = {"method": "bosh3", "rtol": 0.02, "atol": 0.02}
+    each, shared = (sampler(denoiser, math.inf, (1,), independent=i, **loose) for i in (True, False))
+    together = each.integrate(x, 40.0, 0.05)
+    assert torch.allclose(each.integrate(x[:1], 40.0, 0.05), together[:1], atol=1e-10)
+    assert torch.allclose(each.integrate(x[5:7], 40.0, 0.05), together[5:7], atol=1e-10)
+    assert torch.allclose(each.integrate(x.flip(0), 40.0, 0.05), together.flip(0), atol=1e-10)
+    coupled = shared.integrate(x, 40.0, 0.05)
+    assert float((shared.integrate(x[5:7], 40.0, 0.05) - coupled[5:7]).abs().max()) > 1e-5, "the coupling that this removes"
+
+
+def test_steps_are_counted_for_each_sample():
+    denoiser, x = two_charges(3)
+
+    def slope(t, state):
+        level = 40 ** (1 - t) * 0.05**t
+        return -math.log(40 / 0.05) * (state - denoiser(state, level))
+
+    at, seen = torch.tensor([0.0, 1.0], dtype=F64), []
+    options = {"rtol": 1e-3, "atol": 1e-3, "first_step": 0.05, "max_steps": 1000}
+    each = integrate_each(slope, x, at, PAIRS["bosh3"], **options, on_step=lambda t, state: seen.append(t))
+    alone = [integrate_each(slope, row[None], at, PAIRS["bosh3"], **options, on_step=lambda t, state: None) for row in x]
+    assert each.accepted.tolist() == [int(one.accepted) for one in alone]
+    assert each.rejected.tolist() == [int(one.rejected) for one in alone]
+    assert len(set(each.accepted.tolist())) > 1
+    assert len(seen) == int((each.accepted + each.rejected).max())
+    assert torch.equal(seen[-1], torch.ones(3, dtype=F64))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "bosh3", "rtol": 1e-3, "atol": 1e-3},
+        {"method": "bosh3", "rtol": 1e-3, "atol": 1e-3, "independent": True},
+        {"method": "dopri5", "rtol": 1e-2, "atol": 1e-2, "coordinates": "log_sigma"},
+        {"method": "ab3", "steps": 12},
+        {"method": "ab2", "steps": 12},
+        {"method": "dpmpp_2m", "steps": 20},
+        {"method": "dpmpp_3m", "steps": 20},
+    ],
+)
+def test_estimated_errors_are_of_the_right_size(options):
+    """Of 200 samples of a blob: most are below the estimate, and the estimate is not absurd."""
+    tight = {"method": "dopri5", "rtol": 1e-9, "atol": 1e-9}
+    if options["method"].startswith("ab"):  # ends where its grid does
+        level = sampler(CauchyBlob(0.3), **options).last_level
+        tight = {"method": "rk4", "grid": [40 * (level / 40) ** (i / 400) for i in range(401)]}
+    exact = sampler(CauchyBlob(0.3), **tight).sample(200).x.double()
+    out = sampler(CauchyBlob(0.3), **options).sample(200)
+    ratio = out.error / (out.x - exact).square().mean(1).sqrt()
+    assert out.error.shape == (200,)
+    assert 1 < float(ratio.median()) < 300
+    assert float(ratio.quantile(0.05)) > 0.5
+
+
+def test_runge_kutta_with_fixed_steps_claims_no_error():
+    assert sampler(CauchyBlob(0.3), method="midpoint", steps=5).sample(3).error is None
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch, independent):
+    monkeypatch.setattr(solver, "MAX_STEPS", 50)
+    s = sampler(lambda x, sigma, label=None: torch.rand_like(x), rtol=1e-12, atol=1e-12, independent=independent)
+    with pytest.raises(ode.SolverError, match=r"bosh3 could not meet its tolerance at level \d.* after \d+ calls .*raise rtol"):
+        s.sample(2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "heun2", "steps": 6},
+        {"method": "dpmpp_3m", "steps": 9},
+        {"method": "bosh3", "rtol": 0.01, "atol": 0.01},
+        {"method": "bosh3", "rtol": 0.01, "atol": 0.01, "independent": True},
+    ],
+)
+@pytest.mark.parametrize("most", [1, 2, 5, 8])
+def test_max_calls_ends_with_the_state_reached(options, most):
+    levels = []
+    s = sampler(CauchyBlob(0.3), **options)
+    out = s.sample(4, max_calls=most, on_call=lambda calls, level: levels.append(level))
+    whole = s.sample(4)
+    assert (out.calls, out.complete, whole.complete) == (most, False, True)
+    assert s.sample(4, max_calls=whole.calls).complete
+    t = s.prior(seed_pairs(4)).t
+    assert bool(torch.isfinite(out.x).all())
+    if most == 1:
+        ratio = ((1 + t.square().sum(1)) / 4).sqrt()[:, None]
+        assert torch.allclose(out.x.double(), 40 / ratio * t * 0.3 / (0.3 + 40 / ratio), rtol=1e-5), "the start, denoised"
+    if most == 8 and not options:
+        assert levels[-1] == pytest.approx(levels[-2]) or levels[-1] < levels[-2]
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+def test_samples_of_a_network_depend_on_their_seed_alone_on_fixed_grids(D):
+    """Not on the batch's size, members or order: within 1e-6 on the CPU, in float32."""
+    torch.manual_seed(0)
+    net = UNet((1, 8, 8), width=16, multipliers=(1, 2), blocks=1)
+    torch.nn.init.normal_(net.last[-1].weight, std=0.02)
+    s = sampler(PreconditionedDenoiser(net, D, 0.5, 0.06, 1.0).eval(), D, (1, 8, 8))
+    pairs = seed_pairs(9)
+    x = s.draw(pairs).x
+    assert float(x.std()) > 0.1
+    assert torch.allclose(torch.cat([s.draw([pair]).x for pair in pairs]), x, atol=1e-6, rtol=0)
+    assert torch.allclose(s.draw(pairs[::-1]).x.flip(0), x, atol=1e-6, rtol=0)
+    assert torch.allclose(torch.cat([s.draw(pairs[:4]).x, s.draw(pairs[4:]).x]), x, atol=1e-6, rtol=0)
