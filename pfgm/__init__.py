@@ -20,10 +20,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pfgm.flow import PoissonFlow, load
     from pfgm.module import PFGM
+    from pfgm.optimal import optimize_grid
 
-__all__ = ["PFGM", "PoissonFlow", "load"]
+__all__ = ["PFGM", "PoissonFlow", "load", "optimize_grid"]
 
-_HOMES = {"PoissonFlow": "pfgm.flow", "load": "pfgm.flow", "PFGM": "pfgm.module"}
+_HOMES = {"PoissonFlow": "pfgm.flow", "load": "pfgm.flow", "PFGM": "pfgm.module", "optimize_grid": "pfgm.optimal"}
 _ROOMS = ("kernel", "field", "analytic", "noise", "nn", "denoiser", "loss", "ode", "sampler", "flow", "draw", "metrics", "data")
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from pfgm import plot
-from pfgm.flow import check_batch_size, load
+from pfgm.flow import PoissonFlow, check_batch_size, load
 from pfgm.ode import SolverError
+from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
 from pfgm.sampler import Samples, check_max_calls, seed_pairs
 from pfgm.storage import replacing
 from pfgm.trajectory import check_trajectory, write_trajectory
@@ -118,16 +119,24 @@ def draw(
         seeds: instead of n and seed, one sample for each of these, such as 0-63 or 1,2,5-10.
         labels: one class for all samples, or one for each ([1,7,...]).
         out: a file .png (grid, or scatter plot of 2-D data), .npz or .pt, or a folder of separate PNGs; replaced if it exists.
-        trajectory: a .png of the way from the hemisphere: a strip for images, field lines for 2-D data.
+        trajectory: the way from the hemisphere: a .png (a strip for images, field lines for 2-D data), a .gif of noisy and
+            denoised states, or an .npz of both.
         preset: fast (6 calls), balanced (10 calls, the default) or reference (dopri5 at tolerance 1e-4).
         method: adaptive dopri5, dopri8, bosh3, adaptive_heun, or fixed ab2, ab3, euler, midpoint, heun2, rk4, or, for
-            comparison, dpmpp_2m, dpmpp_3m, edm_heun (default: adaptive_heun if a tolerance is given, otherwise ab3).
+            comparison, dpmpp_2m, dpmpp_3m, edm_heun (default: bosh3 if a tolerance is given, otherwise ab3).
         coordinates: angle (default) or log_sigma (that of dpmpp_2m, dpmpp_3m, edm_heun).
         start: hemisphere (default) or hyperplane.
         rtol: relative tolerance of adaptive methods (default .05).
         atol: absolute tolerance of adaptive methods (default .05).
+        independent: adaptive steps for each sample (adaptive_heun, bosh3, dopri5), so that it does not depend on its batch.
         steps: number of steps of fixed methods.
-        grid: of fixed methods: uniform, rho, or a falling list of levels in model units.
+        grid: of fixed methods: uniform, paced (default of ab3), rho, a falling list of levels in model units, or optimized:
+            the best for ab3 with this checkpoint, found when first asked for and kept in a .json beside it.
+        s_churn: of one-step methods: noise added before the steps, as in EDM (default 0).
+        s_tmin: lowest level at which it is added, in model units (default 0).
+        s_tmax: highest level at which it is added (default inf).
+        restart: intervals [[t_min, t_max, K], ...] of levels; each is passed K times more, lifted from t_min to t_max by noise.
+        max_calls: network calls after which a batch ends where it is.
         batch_size: samples drawn at a time.
         device: cpu, cuda, cuda:1, ... (default: cuda if there is one).
         dtype: of the network's weights and arithmetic.
@@ -137,11 +146,14 @@ def draw(
     pairs = seed_pairs(64 if n is None and seeds is None else n, seed, None if seeds is None else parse_seeds(seeds))
     place = check_device(device)
     flow = load(checkpoint, place, ema, trust)
-    flow.denoiser.to(getattr(torch, dtype))
     label = flow.check_labels(labels[0] if isinstance(labels, list) and len(labels) == 1 else labels, len(pairs))
     options: dict[str, Any] = {"preset": preset, "method": method, "coordinates": coordinates, "start": start}
     options |= {"rtol": rtol, "atol": atol, "independent": independent, "steps": steps, "grid": grid}
     options |= {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "restart": restart}
+    if grid == "optimized":
+        options |= {"method": method or "ab3", "grid": "paced"}  # until all is checked
+        if options["method"] != "ab3":
+            raise ValueError(f"grid = 'optimized': such grids are for ab3, not {method}; leave method out")
     flow.sampler(**options)  # its checks come before any folder is made
     check_pairs(pairs, out)
     check_batch_size(batch_size)
@@ -150,12 +162,34 @@ def draw(
     if trajectory is not None:
         check_trajectory(trajectory, out, flow.shape)
         check_writable(trajectory.parent, "trajectory", trajectory)
+    if grid == "optimized":
+        options |= {"grid": optimized_grid(checkpoint, flow, options["steps"]), "steps": None}
+    flow.denoiser.to(getattr(torch, dtype))
     samples = flow.draw(pairs, labels=label, batch_size=batch_size, max_calls=max_calls, progress=True, **options)
     write_samples(out, samples, pairs, label, flow.value_range)
     print(f"{len(pairs)} samples in {samples.calls} network calls and {samples.seconds:.2f} s -> {out}")
+    if not samples.complete:
+        print(
+            f"sample.py: warning: stopped by max_calls = {max_calls}: the samples are what the network makes of states above "
+            "the data; give more calls, larger tolerances or fewer steps",
+            file=sys.stderr,
+        )
     if trajectory is not None:
         write_trajectory(trajectory, flow, pairs, label, samples, batch_size, options)
         print(f"their way from the {flow.sampler(**options).start} -> {trajectory}")
+
+
+def optimized_grid(checkpoint: Path, flow: PoissonFlow, steps: int) -> list[float]:
+    """The grid of `steps` for ab3 that is kept beside the checkpoint; found and written if it is not yet there."""
+    path = grid_file(checkpoint)
+    levels = stored_grid(path, flow, steps)
+    if levels is None:
+        check_writable(path.parent, "grid = 'optimized'", path)
+        print(f"looking for the best grid of {steps} steps", file=sys.stderr)
+        levels = optimize_grid(flow, steps)
+        store_grid(path, flow, levels)
+        print(f"the grid -> {path}", file=sys.stderr)
+    return levels
 
 
 def check_pairs(pairs: Sequence[tuple[int, int]], out: Path) -> None:

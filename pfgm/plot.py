@@ -84,7 +84,7 @@ def save_strip(path: Path, states: Tensor, value_range: ValueRange = None) -> No
 
 
 def save_animation(path: Path, noisy: Tensor, denoised: Tensor, value_range: ValueRange = None) -> None:
-    """A GIF of images or points, [points, n, ...]: noisy states on the left, denoised ones on the right; the end stays."""
+    """A GIF of images or points in the plane, [points, n, ...]: noisy states left, denoised ones right; the end stays."""
     from PIL import Image
 
     if is_image(noisy.shape[2:]):
@@ -101,13 +101,14 @@ def save_animation(path: Path, noisy: Tensor, denoised: Tensor, value_range: Val
 
 
 def _scatter_frames(noisy: Tensor, denoised: Tensor) -> list[np.ndarray]:
-    low, high = noisy.amin((0, 1)).cpu(), noisy.amax((0, 1)).cpu()
+    low, high = denoised[-1].amin(0).cpu(), denoised[-1].amax(0).cpu()
+    low, high = low - (high - low) / 2, high + (high - low) / 2
     frames = []
     for pair in zip(noisy, denoised, strict=True):
         figure = _figure(7, 3.6)
         for axes, points in zip(figure.subplots(1, 2), pair, strict=True):
             axes.scatter(*points.cpu().T.numpy(), s=4, alpha=0.6, linewidths=0)
-            axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+            axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[])
         frames.append(_pixels(figure))
     return frames
 

@@ -192,8 +192,9 @@ def make_solver(
     (default: bosh3 for a tolerance, otherwise ab3), `coordinates` "angle" or "log_sigma" (default: angle where the method
     has it). Adaptive methods take `rtol` and `atol` (default .05 each; of the state, which has unit variance in angle
     coordinates), and those of PAIRS `independent`: steps for each sample, so that it does not depend on its batch mates. The
-    others take `steps` and a `grid`: "uniform" in the coordinate's time, "rho" (default of edm_heun and DPM-Solver++), or the
-    falling levels themselves, without `steps`. For edm_heun the final denoising is the last of its `steps`, as published.
+    others take `steps` and a `grid`: "uniform" in the coordinate's time, "paced" (almost so; default of ab3), "rho" (default
+    of edm_heun and DPM-Solver++), or the falling levels themselves, without `steps`. For edm_heun the final denoising is the
+    last of its `steps`, as published.
     """
     own = {"method": method, "coordinates": coordinates, "rtol": rtol, "atol": atol, "steps": steps, "grid": grid}
     given = {name: value for name, value in (own | {"independent": independent or None}).items() if value is not None}
@@ -234,7 +235,8 @@ def _make_fixed(
         if steps < 2:
             raise ValueError(f"steps = {steps}: edm_heun needs 2 at least, since the final denoising is the last of them")
         steps -= 1
-    return Fixed(method, coordinates, make_grid(grid or ("rho" if method in PUBLISHED else "uniform"), steps, method))
+    usual = "paced" if method == "ab3" else "rho" if method in PUBLISHED else "uniform"
+    return Fixed(method, coordinates, make_grid(grid or usual, steps, method))
 
 
 def _of_preset(preset: str, given: dict[str, Any]) -> Solver:

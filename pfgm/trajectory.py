@@ -15,9 +15,9 @@ from pfgm.sampler import Samples, Trajectory
 from pfgm.storage import replacing
 
 ENDINGS = (".png", ".gif", ".npz")
-POINTS = {"strip": 12, "lines": 120, ".gif": 48, ".npz": 48}
-MOST = {"strip": 8, "lines": 200, ".gif": 64}
-"""Points of the way, and how many samples are shown at most."""
+POINTS = {"strip": 12, "lines": 120, "film": 48, "cloud": 48, "arrays": 48}
+MOST = {"strip": 8, "lines": 200, "film": 64, "cloud": 1000}
+"""Points of the way, and how many samples are shown at most, by what is made of images and points."""
 
 
 def check_trajectory(path: Path, out: Path, shape: Sequence[int]) -> None:
@@ -43,23 +43,23 @@ def write_trajectory(
 ) -> None:
     """The way of the first (seed, index) `pairs`, drawn again with `options`, to `path`; `samples` are their ends.
 
-    .png: a strip of 8 images, or field lines of 2-D data above all samples; .gif: noisy and denoised states of 64 samples, side
+    .png: a strip of 8 images, or field lines of 2-D data above all samples; .gif: noisy and denoised states, side
     by side; .npz: both for all samples, "x" and "denoised" [points, n, *shape], at "sigma" [points, n], in the user's units.
     """
-    image = plot.is_image(flow.shape)
-    kind = path.suffix if path.suffix != ".png" else "strip" if image else "lines"
+    image, film, cloud = plot.is_image(flow.shape), ("strip", "film"), ("lines", "cloud")
+    kind = "arrays" if path.suffix == ".npz" else (film if image else cloud)[path.suffix == ".gif"]
     few = pairs[: MOST.get(kind, len(pairs))]
     way = flow.trajectory(
         few, POINTS[kind], labels=None if labels is None else labels[: len(few)], batch_size=batch_size, **options
     )
-    if kind == ".npz":
+    if kind == "arrays":
         with replacing(path) as temporary:
             np.savez(temporary, x=way.x.cpu(), denoised=way.denoised.cpu(), sigma=way.sigma.cpu(), seeds=np.array(few))
-    elif kind == ".gif":
+    elif path.suffix == ".gif":
         plot.save_animation(path, _rescaled(flow, way), way.denoised, flow.value_range)
     else:
         states = torch.cat([way.x, samples.x[None, : len(few)].double()])
-        if image:
+        if kind == "strip":
             plot.save_strip(path, states, flow.value_range)
         else:
             r = torch.cat([way.sigma, torch.zeros_like(way.sigma[:1])]) * math.sqrt(min(flow.kernel.D, 1e6))
@@ -67,9 +67,8 @@ def write_trajectory(
 
 
 def _rescaled(flow: PoissonFlow, way: Trajectory) -> Tensor:
-    """The noisy states with the spread of the data at every level, about the data's mean."""
+    """The noisy states about the data's mean, with the spread of the data at every level: in angle coordinates."""
     mean = flow.mean.to(way.x) * flow.scale
-    centred = way.x - mean
-    spread = centred.flatten(2).square().mean(2).sqrt()
-    scale = flow.sigma_data * flow.scale / spread.clamp(min=flow.sigma_data * flow.scale)
-    return mean + centred * scale.reshape(*scale.shape, *[1] * len(flow.shape))
+    level = way.sigma / way.sigma[0] * flow.sigma_max
+    scale = flow.sigma_data / (level.square() + flow.sigma_data**2).sqrt()
+    return mean + (way.x - mean) * scale.reshape(*scale.shape, *[1] * len(flow.shape))

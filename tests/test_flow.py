@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import pfgm
 import pfgm.sampler
@@ -257,7 +258,19 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
     draw.main([export, "--n=2", "--out", f"{out}/folder", "--method=euler", "--steps=3"])
     assert sorted(os.listdir(f"{out}/folder")) == ["000000-000000.png", "000000-000001.png"]
     draw.main([export, "--n=5", "--out", f"{out}/grid.png", "--method=euler", "--steps=3", "--trajectory", f"{out}/way.png"])
-    assert {"grid.png", "way.png", "x.npz", "x.pt", "folder"} == set(os.listdir(out)), "no temporary file is left"
+    draw.main([export, "--n=5", "--out", f"{out}/x.pt", "--rtol=0.1", "--trajectory", f"{out}/way.npz", "--batch_size=2"])
+    way, end = np.load(f"{out}/way.npz"), torch.load(f"{out}/x.pt")["x"]
+    assert way["x"].shape == way["denoised"].shape == (48, 5, *end.shape[1:])
+    assert np.allclose(way["denoised"][-1], end, atol=1e-5)
+    assert way["sigma"].shape == (48, 5)
+    assert np.all(np.diff(way["sigma"], axis=0) < 0)
+    draw.main([export, "--n=5", "--out", f"{out}/x.npz", "--trajectory", f"{out}/way.gif", "--max_calls=5"])
+    assert "stopped by max_calls = 5" in capsys.readouterr().err
+    with Image.open(f"{out}/way.gif") as film:
+        assert film.n_frames > 10
+    assert {"grid.png", "way.png", "way.npz", "way.gif", "x.npz", "x.pt", "folder"} == set(os.listdir(out)), (
+        "no temporary file is left"
+    )
 
 
 @pytest.mark.parametrize(
