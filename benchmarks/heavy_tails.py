@@ -22,28 +22,50 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from scipy.stats import ks_2samp
-from torch import Tensor
+from torch import Tensor, nn
 
 from pfgm.data import DataModule, Digits
-from pfgm.denoiser import Statistics, rms_level, typical_level
+from pfgm.denoiser import PreconditionedDenoiser, noise_level, preconditioning
 from pfgm.ema import EMA
 from pfgm.flow import PoissonFlow
-from pfgm.kernel import StudentTKernel, norm
+from pfgm.kernel import StudentTKernel, expand, norm, per_sample
 from pfgm.loss import DenoisingLoss
 from pfgm.metrics import energy_distance, frechet_distance
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
+from pfgm.noise import DataSummary
+
+Statistics = tuple[float, float, float]
+"""sigma_data, power_std and the largest |y|/sqrt(N) of the data."""
 
 
-def excess_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, statistics: Statistics) -> Tensor:
+def excess_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, data: Statistics) -> Tensor:
     """sigma, or what |x| exceeds the largest sample by, if that is more."""
     N, a = x[0].numel(), kernel.level_weight(x[0].numel())
-    power = norm(x).square() / N - statistics[2] ** 2
+    power = norm(x).square() / N - data[2] ** 2
     return (a * sigma.square() + (1 - a) * torch.maximum(sigma.square(), power)).sqrt()
 
 
-def sigma_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, statistics: Statistics) -> Tensor:
-    """sigma itself."""
+def typical_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, data: Statistics) -> Tensor:
+    """A median-like estimate: sigma, or |x|²/N - sigma_data² with the weight of its certainty; -> sigma as sigma -> 0."""
+    sigma_data, power_std, max_rms = data
+    N = x[0].numel()
+    a, power, prior = kernel.level_weight(N), norm(x).square() / N, sigma.square()
+    if a == 1:
+        return sigma
+    scale = torch.maximum(prior, power - max_rms**2)
+    variance = (power_std**2 + 4 * sigma_data**2 * scale / N) * (1 + kernel.D / 2)
+    weight = 1 / (1 + variance / scale.square())
+    return (a * prior + (1 - a) * torch.lerp(prior, (power - sigma_data**2).clamp(min=0), weight)).sqrt()
+
+
+def rms_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, data: Statistics) -> Tensor:
+    """The project's."""
+    return noise_level(x, sigma, kernel, data[:2])
+
+
+def sigma_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, data: Statistics) -> Tensor:
+    """sigma itself, as in EDM and PFGM++."""
     return sigma
 
 
@@ -54,7 +76,35 @@ LEVELS = {
     "typical": (typical_level, rms_level),
     "typical_weight": (typical_level, typical_level),
 }
-"""Of the network and of the weight of the loss: "sigma" is EDM's, "typical" this project's."""
+"""Of the network and of the weight of the loss."""
+
+
+class Variant(PreconditionedDenoiser):
+    """The denoiser with two of the LEVELS."""
+
+    def __init__(self, net: nn.Module, D: float, sigma_data: float, power_std: float, max_rms: float, levels: str):
+        super().__init__(net, D, sigma_data, power_std)
+        self.data, self.levels = (sigma_data, power_std, max_rms), LEVELS[levels]
+
+    def denoise(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As PreconditionedDenoiser.denoise."""
+        level, weight = (estimate(x, per_sample(sigma, x), self.kernel, self.data) for estimate in self.levels)
+        skip, out = preconditioning(level, self.sigma_data)
+        c_in = (level.square() + self.sigma_data**2).rsqrt()
+        F = self.net(expand(c_in, x) * x, (level.log() / 4).to(x.dtype))
+        return expand(skip, x) * x + expand(out, x) * F, preconditioning(weight, self.sigma_data)[1]
+
+
+class VariantLoss(DenoisingLoss):
+    """The objective of a Variant."""
+
+    def __init__(self, levels: str, max_rms: float):
+        super().__init__()
+        self.levels, self.max_rms = levels, max_rms
+
+    def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> Variant:
+        """The denoiser that it trains."""
+        return Variant(net, D, data.sigma_data, data.power_std, self.max_rms, self.levels)
 
 
 class Vectors(DataModule):
@@ -79,8 +129,8 @@ def train(name: str, D: float, levels: str, seed: int, steps: int) -> tuple[Pois
     data = Digits() if name == "digits" else Vectors()
     net = UNet(data.shape, width=16, multipliers=(1, 2), blocks=1) if name == "digits" else TimeMLP(data.shape, width=128)
     start = "hemisphere" if name == "digits" else "hyperplane"
-    module = PFGM(net, data.summary, DenoisingLoss(), D=D, start=start, lr=2e-3, seed=seed)
-    module.flow.denoiser.level, module.flow.denoiser.weight_level = LEVELS[levels]
+    max_rms = float(norm(data.train_x - data.summary.mean).max()) / math.sqrt(math.prod(data.shape))
+    module = PFGM(net, data.summary, VariantLoss(levels, max_rms), D=D, start=start, lr=2e-3, seed=seed)
     pl.Trainer(
         max_steps=steps,
         callbacks=[EMA(0.998)],

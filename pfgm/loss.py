@@ -68,7 +68,7 @@ class DenoisingLoss(Loss):
         self.noise, self.reference_size = noise or LogNormal(), check_reference_size(reference_size, 0)
 
     def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> PreconditionedDenoiser:
-        return PreconditionedDenoiser(net, D, data.sigma_data, data.power_std, data.max_rms)
+        return PreconditionedDenoiser(net, D, data.sigma_data, data.power_std)
 
     def recommended_sigma_max(self, data: DataSummary) -> float:
         return recommended_sigma_max(data.sigma_data)
@@ -93,8 +93,8 @@ class DenoisingLoss(Loss):
                 return (posterior_mean(x, sigma, charges, denoiser.kernel.D),)
 
             (target,) = of_own_class(mean, x, sigma, reference, label, reference_label)
-        error = (denoiser(x, sigma, label) - target) / expand(denoiser.output_scale(x, sigma), x)
-        return error.square().flatten(1).mean(1)
+        denoised, scale = denoiser.denoise(x, sigma, label)
+        return ((denoised - target) / expand(scale, x)).square().flatten(1).mean(1)
 
 
 class PoissonFieldLoss(Loss):
@@ -115,7 +115,7 @@ class PoissonFieldLoss(Loss):
     def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> FieldDenoiser:
         if D != 1:
             raise ValueError(f"D = {D}: PoissonFieldLoss is PFGM's objective and needs D = 1; use DenoisingLoss for other D")
-        return FieldDenoiser(net, self.gamma, data.sigma_data, data.power_std, data.max_rms)
+        return FieldDenoiser(net, self.gamma, data.sigma_data, data.power_std)
 
     def recommended_sigma_max(self, data: DataSummary) -> float:
         return self.noise.z_max(data.norm, math.prod(data.shape))

@@ -23,7 +23,7 @@ class DataSummary(Recorded):
 
     The user's units are (model + mean) scale. In model units: `mean` [*shape] over samples (None: to be loaded with the
     weights) and, of the centred data, `sigma_data`, the RMS over samples and coordinates, `norm`, the mean Euclidean norm of a
-    sample, `power_std`, the standard deviation over samples of |y|²/N, and `max_rms`, the largest |y|/sqrt(N). `value_range`
+    sample, and `power_std`, the standard deviation over samples of |y|²/N. `value_range`
     (low, high), in the user's units, is what pictures map to black and white; `num_classes` is 0 without labels.
     """
 
@@ -31,7 +31,6 @@ class DataSummary(Recorded):
     sigma_data: float
     norm: float
     power_std: float
-    max_rms: float
     scale: float = 1.0
     value_range: tuple[float, float] | None = None
     num_classes: int = 0
@@ -65,7 +64,6 @@ class DataSummary(Recorded):
             sigma_data=math.sqrt(power.mean()),
             norm=float(norms.mean()),
             power_std=float(power.std(correction=0)),
-            max_rms=math.sqrt(power.max()),
             scale=scale,
             value_range=value_range,
             num_classes=num_classes,

@@ -58,7 +58,6 @@ def test_summary_by_hand():
     assert torch.equal(summary.mean, torch.tensor([1.0, 1.0]))  # centred: (-1, -1), (1, -1), (0, 2)
     assert summary.sigma_data == pytest.approx(math.sqrt((2 + 2 + 4) / 6))
     assert summary.norm == pytest.approx((2 * math.sqrt(2) + 2) / 3)
-    assert summary.max_rms == pytest.approx(math.sqrt(2))
     assert summary.power_std == pytest.approx(math.sqrt((2 * (1 - 4 / 3) ** 2 + (2 - 4 / 3) ** 2) / 3))
     assert torch.equal(DataSummary.of(data, mean=0.0).mean, torch.zeros(2))
     again = build(summary.spec)
