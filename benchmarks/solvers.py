@@ -5,8 +5,9 @@
 Error: the same samples drawn by each method and by dopri5 at tolerance 1e-5 from the same start; mean over the samples of the
 root mean square difference, in units of half the data's range. Calls include the final denoising. "dopri5, log sigma" is the
 published form of PFGM's sampler for D < inf (from the hyperplane, here without clipping), edm_heun that of EDM and PFGM++,
-dpmpp_2m and dpmpp_3m are DPM-Solver++ on EDM's grid. Quality: distances of draws to the training digits, mean and standard
-deviation over sets of 1000. Writes <out>.csv and <out>.png and prints tables.
+dpmpp_2m and dpmpp_3m are DPM-Solver++ on EDM's grid. "estimate" is the mean error that the solver claims over the mean error.
+Grids: ab3 on uniform, paced and optimized grids, on samples that the search has not seen. Quality: distances of draws to the
+training digits, mean and standard deviation over sets of 1000. Writes <out>.csv and <out>.png and prints tables.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import pfgm
 from pfgm.data import Digits
 from pfgm.flow import PoissonFlow
 from pfgm.metrics import energy_distance, frechet_distance
+from pfgm.optimal import optimize_grid
 
 CALLS = (6, 8, 10, 12, 16, 20, 24, 36, 48, 64)
 QUALITY = (6, 8, 10, 12, 16, 20)
@@ -41,41 +43,72 @@ STEPS = {
     "dpmpp_3m": lambda calls: calls - 1,
     "edm_heun": lambda calls: calls // 2,
 }
-ADAPTIVE = ("adaptive_heun", "bosh3", "dopri5")
+ADAPTIVE = {
+    "adaptive_heun": {"method": "adaptive_heun"},
+    "bosh3": {"method": "bosh3"},
+    "bosh3, independent": {"method": "bosh3", "independent": True},
+    "dopri5": {"method": "dopri5"},
+}
+SEARCHED = (4, 8)
+"""Steps of the optimized grids."""
 PUBLISHED = "dopri5, log sigma"
 
 
 def ways(D: float) -> dict[str, list[dict[str, Any]]]:
     """The options of each method, by the calls they lead to or by tolerance."""
     result = {name: [{"method": name, "steps": steps(c)} for c in CALLS if steps(c) > 1] for name, steps in STEPS.items()}
-    result |= {name: [{"method": name, "rtol": t, "atol": t} for t in TOLERANCES] for name in ADAPTIVE}
+    result |= {name: [options | {"rtol": t, "atol": t} for t in TOLERANCES] for name, options in ADAPTIVE.items()}
     published = {"method": "dopri5", "coordinates": "log_sigma"} | ({"start": "hyperplane"} if math.isfinite(D) else {})
     result[PUBLISHED] = [published | {"rtol": t, "atol": t} for t in TOLERANCES if t <= 0.05]
     return result
 
 
-def errors(flow: PoissonFlow, n: int) -> dict[str, list[tuple[int, float]]]:
-    """For each method (calls, error) in rising order of calls."""
-    pairs, converged = [(11, i) for i in range(n)], {"method": "dopri5", "rtol": 1e-5, "atol": 1e-5}
-    reference = {start: flow.draw(pairs, start=start, **converged).x for start in ("hemisphere", "hyperplane")}
-    low, high = flow.value_range or (-1.0, 1.0)
+class Reference:
+    """Converged samples (`n` of seed 11) of a flow, from both starts."""
+
+    def __init__(self, flow: PoissonFlow, n: int):
+        self.flow, self.pairs = flow, [(11, i) for i in range(n)]
+        converged = {"method": "dopri5", "rtol": 1e-5, "atol": 1e-5}
+        self.x = {start: flow.draw(self.pairs, start=start, **converged).x for start in ("hemisphere", "hyperplane")}
+        low, high = flow.value_range or (-1.0, 1.0)
+        self.unit = (high - low) / 2
+
+    def error(self, option: dict[str, Any]) -> tuple[int, float, float]:
+        """Calls, error, and the error that the solver estimates, of a draw with these options."""
+        out = self.flow.draw(self.pairs, batch_size=len(self.pairs), **option)
+        difference = (out.x - self.x[option.get("start", "hemisphere")]) / self.unit
+        estimate = math.nan if out.error is None else float(out.error.mean()) / self.unit
+        return out.calls, float(difference.flatten(1).square().mean(1).sqrt().mean()), estimate
+
+
+def errors(reference: Reference) -> dict[str, list[tuple[int, float, float]]]:
+    """For each method (calls, error, estimate) in rising order of calls."""
     result = {}
-    for name, options in ways(flow.kernel.D).items():
-        rows: dict[int, float] = {}
+    for name, options in ways(reference.flow.kernel.D).items():
+        rows: dict[int, tuple[int, float, float]] = {}
         for option in options:
             if max(rows, default=0) > MOST_CALLS:
                 break
-            out = flow.draw(pairs, batch_size=n, **option)
-            difference = (out.x - reference[option.get("start", "hemisphere")]) * 2 / (high - low)
-            rows[out.calls] = float(difference.flatten(1).square().mean(1).sqrt().mean())
-        result[name] = sorted(rows.items())
+            row = reference.error(option)
+            rows[row[0]] = row
+        result[name] = [rows[calls] for calls in sorted(rows)]
     return result
 
 
-def calls_for(rows: list[tuple[int, float]], error: float) -> float:
+def grids(reference: Reference) -> None:
+    """A table of the errors of ab3 on its grids."""
+    print("\n| steps of ab3 | uniform | paced | optimized |\n|---|---|---|---|")
+    for steps in SEARCHED:
+        options = [{"grid": "uniform", "steps": steps}, {"grid": "paced", "steps": steps}]
+        options.append({"grid": optimize_grid(reference.flow, steps)})
+        row = [f"{reference.error({'method': 'ab3'} | option)[1]:.4f}" for option in options]
+        print(f"| {steps} | " + " | ".join(row) + " |", flush=True)
+
+
+def calls_for(rows: list[tuple[int, float, float]], error: float) -> float:
     """Calls at which a method first stays below `error`, between its points by powers; nan if it never does."""
     best = math.nan
-    for (c0, e0), (c1, e1) in pairwise([(rows[0][0], rows[0][1]), *rows]):
+    for (c0, e0, _), (c1, e1, _) in pairwise([rows[0], *rows]):
         if e1 > error:
             best = math.nan
         elif math.isnan(best):
@@ -97,17 +130,20 @@ def quality(flow: PoissonFlow, train: torch.Tensor, options: dict[str, Any], set
     return cells
 
 
-def draw_plot(path: Path, results: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
+def draw_plot(path: Path, results: dict[str, dict[str, list[tuple[int, float, float]]]]) -> None:
     """Error over calls, a panel for each model."""
     import matplotlib.pyplot as plt
 
-    ours, compared = ("ab3", "ab2", "bosh3", "adaptive_heun"), ("edm_heun", "dpmpp_2m", "dpmpp_3m", PUBLISHED)
+    ours, compared = (
+        ("ab3", "ab2", "bosh3", "bosh3, independent", "adaptive_heun"),
+        ("edm_heun", "dpmpp_2m", "dpmpp_3m", PUBLISHED),
+    )
     figure, axes = plt.subplots(
         1, len(results), figsize=(4.2 * len(results), 3.6), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (model, rows) in zip(axes[0], results.items(), strict=True):
         for name in ours + compared:
-            calls, error = zip(*rows[name], strict=True)
+            calls, error, _ = zip(*rows[name], strict=True)
             axis.loglog(calls, error, "o-" if name in ours else "s:", ms=3, lw=1.2, label=name)
         axis.set(title=model, xlabel="network calls", xlim=(5, 130), ylim=(5e-4, 1))
         axis.set_xticks([6, 10, 20, 50, 100], ["6", "10", "20", "50", "100"])
@@ -128,20 +164,24 @@ def main() -> None:
     for path in arguments.checkpoints:
         flow = pfgm.load(path)
         model = f"{path.parent.parent.name} (D = {flow.kernel.D:g})"
-        results[model] = rows = errors(flow, arguments.n)
-        print(f"\n{model}\n| method | error at calls | " + " | ".join(f"calls for {e}" for e in ERRORS) + " |")
-        print("|---" * (2 + len(ERRORS)) + "|")
+        reference = Reference(flow, arguments.n)
+        results[model] = rows = errors(reference)
+        print(f"\n{model}\n| method | error at calls | " + " | ".join(f"calls for {e}" for e in ERRORS) + " | estimate |")
+        print("|---" * (3 + len(ERRORS)) + "|")
         for name, points in rows.items():
-            lines += [(model, name, calls, error) for calls, error in points]
-            some = ", ".join(f"{calls}: {error:.4f}" for calls, error in points if calls <= 36)
-            print(f"| {name} | {some} | " + " | ".join(f"{calls_for(points, e):.1f}" for e in ERRORS) + " |", flush=True)
+            lines += [(model, name, *point) for point in points]
+            some = ", ".join(f"{calls}: {error:.4f}" for calls, error, _ in points if calls <= 36)
+            ratio = statistics.median(estimate / error for _, error, estimate in points)
+            needed = " | ".join(f"{calls_for(points, e):.1f}" for e in ERRORS)
+            print(f"| {name} | {some} | {needed} | {ratio:.1f} |", flush=True)
+        grids(reference)
         if arguments.sets:
             print("\n| calls | energy distance | Fréchet distance |\n|---|---|---|")
             options = {str(c): {"method": "ab3", "steps": c - 2} for c in QUALITY}
             for name, option in (options | {"converged": {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4}}).items():
                 print(f"| {name} | " + " | ".join(quality(flow, train, option, arguments.sets)) + " |", flush=True)
     with arguments.out.with_suffix(".csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("model", "method", "calls", "error"), *lines])
+        csv.writer(file).writerows([("model", "method", "calls", "error", "estimate"), *lines])
     draw_plot(arguments.out.with_suffix(".png"), results)
 
 

@@ -92,9 +92,11 @@ def noise_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, statistics: St
     on which x lies, it vanishes with sigma for every x that the data explains, and (y - c_skip x)/c_out has about unit mean
     square at every sigma for every D (within 7 % at N = 64, D >= 1; up to 1.9 at N = 2).
 
-    Chosen by experiment (`benchmarks/heavy_tails.py`: the same small networks on digits and on heavy-tailed vectors, three
-    training seeds, Fréchet distance): at D = 1 on digits .365, where EDM's sigma fails, 816, sigma or the excess of |x| over
-    all data gives .568 and a median-like estimate .559; D = inf has .329. At D >= 64 nothing matters.
+    Chosen by experiment (`benchmarks/heavy_tails.py`: the same small networks on digits and on heavy-tailed vectors, means of
+    three training seeds): at D = 1 on digits the Fréchet distance is .365, where EDM's sigma fails (816), the excess of |x|
+    over all data gives .568 and a median-like estimate .559; D = inf has .329. At D >= 64 nothing matters on digits. It loses
+    on vectors that are themselves Student-t with 3 degrees of freedom at D = 4, where no estimate is better than sigma itself:
+    a far x is then as likely to be data as noise.
     """
     sigma_data, power_std = statistics
     N = x[0].numel()

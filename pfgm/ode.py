@@ -104,7 +104,8 @@ def follow(
     """
     path = solver.path(sigma_data)
     if len(levels) == 1:
-        return Way(x.double().expand(points, *x.shape), torch.full((points,), levels[0]), levels[0], Steps())
+        here = torch.full((points,), levels[0], dtype=torch.float64, device=x.device)
+        return Way(x.double().expand(points, *x.shape), here, levels[0], Steps())
     ratios = torch.ones(len(x)) if ratio is None else ratio
     ratios = ratios.to(x.device, torch.float64)
 

@@ -90,8 +90,12 @@ class Sampler:
     `shape` the event's. With `start` = "hemisphere" each sample starts at the height where its direction t meets the
     hemisphere of level sigma_max: sigma_0 = sigma_max/ratio, ratio² = a + (1-a)|t|²/N. Nothing is clipped, and the whole batch
     runs on one clock, level = ratio sigma. The network is asked for sigma = level/ratio, below sigma_min for samples of heavy
-    tails; this is not clamped, since c_out is negligible there. "hyperplane" starts all samples at sigma_max, for comparison
+    tails; this is not clamped, since c_out is small there. "hyperplane" starts all samples at sigma_max, for comparison
     and for data that is itself heavy-tailed. The other arguments are those of `pfgm.solver.make_solver`.
+
+    With fixed steps a sample is a function of its seed alone, whatever the size, the members and the order of its batch, up to
+    the rounding of the network (1e-6 on a CPU in float32). Adaptive methods share their steps, those that the worst sample
+    needs, so that batch mates change a sample within its tolerance; with `independent` they do not.
 
     Noise may be added on the way, of the kernel and so for every D (see `pfgm.stochastic`; levels in model units): before each
     step of a one-step method between the levels s_tmin and s_tmax, as EDM does with `s_churn`, or by `restart`, intervals

@@ -69,10 +69,9 @@ def uneven(n, start=3.0, end=0.3):
     return [(start**0.2 + t * (end**0.2 - start**0.2)) ** 5 for t in share]
 
 
-@pytest.mark.parametrize("grid", ["uniform", "rho", uneven])
-@pytest.mark.parametrize(
-    ("method", "blob"), [(m, b) for m in ORDERS for b in (CauchyBlob, GaussianBlob)] + [(m, GaussianBlob) for m in PUBLISHED]
-)
+@pytest.mark.parametrize("grid", ["uniform", "paced", "rho", uneven])
+@pytest.mark.parametrize("blob", [CauchyBlob, GaussianBlob])
+@pytest.mark.parametrize("method", [*ORDERS, *PUBLISHED])
 def test_fixed_methods_converge_at_their_order(method, grid, blob):
     """sigma_data differs from the blob's scale, so that the right-hand side is not trivial."""
     x = torch.ones(1, 2, dtype=F64)

@@ -73,6 +73,21 @@ def test_churn_at_infinite_D_is_edms_loop():
     assert out.calls == 2 * n - 1, "at D = inf the source need not be known"
 
 
+def test_lifts_are_at_each_samples_own_sigma_and_from_its_own_source(monkeypatch):
+    """On hemispheres, where sigma = level/ratio."""
+    seen, y = [], torch.randn(N, dtype=F64)
+    monkeypatch.setattr(StudentTKernel, "renoise", lambda self, x, *arguments: seen.append(arguments[:3]) or x)
+    options = {"method": "euler", "steps": 3, "s_churn": 1.0}
+    s = Sampler(PointCharge(y), StudentTKernel(2.0), shape=(N,), sigma_min=0.01, sigma_max=40.0, **options)
+    s.sample(4)
+    ratio = ((2.0 + s.prior(seed_pairs(4)).t.square().sum(1)) / (2.0 + N)).sqrt()
+    for (source, sigma, sigma_next), before, run in zip(seen, [40.0, *[run[-1] for run in s.plan]], s.plan, strict=False):
+        assert torch.allclose(source, y.expand(4, N))
+        assert torch.allclose(sigma * ratio, torch.full((4,), before, dtype=F64))
+        assert torch.allclose(sigma_next * ratio, torch.full((4,), run[0], dtype=F64))
+    assert len(seen) == 4
+
+
 def test_plans():
     assert churn([8.0, 4.0, 2.0, 1.0], 1.0, 1.5, 5.0) == [[8.0, 4.0], [5.0, 2.0], [2.5, 1.0], [1.0]]
     assert churn([8.0, 1.0], 100.0, 0.0, math.inf)[0][0] == 8 * math.sqrt(2), "published bound of gamma"
