@@ -154,7 +154,7 @@ def draw(
         options |= {"method": method or "ab3", "grid": "paced"}  # until all is checked
         if options["method"] != "ab3":
             raise ValueError(f"grid = 'optimized': such grids are for ab3, not {method}; leave method out")
-    flow.sampler(**options)  # its checks come before any folder is made
+    _ = flow.sampler(**options).plan  # its checks come before any folder is made
     check_pairs(pairs, out)
     check_batch_size(batch_size)
     check_max_calls(max_calls)

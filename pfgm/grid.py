@@ -20,6 +20,10 @@ FIRST, SECOND, LAST, REST = 1.1, 0.8, 0.8, 0.3
 """The same of the paced grid, in its inner steps, and the steps that differ from these."""
 
 
+MOST_STEPS = 100_000
+"""More are a mistake."""
+
+
 class Grid(Protocol):
     """`levels(path, start, end)` of a way up or down; `last(path, start, end)`, where a draw leaves the rest to denoising."""
 
@@ -124,7 +128,10 @@ def make_grid(grid: str | Sequence[float], steps: int | None, method: str) -> Gr
             raise ValueError(f"steps = {steps}: the given grid of {len(levels)} levels says how many; leave steps out")
         return Levels(levels)
     if grid not in NAMED:
-        raise ValueError(f"grid = {grid!r} is unknown; choose one of {', '.join(NAMED)}, or give falling levels")
-    if steps is None or steps < 1:
-        raise ValueError(f"steps = {steps}: the fixed method {method} needs a number of steps >= 1")
+        raise ValueError(
+            f"grid = {grid!r} is unknown; choose one of {', '.join(NAMED)}, or give falling levels, "
+            "such as those of pfgm.optimize_grid (optimized on the command line)"
+        )
+    if steps is None or not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps = {steps}: the fixed method {method} needs a number of steps from 1 to {MOST_STEPS}")
     return NAMED[grid](steps)

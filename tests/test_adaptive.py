@@ -156,7 +156,7 @@ def test_samples_of_a_network_depend_on_their_seed_alone_on_fixed_grids(D):
     torch.manual_seed(0)
     net = UNet((1, 8, 8), width=16, multipliers=(1, 2), blocks=1)
     torch.nn.init.normal_(net.last[-1].weight, std=0.02)
-    s = sampler(PreconditionedDenoiser(net, D, 0.5, 0.06, 1.0).eval(), D, (1, 8, 8))
+    s = sampler(PreconditionedDenoiser(net, D, 0.5, 0.06).eval(), D, (1, 8, 8))
     pairs = seed_pairs(9)
     x = s.draw(pairs).x
     assert float(x.std()) > 0.1

@@ -32,7 +32,7 @@ def make_flow(D=128.0, shape=(1, 8, 8), classes=0, std=0.05, **options):
     )
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=std)
-    denoiser = FieldDenoiser(net, 5.0, 0.5, 0.06, 0.75) if D == 1 else PreconditionedDenoiser(net, D, 0.5, 0.06, 0.75)
+    denoiser = FieldDenoiser(net, 5.0, 0.5, 0.06) if D == 1 else PreconditionedDenoiser(net, D, 0.5, 0.06)
     settings = {"sigma_min": 0.01, "sigma_max": 40.0, "num_classes": classes, "value_range": (-1.0, 1.0)} | options
     return PoissonFlow(denoiser, D, shape=shape, mean=0.3 * torch.randn(shape), **settings)
 
@@ -208,9 +208,7 @@ class Elsewhere(pfgm.nn.Network):
 
 
 def test_classes_from_elsewhere_need_trust(tmp_path):
-    flow = PoissonFlow(
-        PreconditionedDenoiser(Elsewhere((3,)), 4.0, 0.5, 0.06, 0.75), 4.0, shape=(3,), sigma_min=0.01, sigma_max=40.0
-    )
+    flow = PoissonFlow(PreconditionedDenoiser(Elsewhere((3,)), 4.0, 0.5, 0.06), 4.0, shape=(3,), sigma_min=0.01, sigma_max=40.0)
     flow.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pass trust="):
         pfgm.load(tmp_path)
@@ -224,7 +222,7 @@ def test_classes_from_elsewhere_need_trust(tmp_path):
 
 def test_a_network_that_cannot_be_stored_is_refused():
     with pytest.raises(TypeError, match=r"inherit from pfgm\.nn\.Network"):
-        PreconditionedDenoiser(torch.nn.Linear(3, 3), 4.0, 0.5, 0.06, 0.75).spec  # noqa: B018
+        PreconditionedDenoiser(torch.nn.Linear(3, 3), 4.0, 0.5, 0.06).spec  # noqa: B018
 
 
 @pytest.fixture
@@ -296,6 +294,8 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
         (["--out=/proc/none/x.png"], "out = /proc/none/x.png cannot be written"),
         (["--trajectory=x.jpg"], r"trajectory = x\.jpg"),
         (["--trajectory=/proc/none/x.png"], "trajectory = /proc/none/x.png cannot be written"),
+        (["--out=new/x.png", "--grid=[9,1]"], "grid begins at 9"),
+        (["--steps=1000000"], "steps = 1000000: the fixed method ab3 needs a number of steps from 1 to 100000"),
         (["--max_calls=0"], "max_calls = 0 must be at least 1"),
         (["--s_churn=5"], "s_churn = 5.0: noise before each step needs fixed steps"),
         (["--restart=[[1,2]]"], "restart"),

@@ -70,10 +70,12 @@ def uneven(n, start=3.0, end=0.3):
 
 
 @pytest.mark.parametrize("grid", ["uniform", "paced", "rho", uneven])
-@pytest.mark.parametrize("blob", [CauchyBlob, GaussianBlob])
-@pytest.mark.parametrize("method", [*ORDERS, *PUBLISHED])
+@pytest.mark.parametrize(
+    ("method", "blob"), [(m, b) for m in ORDERS for b in (CauchyBlob, GaussianBlob)] + [(m, GaussianBlob) for m in PUBLISHED]
+)
 def test_fixed_methods_converge_at_their_order(method, grid, blob):
-    """sigma_data differs from the blob's scale, so that the right-hand side is not trivial."""
+    """sigma_data differs from the blob's scale, so that the right-hand side is not trivial. The published methods have
+    no error on the Cauchy blob, whose lines are straight."""
     x = torch.ones(1, 2, dtype=F64)
     law = (0.4 + 0.3) / (0.4 + 3.0) if blob is CauchyBlob else math.sqrt((0.16 + 0.09) / (0.16 + 9.0))
     counts, errors = (32, 64, 128) if method == "rk4" else (128, 256, 512), []

@@ -40,7 +40,7 @@ def flow(num_classes=0):
 def export(tmp_path):
     net = TimeMLP((2,), width=16, depth=1)
     torch.nn.init.normal_(net.last.weight, std=0.1)
-    model = PoissonFlow(PreconditionedDenoiser(net, 4.0, 0.5, 0.1, 1.0), 4.0, shape=(2,), sigma_min=0.01, sigma_max=40.0)
+    model = PoissonFlow(PreconditionedDenoiser(net, 4.0, 0.5, 0.1), 4.0, shape=(2,), sigma_min=0.01, sigma_max=40.0)
     model.save_pretrained(tmp_path / "export")
     return str(tmp_path / "export")
 
