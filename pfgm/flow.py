@@ -5,6 +5,7 @@ model = user / scale - mean; here, and only here, samples come and go in the use
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pfgm import storage
 from pfgm.kernel import StudentTKernel, check_positive, per_sample
+from pfgm.likelihood import log_prob
 from pfgm.progress import DrawProgress
 from pfgm.sampler import (
     Latent,
@@ -209,6 +211,19 @@ class PoissonFlow(nn.Module):
         check_finite_samples("latent.t", latent.t)
         model = dataclasses.replace(latent, level=latent.level / self.scale)
         return self.to_user(self._accurate(options).decode(model, self.check_labels(labels, len(latent.t))))
+
+    def log_prob(self, x: Tensor, *, labels: Any = None, **options: Any) -> Tensor:
+        """The log-density of `x` [B, *shape], blurred by the noise of sigma_min, in nats in the user's units: [B] in float64.
+
+        `options` are those of `pfgm.likelihood.estimate_log_prob`, which also tells the error of the estimate: exact, probes,
+        seed, method, rtol, atol, differentiable. ValueError for x that is not finite or of another shape.
+        """
+        model = self.to_model(x)
+        check_finite_samples("x", model)
+        levels = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "sigma_data": self.sigma_data}
+        label = self.check_labels(labels, len(x))
+        value = log_prob(self.denoiser, self.kernel, model, label=label, **levels, **options)
+        return value - math.prod(self.shape) * math.log(self.scale)
 
     def _accurate(self, options: dict[str, Any]) -> Sampler:
         return self.sampler(**({"preset": "reference"} if not options.keys() - {"start"} else {}) | options)

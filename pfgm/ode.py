@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pfgm.adaptive import StepError
+from pfgm.coordinates import Coordinates
 from pfgm.kernel import expand
-from pfgm.solver import Solver, Steps
+from pfgm.multistep import Slope
+from pfgm.solver import OnStep, Solver, Steps
 
 
 class SolverError(RuntimeError):
@@ -120,12 +122,9 @@ def follow(
     state = x.double() / path.radius(levels[0])
     reached: dict[str, Any] = {"time": start, "state": state}
     try:
-        states, steps = solver.follow(slope, state, path, levels, times, lambda t, state: reached.update(time=t, state=state))
-    except StepError as error:
-        raise SolverError(
-            f"{solver.method} could not meet its tolerance at level {denoise.level:.4g} after {denoise.calls} calls ({error}); "
-            "raise rtol and atol, or use a fixed method such as ab3; if that is no better, the network is not smooth there"
-        ) from error
+        states, steps = solve(
+            denoise, slope, state, levels, solver, path, times, lambda t, state: reached.update(time=t, state=state)
+        )
     except OutOfCalls:
         level = path.level(reached["time"])
         wide = expand(level, x.double()) if isinstance(level, Tensor) else level
@@ -137,6 +136,26 @@ def follow(
         steps.error = steps.error * path.radius(levels[-1])
     way = torch.tensor(passed, dtype=torch.float64, device=x.device)
     return Way(states * radii.reshape(-1, *[1] * x.ndim), way, levels[-1], steps)
+
+
+def solve(
+    denoise: CountedDenoiser,
+    slope: Slope,
+    state: Tensor,
+    levels: Sequence[float],
+    solver: Solver,
+    path: Coordinates,
+    times: Tensor,
+    on_step: OnStep,
+) -> tuple[Tensor, Steps]:
+    """`solver.follow` for any `state` whose slope asks `denoise`; what it cannot do becomes a SolverError with advice."""
+    try:
+        return solver.follow(slope, state, path, levels, times, on_step)
+    except StepError as error:
+        raise SolverError(
+            f"{solver.method} could not meet its tolerance at level {denoise.level:.4g} after {denoise.calls} calls ({error}); "
+            "raise rtol and atol, or use a fixed method such as ab3; if that is no better, the network is not smooth there"
+        ) from error
 
 
 def input_dtype(denoiser: Any, default: torch.dtype) -> torch.dtype:

@@ -17,6 +17,7 @@ import pfgm.sampler
 from pfgm import draw, storage
 from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
+from pfgm.likelihood import log_prob
 from pfgm.nn import TimeMLP, UNet
 from pfgm.spec import build
 
@@ -223,6 +224,23 @@ def test_classes_from_elsewhere_need_trust(tmp_path):
 def test_a_network_that_cannot_be_stored_is_refused():
     with pytest.raises(TypeError, match=r"inherit from pfgm\.nn\.Network"):
         PreconditionedDenoiser(torch.nn.Linear(3, 3), 4.0, 0.5, 0.06).spec  # noqa: B018
+
+
+def test_log_prob_is_in_the_users_units():
+    """The same model told in other units: the density of 3 x is 3^-N times as large."""
+    one, other = make_flow(D=4.0), make_flow(D=4.0)
+    other.scale = 3 * one.scale
+    x = one.sample(2, method="midpoint", steps=3).x
+    settings = {"probes": 2, "rtol": 0.05, "atol": 0.05}
+    value = one.log_prob(x, **settings)
+    assert value.shape == (2,)
+    assert torch.allclose(other.log_prob(3 * x, **settings), value - 64 * math.log(3), rtol=1e-3)
+    model = log_prob(one.denoiser, one.kernel, one.to_model(x), sigma_min=one.sigma_min, sigma_max=one.sigma_max, **settings)
+    assert torch.allclose(value, model)
+    with pytest.raises(ValueError, match="trained without labels"):
+        one.log_prob(x, labels=3)
+    with pytest.raises(ValueError, match="x: 128 values are NaN"):
+        one.log_prob(x * math.nan)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "pfgm"
 ORDER = "rng spec kernel field analytic noise nn denoiser loss coordinates grid multistep adaptive solver "
-ORDER += "ode stochastic sampler "
+ORDER += "ode stochastic sampler likelihood "
 ORDER += "progress storage flow optimal plot trajectory draw metrics data ema module runlog callbacks cli"
 
 

@@ -1,0 +1,137 @@
+"""Densities by the flow against those known in closed form."""
+
+import math
+
+import pytest
+import torch
+from scipy import integrate, stats
+from torch import nn
+
+from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
+from pfgm.kernel import StudentTKernel
+from pfgm.likelihood import estimate_log_prob, log_prob
+from pfgm.sampler import Sampler
+
+F64 = torch.float64
+INF = StudentTKernel(math.inf)
+TIGHT = {"rtol": 1e-8, "atol": 1e-8}
+
+
+def cauchy(x, scale):
+    N = x.shape[1]
+    return torch.tensor(stats.multivariate_t(loc=[0] * N, shape=scale**2, df=1).logpdf(x.numpy())).reshape(-1)
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 6])
+def test_cauchy_data(N):
+    """The density at sigma_min is Cauchy of scale s + sigma_min; the prior leaves s out, an error that falls as 1/sigma_max."""
+    x, errors = StudentTKernel(1).sample(torch.zeros(200, N, dtype=F64), 0.31), []
+    for sigma_max in (100.0, 1000.0):
+        value = log_prob(CauchyBlob(0.3), StudentTKernel(1), x, sigma_min=0.01, sigma_max=sigma_max, **TIGHT)
+        errors.append(float((value - cauchy(x, 0.31)).mean()))
+    assert abs(errors[1]) < 5e-3 * N
+    assert errors[0] / errors[1] == pytest.approx(10, rel=0.1)
+    at_once = log_prob(CauchyBlob(0.3), StudentTKernel(1), x, sigma_min=0.01, sigma_max=1e7, **TIGHT)
+    assert torch.allclose(at_once, cauchy(x, 0.31), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 3, 2)])
+@pytest.mark.parametrize("sigma_data", [0.2, 0.7])
+def test_gaussian_data(shape, sigma_data):
+    x = 0.5 * torch.randn(50, *shape, dtype=F64)
+    settings = {"sigma_min": 0.02, "sigma_max": 400.0, "sigma_data": sigma_data}
+    value = log_prob(GaussianBlob(0.4), INF, x, **settings, **TIGHT)
+    exact = torch.distributions.Normal(0.0, math.hypot(0.4, 0.02)).log_prob(x).flatten(1).sum(1)
+    assert torch.allclose(value, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("D", [1.0, 8.0, math.inf])
+def test_total_mass_on_the_line_is_one(D):
+    charges = torch.tensor([[-0.6], [0.1], [0.9]], dtype=F64)
+    kernel, x = StudentTKernel(D), torch.linspace(-40, 40, 4001, dtype=F64)[:, None]
+    value = log_prob(EmpiricalDenoiser(charges, D), kernel, x, sigma_min=0.2, sigma_max=400.0, rtol=1e-6, atol=1e-6)
+    tail = 2 * 0.2 / (math.pi * 40) if D == 1 else 0.0
+    assert integrate.trapezoid(value.exp().numpy(), x[:, 0].numpy()) + tail == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("D", [1.0, 8.0, math.inf])
+def test_charges_have_the_kernels_density(D):
+    charges, kernel = torch.randn(4, 3, dtype=F64), StudentTKernel(D)
+    x = kernel.sample(charges[torch.arange(40) % 4], 0.3)
+    value = log_prob(EmpiricalDenoiser(charges, D), kernel, x, sigma_min=0.3, sigma_max=3e4, rtol=1e-7, atol=1e-7)
+    exact = torch.stack([kernel.log_prob(x, y.expand(40, 3), 0.3) for y in charges]).logsumexp(0) - math.log(4)
+    assert torch.allclose(value, exact, atol=3e-4)
+
+
+def test_a_denoiser_that_ignores_its_input():
+    y = torch.zeros(2, dtype=F64)
+    value = log_prob(PointCharge(y), StudentTKernel(4.0), torch.ones(3, 2, dtype=F64), sigma_min=0.5, sigma_max=50.0, **TIGHT)
+    assert torch.allclose(value, StudentTKernel(4.0).log_prob(torch.ones(3, 2), y.expand(3, 2), 0.5), atol=1e-6)
+
+
+def test_hutchinson_is_unbiased_and_its_standard_error_true():
+    charges, kernel, x = torch.randn(6, 4, dtype=F64), StudentTKernel(8.0), torch.randn(1, 4, dtype=F64).repeat(300, 1)
+    settings = {"sigma_min": 0.3, "sigma_max": 60.0, "rtol": 1e-3, "atol": 1e-3}
+    exact = log_prob(EmpiricalDenoiser(charges, 8.0), kernel, x[:1], exact=True, **settings)
+    out = estimate_log_prob(EmpiricalDenoiser(charges, 8.0), kernel, x, exact=False, probes=8, **settings)
+    deviation = out.value - exact
+    spread = float(deviation.std())
+    assert spread > 0.05, "the field's divergence is not constant"
+    assert abs(float(deviation.mean())) < 3 * spread / math.sqrt(300)
+    assert float(out.error.square().mean().sqrt()) == pytest.approx(spread, rel=0.15)
+    one = estimate_log_prob(EmpiricalDenoiser(charges, 8.0), kernel, x[:5], exact=False, probes=8, **settings)
+    assert torch.allclose(one.value, out.value[:5], rtol=0.01), "each sample has probes of its own seed and index"
+    assert bool(estimate_log_prob(EmpiricalDenoiser(charges, 8.0), kernel, x[:2], exact=False, **settings).error.isnan().all())
+
+
+def test_it_is_the_sum_of_prior_and_change_of_volume():
+    """The log-determinant of the flow's own map, by differences."""
+    charges, kernel, x = torch.randn(5, 2, dtype=F64), StudentTKernel(3.0), torch.randn(1, 2, dtype=F64)
+    denoiser, h = EmpiricalDenoiser(charges, 3.0), 1e-4
+    flow = Sampler(denoiser, kernel, shape=(2,), sigma_min=0.3, sigma_max=60.0, method="dopri5", rtol=1e-10, atol=1e-10)
+    steps = h * torch.tensor([[0.0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]], dtype=F64)
+    y = flow.integrate(x + steps, 0.3, 60.0)
+    determinant = torch.stack([y[1] - y[2], y[3] - y[4]]).div(2 * h).det().abs().log()
+    expected = kernel.log_prob(y[:1], torch.zeros(1, 2), 60.0) + determinant
+    assert torch.allclose(log_prob(denoiser, kernel, x, sigma_min=0.3, sigma_max=60.0, **TIGHT), expected, atol=1e-5)
+
+
+def test_gradients_reach_x():
+    x = torch.tensor([[0.3, -0.8]], dtype=F64, requires_grad=True)
+    settings = {"sigma_min": 0.02, "sigma_max": 400.0, "rtol": 1e-6, "atol": 1e-6}
+    value = log_prob(GaussianBlob(0.4), INF, x, differentiable=True, **settings)
+    (gradient,) = torch.autograd.grad(value.sum(), x)
+    assert torch.allclose(gradient, -x / (0.4**2 + 0.02**2), rtol=1e-4)
+    assert not log_prob(GaussianBlob(0.4), INF, x, **settings).requires_grad
+
+
+def test_one_network_evaluation_a_call():
+    class Counting(nn.Module):
+        count = 0
+
+        def forward(self, x, sigma, label):
+            assert label.tolist() == [1, 0]
+            self.count += 1
+            return torch.tanh(x.flip(1) + x)
+
+    denoiser = Counting()
+    settings = {"sigma_min": 0.1, "sigma_max": 10.0, "label": torch.tensor([1, 0]), "rtol": 1e-2, "atol": 1e-2}
+    out = estimate_log_prob(denoiser, INF, torch.randn(2, 40), probes=3, **settings)
+    assert out.calls == denoiser.count
+    assert out.value.dtype == F64
+    assert bool((out.error > 0).all()), "40 dimensions are estimated"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"probes": 0}, "probes = 0 must be at least 1"),
+        ({"method": "ab3"}, "method = 'ab3': give an adaptive method"),
+        ({"sigma_max": 0.01}, "sigma_min = 0.1, sigma_max = 0.01"),
+        ({"sigma_data": -1.0}, "sigma_data = -1"),
+        ({"rtol": 0.0}, "rtol = 0"),
+    ],
+)
+def test_bad_numbers_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        log_prob(GaussianBlob(0.4), INF, torch.zeros(1, 2), **({"sigma_min": 0.1, "sigma_max": 10.0} | options))
