@@ -107,7 +107,8 @@ def noise_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, statistics: St
     excess = power - sigma_data**2
     width = (power_std**2 + 4 * sigma_data**2 * excess.clamp(min=0) / N).sqrt().clamp(min=1e-6 * sigma_data**2)
     spread = 8 * math.sqrt(2 / N) + math.log1p(8 * math.sqrt(2 / kernel.D) + 60 / kernel.D)
-    low, high = prior.log() - spread, torch.minimum(prior.log() + spread + 100 / kernel.D, (prior + power + 5 * width).log())
+    largest = prior + power + 5 * width + 60 * sigma_data**2 / N
+    low, high = prior.log() - spread, torch.minimum(prior.log() + spread + 100 / kernel.D, largest.log())
     # Nodes over log v: the prior's range, and more of them where the likelihood peaks.
     coarse = low + (high - low) * torch.linspace(0, 1, 64, dtype=torch.float64, device=x.device)
     fine = (excess + width * torch.linspace(-5, 5, 33, dtype=torch.float64, device=x.device)).clamp(min=1e-300).log()

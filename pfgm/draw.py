@@ -159,6 +159,8 @@ def draw(
     check_batch_size(batch_size)
     check_max_calls(max_calls)
     check_output(out, flow.shape)
+    if trajectory is not None and max_calls is not None:
+        raise ValueError(f"trajectory = {trajectory}, max_calls = {max_calls}: a trajectory is whole; leave one of them out")
     if trajectory is not None:
         check_trajectory(trajectory, out, flow.shape)
         check_writable(trajectory.parent, "trajectory", trajectory)

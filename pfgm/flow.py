@@ -171,11 +171,11 @@ class PoissonFlow(nn.Module):
         sampler, label = self.sampler(**options), self.check_labels(labels, len(pairs))
         check_batch_size(batch_size)
         ways = []
-        for i in range(0, len(pairs), batch_size):
+        for i in range(0, max(1, len(pairs)), batch_size):
             part = None if label is None else label[i : i + batch_size]
             ways.append(sampler.trajectory(pairs[i : i + batch_size], points, part))
         x, denoised = (self.to_user(torch.cat([getattr(way, name) for way in ways], 1)) for name in ("x", "denoised"))
-        return Trajectory(x, denoised, torch.cat([way.sigma for way in ways], 1) * self.scale)
+        return Trajectory(x, denoised, torch.cat([way.sigma for way in ways], 1) * self.scale, ways[0].level * self.scale)
 
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:

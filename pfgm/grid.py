@@ -112,7 +112,11 @@ class Levels:
         return [top, *inner] if start > end else [top, *inner][::-1]
 
     def last(self, path: Coordinates, start: float, end: float) -> float:
-        return end if math.isclose(self.values[-1], end, rel_tol=1e-4) else self.values[-1]
+        """ValueError if the last value is below the end."""
+        last = self.values[-1]
+        if last < end * (1 - 1e-4):
+            raise ValueError(f"grid ends at {last:g}, below sigma_min = {end:g}; leave out the lowest levels")
+        return end if math.isclose(last, end, rel_tol=1e-4) else last
 
 
 NAMED: dict[str, Callable[[int], Grid]] = {"paced": Paced, "uniform": Uniform, "rho": Rho}

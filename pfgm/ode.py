@@ -120,22 +120,31 @@ def follow(
     start, end = path.time(levels[0]), path.time(levels[-1])
     times = torch.linspace(start, end, points, dtype=torch.float64, device=x.device)
     state = x.double() / path.radius(levels[0])
-    reached: dict[str, Any] = {"time": start, "state": state}
+    reached = _Reached(start, state)
     try:
-        states, steps = solve(
-            denoise, slope, state, levels, solver, path, times, lambda t, state: reached.update(time=t, state=state)
-        )
+        states, steps = solve(denoise, slope, state, levels, solver, path, times, reached)
     except OutOfCalls:
-        level = path.level(reached["time"])
+        level = path.level(reached.time)
         wide = expand(level, x.double()) if isinstance(level, Tensor) else level
-        states, way = torch.stack([x.double(), path.radius(wide) * reached["state"]]), torch.full((2,), torch.nan)
-        return Way(states, way, level, Steps(), complete=False)
+        states, way = torch.stack([x.double(), path.radius(wide) * reached.state]), torch.full((2,), torch.nan)
+        return Way(states, way, level, Steps(reached.steps), complete=False)
     passed = [levels[0], *map(path.level, times[1:-1].tolist()), levels[-1]]
     radii = torch.tensor([path.radius(level) for level in passed], dtype=torch.float64, device=x.device)
     if steps.error is not None:
         steps.error = steps.error * path.radius(levels[-1])
     way = torch.tensor(passed, dtype=torch.float64, device=x.device)
     return Way(states * radii.reshape(-1, *[1] * x.ndim), way, levels[-1], steps)
+
+
+class _Reached:
+    """The time and the state that a solver has reached, and in how many steps."""
+
+    def __init__(self, time: Any, state: Tensor):
+        self.time, self.state, self.steps = time, state, 0
+
+    def __call__(self, time: Any, state: Tensor) -> None:
+        self.steps += bool(torch.as_tensor(time != self.time).any())
+        self.time, self.state = time, state
 
 
 def solve(

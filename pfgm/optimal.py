@@ -51,9 +51,7 @@ def grid_file(checkpoint: Path) -> Path:
 def stored_grid(path: Path, flow: PoissonFlow, steps: int) -> list[float] | None:
     """The grid of `steps` in the file `path`, or None if there is none for this flow and its weights. ValueError if the file
     is no file of grids."""
-    grids = _read(path)
-    found = grids.get(_name(flow), {}).get(str(steps))
-    return None if found is None else [float(level) for level in found]
+    return _read(path).get(_name(flow), {}).get(str(steps))
 
 
 def store_grid(path: Path, flow: PoissonFlow, levels: list[float]) -> None:
@@ -72,6 +70,6 @@ def _read(path: Path) -> dict[str, dict[str, list[float]]]:
         return {}
     try:
         grids = json.loads(path.read_text())
-        return {name: dict(table) for name, table in dict(grids).items()}
-    except (ValueError, TypeError, OSError) as error:
+        return {name: {steps: [*map(float, found)] for steps, found in table.items()} for name, table in grids.items()}
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path} is no file of grids ({error}); delete it and it will be made again") from error

@@ -34,7 +34,7 @@ class Samples:
     `calls` of the network for each batch (the most, if batches differ), the final denoising included, wall-clock `seconds`, the
     steps that the solver `accepted` and `rejected`, and its estimate of each sample's root mean square `error` [n] in the units
     of x (mostly too high; None for Runge-Kutta methods with fixed steps). Not `complete` if max_calls ended the draw: then x is
-    the denoised state at which that was.
+    the denoised state at which that was, and rejected steps of the last run are not counted.
     """
 
     x: Tensor
@@ -48,11 +48,13 @@ class Samples:
 
 @dataclass
 class Trajectory:
-    """The way of samples: `x` and the network's `denoised` of it, both float64 [points, n, ...], at `sigma` [points, n]."""
+    """The way of samples: `x` and the network's `denoised` of it, both float64 [points, n, ...], at `sigma` [points, n], which
+    is `level` [points] over each sample's ratio."""
 
     x: Tensor
     denoised: Tensor
     sigma: Tensor
+    level: Tensor
 
 
 @dataclass
@@ -125,12 +127,13 @@ class Sampler:
         check_positive("sigma_data", sigma_data)
         check_start(start)
         check_churn(self.solver, s_churn, s_tmin, s_tmax)
-        check_restart(restart, sigma_min, sigma_max)
-        if s_churn and restart:
-            raise ValueError(f"s_churn = {s_churn}, restart = {restart}: give one of them")
-        self.churn, self.restarts = (s_churn, s_tmin, s_tmax), restart
         self.denoiser, self.kernel, self.shape, self.start = denoiser, kernel, tuple(shape), start
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.churn, self.restarts = (s_churn, s_tmin, s_tmax), [*restart]
+        if s_churn and self.restarts:
+            raise ValueError(f"s_churn = {s_churn}, restart = {self.restarts}: give one of them")
+        if self.restarts:
+            check_restart(self.restarts, self.last_level, sigma_max)
 
     @property
     def last_level(self) -> float:
@@ -181,16 +184,18 @@ class Sampler:
         level: float | Tensor = latent.level
         denoise.max_calls, steps, complete = math.inf if max_calls is None else max_calls - 1, Steps(), True
         try:
-            for way in self._runs(denoise, x, ratio, pairs):
-                x, level, complete = way.end, way.level, way.complete
-                steps = steps + way.steps
+            for k, way in enumerate(self._runs(denoise, x, ratio, pairs)):
+                if way.complete or k == 0:  # otherwise the state before the last lift is nearer to the data
+                    x, level = way.end, way.level
+                steps, complete = steps + way.steps, way.complete
         except OutOfCalls:
             complete = False
         denoise.max_calls = math.inf
         x = denoise(x, level, ratio).to(denoise.dtype)
         if x.is_cuda:
             torch.cuda.synchronize()
-        return Samples(x, denoise.calls, time.perf_counter() - began, steps.accepted, steps.rejected, steps.error, complete)
+        error = steps.error if complete else None
+        return Samples(x, denoise.calls, time.perf_counter() - began, steps.accepted, steps.rejected, error, complete)
 
     def _runs(
         self, denoise: CountedDenoiser, x: Tensor, ratio: Tensor, pairs: Sequence[tuple[int, int]], points: int = 2
@@ -241,13 +246,16 @@ class Sampler:
         """The way of the samples (seed, index) of `pairs`, at `points` equally spaced in the coordinate's time.
 
         The last is the one that a draw would denoise. With added noise each run has its share of the points, 2 at least.
+        ValueError if there are no pairs.
         """
+        if not pairs:
+            raise ValueError("pairs is empty: a trajectory needs one sample at least")
         denoise, latent = self._counted(labels, len(pairs), torch.float32), self.prior(pairs)
         x, ratio = self._lift(latent)
         ways = list(self._runs(denoise, x, ratio, pairs, points))
         states, levels = (torch.cat(parts) for parts in zip(*((way.states, way.levels) for way in ways), strict=True))
         denoised = torch.stack([denoise(state, float(level), ratio) for state, level in zip(states, levels, strict=True)])
-        return Trajectory(states, denoised, levels[:, None] / ratio)
+        return Trajectory(states, denoised, levels[:, None] / ratio, levels)
 
     def _lift(self, latent: Latent) -> tuple[Tensor, Tensor]:
         """The point x [n, ...] of a latent and its ratio level/sigma [n]."""
@@ -262,6 +270,8 @@ class Sampler:
             raise ValueError(
                 "s_churn, restart: only samples have noise added, not encode, decode and integrate; leave them out"
             )
+        if start == end:
+            return x
         return self._follow(denoise, x, self.solver.levels(self.sigma_data, start, end), ratio).end
 
     def _follow(

@@ -40,6 +40,8 @@ FIRST_STEP = 0.05
 """First step of the adaptive methods, as a part of the whole way."""
 MAX_STEPS = 10_000
 """Steps after which an adaptive method is given up."""
+GIVEN_UP = ("underflow in dt", "max_num_steps exceeded", "non-finite values in state")
+"""How torchdiffeq's AssertionErrors begin."""
 OnStep = Callable[[Any, Tensor], None]
 """What is told of the time and the state that a step reached."""
 
@@ -125,6 +127,8 @@ class Adaptive(_Method):
                 options=options | {"max_num_steps": MAX_STEPS},
             )
         except AssertionError as error:
+            if not str(error).startswith(GIVEN_UP):
+                raise
             raise StepError(str(error)) from error
         return states, right_hand_side.steps
 
@@ -236,7 +240,7 @@ def _make_fixed(
             raise ValueError(f"steps = {steps}: edm_heun needs 2 at least, since the final denoising is the last of them")
         steps -= 1
     usual = "paced" if method == "ab3" else "rho" if method in PUBLISHED else "uniform"
-    return Fixed(method, coordinates, make_grid(grid or usual, steps, method))
+    return Fixed(method, coordinates, make_grid(usual if grid is None else grid, steps, method))
 
 
 def _of_preset(preset: str, given: dict[str, Any]) -> Solver:

@@ -5,6 +5,9 @@ sample (`StudentTKernel.renoise`). Levels are in model units.
 
     churn      before each step by the factor 1 + gamma: EDM's stochastic sampler (arXiv 2206.00364, algorithm 2) for every D;
     restart    from t_min to t_max, several times (arXiv 2306.14878).
+
+For D < inf the source of a lift is the denoised point, where the true one would be a draw from the posterior: with few
+dimensions and small D, many lifts from a level at which the source is still in doubt shift the weights of the data.
 """
 
 import math
@@ -32,7 +35,7 @@ def restart(levels: Sequence[float], intervals: Sequence[tuple[float, float, int
     """Runs that pass each interval (t_min, t_max, K) K times more, with steps as dense as those of `levels`."""
     plan, top = [], levels[0]
     for low, high, times in sorted(intervals, reverse=True):
-        plan += [_between(levels, top, low)] + [_between(levels, high, low)] * (times - 1)
+        plan += [_between(levels, top, low)] + [_between(levels, high, low)] * (int(times) - 1)
         top = high
     return [*plan, _between(levels, top, levels[-1])]
 
@@ -61,10 +64,11 @@ def check_churn(solver: Solver, s_churn: float, s_tmin: float, s_tmax: float) ->
 
 
 def check_restart(intervals: Sequence[tuple[float, float, int]], lowest: float, highest: float) -> None:
-    """ValueError unless each is (t_min, t_max, K) with lowest <= t_min < t_max <= highest and a whole K >= 1."""
+    """ValueError unless each is (t_min, t_max, K) with lowest <= t_min < t_max <= highest and a whole K >= 1; a draw goes from
+    `highest` to `lowest`."""
     for interval in intervals:
         if len(interval) != 3 or not lowest <= interval[0] < interval[1] <= highest or interval[2] < 1 or interval[2] % 1:
             raise ValueError(
-                f"restart has {list(interval)}: give t_min, t_max and K with "
-                f"{lowest:.4g} <= t_min < t_max <= {highest:.4g} in model units and a whole number K >= 1"
+                f"restart has {list(interval)}: give t_min, t_max and K with {lowest:.4g} <= t_min < t_max <= {highest:.4g}, "
+                "the levels from which and to which the draw goes, in model units, and a whole number K >= 1"
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pfgm import plot
 from pfgm.flow import PoissonFlow
+from pfgm.kernel import expand
 from pfgm.sampler import Samples, Trajectory
 from pfgm.storage import replacing
 
@@ -69,6 +70,5 @@ def write_trajectory(
 def _rescaled(flow: PoissonFlow, way: Trajectory) -> Tensor:
     """The noisy states about the data's mean, with the spread of the data at every level: in angle coordinates."""
     mean = flow.mean.to(way.x) * flow.scale
-    level = way.sigma / way.sigma[0] * flow.sigma_max
-    scale = flow.sigma_data / (level.square() + flow.sigma_data**2).sqrt()
-    return mean + (way.x - mean) * scale.reshape(*scale.shape, *[1] * len(flow.shape))
+    level, s = way.level, flow.sigma_data * flow.scale
+    return mean + (way.x - mean) * expand(s / (level.square() + s**2).sqrt(), way.x)

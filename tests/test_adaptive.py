@@ -60,11 +60,65 @@ def test_each_sample_is_the_one_drawn_alone():
     loose = {"method": "bosh3", "rtol": 0.02, "atol": 0.02}
     each, shared = (sampler(denoiser, math.inf, (1,), independent=i, **loose) for i in (True, False))
     together = each.integrate(x, 40.0, 0.05)
+    assert torch.equal(each.integrate(x, 40.0, 40.0), x)
     assert torch.allclose(each.integrate(x[:1], 40.0, 0.05), together[:1], atol=1e-10)
     assert torch.allclose(each.integrate(x[5:7], 40.0, 0.05), together[5:7], atol=1e-10)
     assert torch.allclose(each.integrate(x.flip(0), 40.0, 0.05), together.flip(0), atol=1e-10)
     coupled = shared.integrate(x, 40.0, 0.05)
     assert float((shared.integrate(x[5:7], 40.0, 0.05) - coupled[5:7]).abs().max()) > 1e-5, "the coupling that this removes"
+
+
+def replay(slope, state, tolerance, h):
+    """The controller as published, for one number: times of the steps tried, their size and what became of them."""
+    time, before, tried = 0.0, 1.0, []
+    while time < 1:
+        h = min(h, 1 - time)
+        k = [slope(time, state)]
+        for c, row in zip(integrate.RK23.C[1:], integrate.RK23.A[1:], strict=True):
+            k.append(slope(time + c * h, state + h * sum(a * b for a, b in zip(row, k, strict=False))))
+        after = state + h * sum(b * v for b, v in zip(integrate.RK23.B, k, strict=True))
+        k.append(slope(time + h, after))
+        gap = abs(h * sum(e * v for e, v in zip(integrate.RK23.E, k, strict=True)))
+        error = gap / (tolerance + tolerance * max(abs(state), abs(after)))
+        good = error <= 1
+        tried.append((time, h, good, gap))
+        factor = 0.9 * error ** (-0.7 / 3) * before ** (0.4 / 3)
+        if good:
+            time, state, before = (1.0 if time + h > 1 - 1e-12 else time + h), after, max(error, 1e-4)
+        h *= min(max(factor, 0.2), 2.0 if good else 1.0)
+    return tried, state
+
+
+@pytest.mark.parametrize(("tolerance", "first_step"), [(1e-3, 0.2), (1e-4, 0.9), (1e-4, 0.01)])
+def test_steps_follow_the_controller(tolerance, first_step):
+    """A sharp bump of the slope, so that steps are rejected, shrunk and grown again."""
+
+    def bump(t, y):
+        return 30 * math.exp(-(((t - 0.6) / 0.03) ** 2)) + 3 - y
+
+    tried, end = replay(bump, 0.0, tolerance, first_step)
+    assert any(not good for _, _, good, _ in tried)
+
+    def slope(t, state):
+        return torch.tensor([[bump(float(t), float(state))]], dtype=F64)
+
+    seen = []
+    each = integrate_each(
+        slope,
+        torch.zeros(1, 1, dtype=F64),
+        torch.tensor([0.0, 1.0], dtype=F64),
+        PAIRS["bosh3"],
+        rtol=tolerance,
+        atol=tolerance,
+        first_step=first_step,
+        max_steps=1000,
+        on_step=lambda t, state: seen.append(float(t)),
+    )
+    times = [time + h if good else time for time, h, good, _ in tried]
+    assert seen == pytest.approx(times)
+    assert float(each.states[-1]) == pytest.approx(end)
+    assert (int(each.accepted), int(each.rejected)) == (sum(t[2] for t in tried), sum(not t[2] for t in tried))
+    assert float(each.error) == pytest.approx(sum(gap for _, _, good, gap in tried if good))
 
 
 def test_steps_are_counted_for_each_sample():
@@ -111,6 +165,34 @@ def test_estimated_errors_are_of_the_right_size(options):
     assert float(ratio.quantile(0.05)) > 0.5
 
 
+@pytest.mark.parametrize("method", ["ab3", "bosh3"])
+def test_estimated_errors_have_the_units_of_x(method):
+    options = {"method": method} | ({"steps": 6} if method == "ab3" else {"rtol": 0.05, "atol": 0.05})
+
+    def error(c):
+        settings = {"shape": (3,), "sigma_min": 0.01 * c, "sigma_max": 40.0 * c, "sigma_data": 0.5 * c}
+        return Sampler(CauchyBlob(0.3 * c), StudentTKernel(1.0), **settings, **options).sample(5).error
+
+    assert torch.allclose(error(20.0), 20 * error(1.0), rtol=0.1)
+
+
+def test_a_draw_counts_the_steps_of_its_slowest_sample():
+    denoiser = EmpiricalDenoiser(torch.randn(5, 3, dtype=F64), 1.0)
+    s = sampler(denoiser, method="bosh3", rtol=1e-3, atol=1e-3, independent=True)
+    alone = [s.draw([(0, i)]) for i in range(6)]
+    together = s.sample(6)
+    assert together.accepted == max(one.accepted for one in alone) > min(one.accepted for one in alone)
+    assert together.rejected == max(one.rejected for one in alone)
+
+
+def test_errors_of_the_network_are_not_taken_for_the_solvers():
+    def denoiser(x, sigma, label=None):
+        raise AssertionError("my own")
+
+    with pytest.raises(AssertionError, match="my own"):
+        sampler(denoiser, rtol=0.1).sample(2)
+
+
 def test_runge_kutta_with_fixed_steps_claims_no_error():
     assert sampler(CauchyBlob(0.3), method="midpoint", steps=5).sample(3).error is None
 
@@ -143,11 +225,13 @@ def test_max_calls_ends_with_the_state_reached(options, most):
     assert s.sample(4, max_calls=whole.calls).complete
     t = s.prior(seed_pairs(4)).t
     assert bool(torch.isfinite(out.x).all())
-    if most == 1:
-        ratio = ((1 + t.square().sum(1)) / 4).sqrt()[:, None]
-        assert torch.allclose(out.x.double(), 40 / ratio * t * 0.3 / (0.3 + 40 / ratio), rtol=1e-5), "the start, denoised"
-    if most == 8 and not options:
-        assert levels[-1] == pytest.approx(levels[-2]) or levels[-1] < levels[-2]
+    ratio = ((1 + t.square().sum(1)) / 4).sqrt()[:, None]
+    start = 40 / ratio * t * 0.3 / (0.3 + 40 / ratio)
+    assert torch.allclose(out.x.double(), start, rtol=1e-5 if most == 1 else 0.3), "all of the way is denoised to one point"
+    assert out.error is None
+    assert out.accepted < whole.accepted
+    if options.get("method") != "heun2":
+        assert levels[-1] <= levels[-2:][0] * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("D", [1.0, math.inf])

@@ -65,11 +65,12 @@ def test_one_level_rules_the_whole_preconditioning(D, sigma):
     assert 0.5 < float(rms.min()) < float(rms.max()) < 2
 
 
+@pytest.mark.parametrize("N", [2, 64])
 @pytest.mark.parametrize("D", [0.5, 1.0, 4.0, 128.0])
 @pytest.mark.parametrize("sigma", [0.01, 0.3, 5.0])
-def test_level_estimates_are_the_posteriors_means(D, sigma):
+def test_level_estimates_are_the_posteriors_means(D, sigma, N):
     """Over the posterior of the noise by scipy: an F prior of |x-y|²/(N sigma²), a normal likelihood of |x|²/N."""
-    N, s2, power_std = 64, 0.25, 0.06
+    s2, power_std = 0.25, 0.06
     x = StudentTKernel(D).sample(0.5 * torch.randn(20, N, dtype=F64), sigma, rng.generator(1))
     rms = noise_level(x, torch.full((20,), sigma, dtype=F64), StudentTKernel(D), (0.5, power_std))
     power = x.square().mean(1).numpy()

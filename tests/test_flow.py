@@ -19,7 +19,9 @@ from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
 from pfgm.likelihood import log_prob
 from pfgm.nn import TimeMLP, UNet
+from pfgm.sampler import seed_pairs
 from pfgm.spec import build
+from pfgm.trajectory import _rescaled
 
 FAST = {"method": "midpoint", "steps": 4}
 
@@ -226,6 +228,47 @@ def test_a_network_that_cannot_be_stored_is_refused():
         PreconditionedDenoiser(torch.nn.Linear(3, 3), 4.0, 0.5, 0.06).spec  # noqa: B018
 
 
+def test_errors_and_trajectories_are_in_the_users_units():
+    one, other = make_flow(D=4.0), make_flow(D=4.0, scale=3.0)
+    a, b = (flow.sample(4, batch_size=3, method="ab3", steps=5) for flow in (one, other))
+    assert torch.allclose(b.error, 3 * a.error)
+    assert torch.allclose(b.x, 3 * a.x, rtol=1e-4, atol=1e-5)
+    short, long = (flow.trajectory(seed_pairs(4), 3, batch_size=3, method="ab3", steps=5) for flow in (one, other))
+    for name in ("x", "denoised", "sigma", "level"):
+        assert torch.allclose(getattr(long, name), 3 * getattr(short, name), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(short.denoised[-1].float(), a.x, atol=1e-5)
+    assert float(short.level[0]) == pytest.approx(40.0)
+    with pytest.raises(ValueError, match="pairs is empty"):
+        one.trajectory([], 3)
+
+
+def test_a_trajectory_is_shown_with_the_spread_of_the_data_about_their_mean():
+    flow = make_flow(D=1, shape=(1, 16, 16), scale=3.0)
+    for options in ({}, {"method": "euler", "steps": 3, "s_churn": 1.0}):
+        way = flow.trajectory(seed_pairs(40), 4, **options)
+        start = (_rescaled(flow, way)[0] / 3 - flow.mean).flatten(1)
+        assert start.square().mean(1).sqrt().numpy() == pytest.approx(0.5, rel=0.5 if options else 0.03)
+        assert float(start.square().mean(1).sqrt().median()) == pytest.approx(0.5, rel=0.02)
+
+
+def test_a_trajectory_in_batches_has_the_labels_of_each():
+    flow = make_flow(classes=3, std=0.2)
+    options = {"labels": [0, 1, 2, 1], "method": "ab3", "steps": 3}
+    whole, parts = (flow.trajectory(seed_pairs(4), 3, batch_size=size, **options) for size in (4, 3))
+    assert torch.allclose(whole.x, parts.x, atol=1e-4)
+    assert not torch.allclose(whole.x, flow.trajectory(seed_pairs(4), 3, **(options | {"labels": 0})).x, atol=1e-2)
+
+
+def test_a_draw_is_complete_only_if_all_its_batches_are():
+    flow = make_flow(D=1)
+    options = {"method": "bosh3", "rtol": 1e-3, "atol": 1e-3}
+    calls = [flow.draw([pair], **options).calls for pair in seed_pairs(8)]
+    assert min(calls) < max(calls)
+    out = flow.sample(8, batch_size=1, max_calls=min(calls), **options)
+    assert not out.complete
+    assert flow.sample(8, batch_size=1, max_calls=max(calls), **options).complete
+
+
 def test_log_prob_is_in_the_users_units():
     """The same model told in other units: the density of 3 x is 3^-N times as large."""
     one, other = make_flow(D=4.0), make_flow(D=4.0)
@@ -280,7 +323,8 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
     assert np.allclose(way["denoised"][-1], end, atol=1e-5)
     assert way["sigma"].shape == (48, 5)
     assert np.all(np.diff(way["sigma"], axis=0) < 0)
-    draw.main([export, "--n=5", "--out", f"{out}/x.npz", "--trajectory", f"{out}/way.gif", "--max_calls=5"])
+    draw.main([export, "--n=5", "--out", f"{out}/x.npz", "--trajectory", f"{out}/way.gif"])
+    draw.main([export, "--n=5", "--out", f"{out}/x.npz", "--max_calls=5"])
     assert "stopped by max_calls = 5" in capsys.readouterr().err
     with Image.open(f"{out}/way.gif") as film:
         assert film.n_frames > 10
@@ -314,6 +358,7 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
         (["--trajectory=/proc/none/x.png"], "trajectory = /proc/none/x.png cannot be written"),
         (["--out=new/x.png", "--grid=[9,1]"], "grid begins at 9"),
         (["--steps=1000000"], "steps = 1000000: the fixed method ab3 needs a number of steps from 1 to 100000"),
+        (["--max_calls=3", "--trajectory=x.png"], "leave one of them out"),
         (["--max_calls=0"], "max_calls = 0 must be at least 1"),
         (["--s_churn=5"], "s_churn = 5.0: noise before each step needs fixed steps"),
         (["--restart=[[1,2]]"], "restart"),

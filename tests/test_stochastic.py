@@ -75,14 +75,14 @@ def test_churn_at_infinite_D_is_edms_loop():
 
 def test_lifts_are_at_each_samples_own_sigma_and_from_its_own_source(monkeypatch):
     """On hemispheres, where sigma = level/ratio."""
-    seen, y = [], torch.randn(N, dtype=F64)
-    monkeypatch.setattr(StudentTKernel, "renoise", lambda self, x, *arguments: seen.append(arguments[:3]) or x)
+    seen, denoiser = [], EmpiricalDenoiser(torch.randn(20, N, dtype=F64), 2.0)
+    monkeypatch.setattr(StudentTKernel, "renoise", lambda self, *arguments: seen.append(arguments[:4]) or arguments[0])
     options = {"method": "euler", "steps": 3, "s_churn": 1.0}
-    s = Sampler(PointCharge(y), StudentTKernel(2.0), shape=(N,), sigma_min=0.01, sigma_max=40.0, **options)
+    s = Sampler(denoiser, StudentTKernel(2.0), shape=(N,), sigma_min=0.01, sigma_max=40.0, **options)
     s.sample(4)
     ratio = ((2.0 + s.prior(seed_pairs(4)).t.square().sum(1)) / (2.0 + N)).sqrt()
-    for (source, sigma, sigma_next), before, run in zip(seen, [40.0, *[run[-1] for run in s.plan]], s.plan, strict=False):
-        assert torch.allclose(source, y.expand(4, N))
+    for (x, source, sigma, sigma_next), before, run in zip(seen, [40.0, *[run[-1] for run in s.plan]], s.plan, strict=False):
+        assert torch.allclose(source, denoiser(x, sigma))
         assert torch.allclose(sigma * ratio, torch.full((4,), before, dtype=F64))
         assert torch.allclose(sigma_next * ratio, torch.full((4,), run[0], dtype=F64))
     assert len(seen) == 4
@@ -100,6 +100,9 @@ def test_plans():
     off_grid = restart(levels, [(1.0, 3.0, 1), (2.0, 12.0, 1)])
     assert [(run[0], run[-1]) for run in off_grid] == [(16.0, 2.0), (12.0, 1.0), (3.0, 1.0)]
     assert [len(run) for run in off_grid] == [4, 5, 3]
+    assert off_grid[1][1:-1] == pytest.approx([12 ** (1 - k / 4) for k in (1, 2, 3)]), "even steps of log(level), as the grid's"
+    assert len(restart(levels, [(1.0, 2.6, 1)])[1]) == 2, "1.4 steps are one"
+    assert len(restart(levels, [(2.0, 8.0, 3.0)])) == 4
     assert restart([16.0, 1.0], [(2.0, 8.0, 1)]) == [[16.0, 2.0], [8.0, 1.0]]
 
 
@@ -123,6 +126,22 @@ def test_max_calls_ends_a_draw_with_noise_anywhere(most):
     assert bool(torch.isfinite(out.x).all())
 
 
+@pytest.mark.parametrize("most", [2, 4, 7, 9])
+def test_no_run_follows_one_that_ran_out_of_calls(most):
+    """A charge: whatever was reached, it is denoised at the level it has."""
+    seen = []
+
+    def denoiser(x, sigma, label=None):
+        seen.append((x, sigma))
+        return 0.5 * x
+
+    options = {"method": "ab3", "steps": 3, "restart": [(0.2, 2.0, 2)]}
+    out = sampler(denoiser, StudentTKernel(math.inf), **options).sample(2, max_calls=most)
+    assert (out.calls, out.complete, out.error) == (most, False, None)
+    levels = [float(sigma[0]) for _, sigma in seen]
+    assert levels[-1] <= min(levels[:-1]), "what is denoised is the lowest state reached, not one that noise has lifted"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -131,7 +150,8 @@ def test_max_calls_ends_a_draw_with_noise_anywhere(most):
         ({"s_churn": -1.0}, r"s_churn = -1\.0 must be a finite number"),
         ({"s_churn": 1.0, "method": "euler", "steps": 3, "s_tmin": 2.0, "s_tmax": 1.0}, r"s_tmin = 2\.0, s_tmax = 1\.0"),
         ({"s_tmin": 2.0}, r"s_tmin = 2\.0, .*without s_churn"),
-        ({"restart": [(0.1, 50.0, 1)]}, r"restart has \[0\.1, 50\.0, 1\]: give t_min, t_max and K with 0\.01"),
+        ({"restart": [(0.1, 50.0, 1)]}, r"restart has \[0\.1, 50\.0, 1\]: give t_min, t_max and K with 0\.0\d+ <= t_min"),
+        ({"restart": [(0.011, 0.02, 1)]}, r"restart has \[0\.011, 0\.02, 1\]"),
         ({"restart": [(2.0, 1.0, 1)]}, "restart has"),
         ({"restart": [(1.0, 2.0, 0)]}, "restart has"),
         ({"restart": [(1.0, 2.0)]}, "restart has"),
