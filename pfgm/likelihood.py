@@ -101,8 +101,13 @@ def estimate_log_prob(
         prior = kernel.log_prob(top, torch.zeros_like(top), sigma_max)
         growth = N * math.log(path.radius(sigma_max) / path.radius(sigma_min))
         values = prior[:, None] + growth + end[:, N:]
-    error = values.std(1) / math.sqrt(probes) if not exact else torch.zeros_like(prior)
-    return LogProb(values.mean(1), error, denoise.calls)
+    return LogProb(values.mean(1), _standard_error(values) if not exact else torch.zeros_like(prior), denoise.calls)
+
+
+def _standard_error(values: Tensor) -> Tensor:
+    """Of the mean over the last dimension; nan for one value."""
+    n = values.shape[-1]
+    return values.std(-1) / math.sqrt(n) if n > 1 else torch.full_like(values[..., 0], math.nan)
 
 
 def _products(
