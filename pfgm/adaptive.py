@@ -101,7 +101,7 @@ def integrate_each(
                 ends = (time[rows], end[rows], state[rows], after[rows], first[rows], last[rows])
                 states[k, rows] = _hermite(moment, *ends)
         factor = SAFETY * error ** (-0.7 / pair.order) * before ** (0.4 / pair.order)
-        step = torch.where(running, (end - time) * factor.clamp(SHRINK, GROW).where(good, factor.clamp(SHRINK, 1.0)), step)
+        step = torch.where(running, (end - time) * factor.clamp(SHRINK, GROW), step)
         before = torch.where(good, error.clamp(min=1e-4), before)
         total = total + rms(difference) * good
         accepted, rejected = accepted + good, rejected + (running & ~good)

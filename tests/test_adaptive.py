@@ -31,6 +31,13 @@ def test_pairs_are_scipys(name, oracle):
     assert pair.order == oracle.order
 
 
+def test_heun_and_euler_are_the_other_pair():
+    """Of orders 2 and 1: the error is their difference, (k2 - k1) h/2."""
+    pair = PAIRS["adaptive_heun"]
+    assert (pair.order, [list(row) for row in pair.rows]) == (2, [[1.0], [0.5, 0.5]])
+    assert list(pair.error) == [0.5 - 1, 0.5, 0]
+
+
 @pytest.mark.parametrize("coordinates", ["angle", "log_sigma"])
 @pytest.mark.parametrize(("method", "tolerance"), [("bosh3", 1e-9), ("dopri5", 1e-10), ("adaptive_heun", 1e-6)])
 def test_lines_to_a_point_charge_are_straight(method, tolerance, coordinates):

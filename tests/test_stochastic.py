@@ -118,10 +118,10 @@ def test_calls_and_dependence_on_the_seed_alone(D, lifts):
     assert again.calls == again.accepted + 2 + lifts + 1, "each of two runs has a step of two calls"
 
 
-@pytest.mark.parametrize("most", range(1, 14))
-def test_max_calls_ends_a_draw_with_noise_anywhere(most):
-    denoiser = EmpiricalDenoiser(torch.randn(20, N, dtype=F64), 2.0)
-    out = sampler(denoiser, StudentTKernel(2.0), method="euler", steps=6, s_churn=2.0).sample(3, max_calls=most)
+@pytest.mark.parametrize(("D", "most"), [*((2.0, most) for most in range(1, 14)), (math.inf, 1), (math.inf, 3), (math.inf, 6)])
+def test_max_calls_ends_a_draw_with_noise_anywhere(D, most):
+    denoiser = EmpiricalDenoiser(torch.randn(20, N, dtype=F64), D)
+    out = sampler(denoiser, StudentTKernel(D), method="euler", steps=6, s_churn=2.0).sample(3, max_calls=most)
     assert (out.calls, out.complete) == (most, False)
     assert bool(torch.isfinite(out.x).all())
 
