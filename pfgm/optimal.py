@@ -56,9 +56,10 @@ def stored_grid(path: Path, flow: PoissonFlow, steps: int) -> list[float] | None
 
 def store_grid(path: Path, flow: PoissonFlow, levels: list[float]) -> None:
     """Add a grid to the file `path`; grids of other weights go, since the checkpoint is now another."""
-    grids = _read(path).get(_name(flow), {}) | {str(len(levels) - 1): levels}
+    name = _name(flow)
+    grids = _read(path).get(name, {}) | {str(len(levels) - 1): levels}
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps({_name(flow): grids}, indent=2) + "\n")
+        temporary.write_text(json.dumps({name: grids}, indent=2) + "\n")
 
 
 def _name(flow: PoissonFlow) -> str:

@@ -34,7 +34,7 @@ def churn(levels: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float)
 def restart(levels: Sequence[float], intervals: Sequence[tuple[float, float, int]]) -> Plan:
     """Runs that pass each interval (t_min, t_max, K) K times more, with steps as dense as those of `levels`."""
     plan, top = [], levels[0]
-    for low, high, times in sorted(intervals, reverse=True):
+    for low, high, times in sorted(intervals, key=tuple, reverse=True):
         plan += [_between(levels, top, low)] + [_between(levels, high, low)] * (int(times) - 1)
         top = high
     return [*plan, _between(levels, top, levels[-1])]

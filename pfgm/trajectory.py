@@ -29,6 +29,8 @@ def check_trajectory(path: Path, out: Path, shape: Sequence[int]) -> None:
         raise ValueError(
             f"trajectory = {path}: only images (1 or 3, H, W) and points (2,) can be shown, not {tuple(shape)}; use .npz"
         )
+    if path.is_dir():
+        raise ValueError(f"trajectory = {path} is a folder; choose another name")
     if path.absolute() == out.absolute():
         raise ValueError(f"trajectory = {path} is also out; give two names")
 

@@ -354,6 +354,7 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
         (["--device=cuda:77"], "device = 'cuda:77'"),
         (["--out=x.jpg"], r"out = x\.jpg"),
         (["--out=/proc/none/x.png"], "out = /proc/none/x.png cannot be written"),
+        (["--trajectory=export/folder.png"], r"trajectory = export/folder\.png is a folder"),
         (["--trajectory=x.jpg"], r"trajectory = x\.jpg"),
         (["--trajectory=/proc/none/x.png"], "trajectory = /proc/none/x.png cannot be written"),
         (["--out=new/x.png", "--grid=[9,1]"], "grid begins at 9"),
@@ -367,6 +368,7 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
 )
 def test_bad_arguments_end_in_one_line(export, arguments, message, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
+    os.mkdir("export/folder.png")
     with pytest.raises(SystemExit, match="2"):
         draw.main([export, *arguments])
     assert re.search(message, capsys.readouterr().err)

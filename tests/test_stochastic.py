@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -103,6 +104,7 @@ def test_plans():
     assert off_grid[1][1:-1] == pytest.approx([12 ** (1 - k / 4) for k in (1, 2, 3)]), "even steps of log(level), as the grid's"
     assert len(restart(levels, [(1.0, 2.6, 1)])[1]) == 2, "1.4 steps are one"
     assert len(restart(levels, [(2.0, 8.0, 3.0)])) == 4
+    assert restart(levels, np.array([(1.0, 3.0, 1), (2.0, 12.0, 1)])) == off_grid
     assert restart([16.0, 1.0], [(2.0, 8.0, 1)]) == [[16.0, 2.0], [8.0, 1.0]]
 
 
@@ -128,7 +130,7 @@ def test_max_calls_ends_a_draw_with_noise_anywhere(D, most):
 
 @pytest.mark.parametrize("most", [2, 4, 7, 9])
 def test_no_run_follows_one_that_ran_out_of_calls(most):
-    """A charge: whatever was reached, it is denoised at the level it has."""
+    """It would begin at a level that noise has raised."""
     seen = []
 
     def denoiser(x, sigma, label=None):
