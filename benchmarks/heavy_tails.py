@@ -129,7 +129,7 @@ def train(name: str, D: float, levels: str, seed: int, steps: int) -> tuple[Pois
     data = Digits() if name == "digits" else Vectors()
     net = UNet(data.shape, width=16, multipliers=(1, 2), blocks=1) if name == "digits" else TimeMLP(data.shape, width=128)
     start = "hemisphere" if name == "digits" else "hyperplane"
-    max_rms = float(norm(data.train_x - data.summary.mean).max()) / math.sqrt(math.prod(data.shape))
+    max_rms = float(norm(data.train.x - data.summary.mean).max()) / math.sqrt(math.prod(data.shape))
     module = PFGM(net, data.summary, VariantLoss(levels, max_rms), D=D, start=start, lr=2e-3, seed=seed)
     pl.Trainer(
         max_steps=steps,
@@ -142,7 +142,7 @@ def train(name: str, D: float, levels: str, seed: int, steps: int) -> tuple[Pois
         enable_model_summary=False,
         limit_val_batches=0,
     ).fit(module, data)
-    return module.flow.eval(), data.train_x
+    return module.flow.eval(), data.train.x
 
 
 def measure(job: tuple[str, float, str, int, int]) -> tuple[float, float, float]:

@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--sets", type=int, default=3)
     arguments = parser.parse_args()
-    flow, train = pfgm.load(arguments.checkpoint), Digits().train_x
+    flow, train = pfgm.load(arguments.checkpoint), Digits().train.x
     ways: dict[str, Callable[[PoissonFlow, int, int], tuple[Tensor, int]]] = {
         "as published": partial(published, field_ratio),
         "same start, denoised": partial(published, denoised_difference),

@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=3, help="sets of 1000 samples for the quality; 0 leaves it out")
     parser.add_argument("--out", type=Path, default=Path("solvers"))
     arguments = parser.parse_args()
-    train, results, lines = Digits().train_x, {}, []
+    train, results, lines = Digits().train.x, {}, []
     for path in arguments.checkpoints:
         flow = pfgm.load(path)
         model = f"{path.parent.parent.name} (D = {flow.kernel.D:g})"

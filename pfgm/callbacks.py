@@ -59,8 +59,8 @@ class LastCheckpoint(Checkpoint):
 class SampleGrid(Callback):
     """After each validation, `n` samples of seed 0 as `<run_dir>/grids/<step>.png`, and the loss curve as loss.png.
 
-    Images make a grid, of the classes in turn if there are any, 2-D data a scatter plot, other shapes nothing. Placed before
-    EMA, so that the averaged weights draw.
+    Images make a grid, of the classes in turn and under the held-out conditions, if there are any, 2-D data a scatter plot,
+    other shapes nothing. Placed before EMA, so that the averaged weights draw.
     """
 
     def __init__(self, n: int = 64):
@@ -75,8 +75,10 @@ class SampleGrid(Callback):
         if trainer.sanity_checking or not self.n or not (plot.is_image(flow.shape) or flow.shape == (2,)):
             return
         (folder / "grids").mkdir(parents=True, exist_ok=True)
+        labels = torch.arange(self.n) % flow.num_classes if flow.num_classes else None
+        condition = None if flow.condition_shape is None else _conditions(trainer, self.n)
         try:
-            x = flow.sample(self.n, labels=torch.arange(self.n) % flow.num_classes if flow.num_classes else None).x
+            x = flow.sample(self.n, labels=labels, condition=condition).x
         except SolverError as error:
             pl.utilities.rank_zero_warn(f"no sample grid at step {trainer.global_step}: {error}")
             return
@@ -90,21 +92,29 @@ class SampleGrid(Callback):
 
 
 class Evaluation(Callback):
-    """In `test`: distances of `sets` disjoint sets of `n` samples to training and held-out data, printed and in test.json."""
+    """In `test`: distances of `sets` disjoint sets of `n` samples to training and held-out data, printed and in test.json.
 
-    def __init__(self, n: int = 1000, sets: int = 3):
-        if n < 2 or sets < 1:
-            raise ValueError(f"n = {n}, sets = {sets}: give n >= 2 samples and at least one set")
-        self.n, self.sets = n, sets
+    Samples are drawn with the labels and under the conditions of training samples, if there are any. Held-out data,
+    `likelihood` of them at most, get their bits/dim with its standard error, if they are discrete and the model has such a
+    likelihood.
+    """
+
+    def __init__(self, n: int = 1000, sets: int = 3, likelihood: int = 1000):
+        if n < 2 or sets < 1 or likelihood < 0:
+            raise ValueError(
+                f"n = {n}, sets = {sets}, likelihood = {likelihood}: give n >= 2 samples, at least one set, likelihood >= 0"
+            )
+        self.n, self.sets, self.likelihood = n, sets, likelihood
 
     @rank_zero_only
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PFGM)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        train, held_out = data.train_x.to(pl_module.device), data.held_out_x.to(pl_module.device)
-        labels = data.train_labels  # of training samples, so that the classes have their shares
-        labels = None if labels is None else labels[torch.arange(self.n) % len(labels)]
-        draws = [pl_module.flow.sample(self.n, seed=seed, labels=labels) for seed in range(self.sets)]
+        train, held_out = data.train.x.to(pl_module.device), data.held_out.x.to(pl_module.device)
+        given = data.prepared(data.train)[torch.arange(self.n) % len(data.train)]  # so that the classes have their shares
+        draws = [
+            pl_module.flow.sample(self.n, seed=seed, labels=given.label, condition=given.condition) for seed in range(self.sets)
+        ]
         result = {
             "samples against training data": compare([draw.x for draw in draws], train),
             "samples against held-out data": compare([draw.x for draw in draws], held_out),
@@ -113,10 +123,34 @@ class Evaluation(Callback):
             "seconds": sum(draw.seconds for draw in draws),
             "samples": [self.sets, self.n],
             "test_loss": float(trainer.callback_metrics["test_loss"]),
+            "bits/dim": self._bits_per_dim(pl_module, data) if self.likelihood else "not asked for",
         }
         with replacing(Path(trainer.default_root_dir) / "test.json") as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
         print(table(result))
+
+    def _bits_per_dim(self, module: PFGM, data: Any) -> list[float] | str:
+        """Mean over held-out data and its standard error, or why there is none."""
+        n, flow = min(self.likelihood, len(data.held_out)), module.flow
+        part, values = data.prepared(data.held_out[slice(n)]), []
+        rows = [slice(i, i + 256) for i in range(0, n, 256)]
+        try:
+            for k, batch in enumerate(rows):
+                given = {"labels": None if part.label is None else part.label[batch]}
+                given["condition"] = None if part.condition is None else part.condition[batch]
+                x = data.held_out.x[batch].to(module.device)
+                values.append(flow.bits_per_dim(x, seed=k, rtol=1e-3, atol=1e-3, **given))
+        except (ValueError, SolverError) as error:
+            return str(error)
+        bits = torch.cat(values)
+        return [float(bits.mean()), float(bits.std() / len(bits) ** 0.5)]
+
+
+def _conditions(trainer: pl.Trainer, n: int) -> Tensor:
+    """Those of `n` held-out samples."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    condition = data.prepared(data.held_out).condition
+    return condition[torch.arange(n) % len(condition)]
 
 
 def compare(sets: list[Tensor], reference: Tensor) -> dict[str, list[float]]:
@@ -137,6 +171,8 @@ def table(result: dict[str, Any]) -> str:
     for name, row in result.items():
         if isinstance(row, dict):
             lines.append(f"{name:32}" + "".join(f"{_mean_sd(values):>20}" for values in row.values()))
+    bits = result["bits/dim"]
+    lines.append(f"held-out bits/dim {bits[0]:.3f} ({bits[1]:.3f})" if isinstance(bits, list) else bits)
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from pfgm.loss import DenoisingLoss, Loss
 from pfgm.module import PFGM, NonFiniteLoss
 from pfgm.ode import SolverError
 from pfgm.runlog import RunLog
+from pfgm.spec import defaults
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -66,6 +67,7 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.summary", "model.data", apply_on="instantiate")
         parser.link_arguments("data.shape", "model.net.init_args.shape", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.net.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.condition_shape", "model.net.init_args.condition_shape", apply_on="instantiate")
         parser.link_arguments("model.loss", "model.net.init_args.extra_channels", _extra_channels, apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -131,6 +133,10 @@ def check_same_run(checkpoint: dict[str, Any], model: PFGM, data: DataModule, ru
     """ValueError naming what differs, if `checkpoint` was made with another model, loss or data than these."""
     old = {"model": checkpoint["hyper_parameters"], "data": checkpoint[storage.KEY]["data"]}
     before, now = flatten(old), flatten({"model": model.spec["init_args"], "data": data.spec})
+    # An earlier version may not have known some arguments: what it did is what they do by default. Nor what to say of the data.
+    known = flatten({"model": defaults(model.spec)["init_args"], "data": defaults(data.spec)})
+    known |= {name: value for name, value in now.items() if name.startswith("model.data.")}
+    before = known | before
     changes = [
         f"{name}: {before.get(name)} -> {now.get(name)}"
         for name in sorted({*before, *now})

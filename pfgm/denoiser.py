@@ -20,7 +20,10 @@ Statistics = tuple[float, float]
 
 
 class Denoiser(Protocol):
-    """Anything that maps `x` [B, ...], `sigma` (float or [B]) and an optional `label` [B] to E[y | x, sigma], like x."""
+    """Anything that maps `x` [B, ...], `sigma` (float or [B]) and an optional `label` [B] to E[y | x, sigma], like x.
+
+    One that needs more, such as a condition, is bound to it first (`pfgm.guidance`).
+    """
 
     def __call__(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor: ...
 
@@ -42,14 +45,16 @@ class PreconditionedDenoiser(Recorded, nn.Module):
         """The dtype in which samples should come: that of the parameters, float32 at least."""
         return torch.promote_types(_parameter_dtype(self.net), torch.float32)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        return self.denoise(x, sigma, label)[0]
+    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        return self.denoise(x, sigma, label, condition)[0]
 
-    def denoise(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def denoise(
+        self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The denoised point and c_out [B], which is the size of y - c_skip x to expect, for the loss."""
         level = noise_level(x, per_sample(sigma, x), self.kernel, self.statistics)
         skip, out = preconditioning(level, self.sigma_data)
-        return expand(skip, x) * x + expand(out, x) * _call(self.net, x, level, self.sigma_data, label, 0), out
+        return expand(skip, x) * x + expand(out, x) * _call(self.net, x, level, self.sigma_data, 0, label, condition), out
 
 
 class FieldDenoiser(Recorded, nn.Module):
@@ -74,7 +79,7 @@ class FieldDenoiser(Recorded, nn.Module):
         level = noise_level(x, height, self.kernel, self.statistics)
         skip, out = preconditioning(level, self.sigma_data)
         factor = -math.sqrt(N) / (math.sqrt(N + 1) * level + self.gamma)
-        F = _call(self.net, x, level, self.sigma_data, label, 1)
+        F = _call(self.net, x, level, self.sigma_data, 1, label)
         v_x = expand(factor * (1 - skip), x) * x - expand(factor * out, x) * F[:, :C]
         return v_x, (factor * height * (1 + out / level * F[:, C:].flatten(1).mean(1))).to(x.dtype)
 
@@ -129,11 +134,20 @@ def preconditioning(level: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     return sigma_data**2 / total, level * sigma_data * total.rsqrt()
 
 
-def _call(net: nn.Module, x: Tensor, level: Tensor, sigma_data: float, label: Tensor | None, extra: int) -> Tensor:
+def _call(
+    net: nn.Module,
+    x: Tensor,
+    level: Tensor,
+    sigma_data: float,
+    extra: int,
+    label: Tensor | None,
+    condition: Tensor | None = None,
+) -> Tensor:
     """The raw network at c_in x and c_noise = log(level)/4, in the dtype of its parameters; returned in that of x."""
     dtype = _parameter_dtype(net)
     c_in = (level.square() + sigma_data**2).rsqrt()
-    F = net((expand(c_in, x) * x).to(dtype), (level.log() / 4).to(torch.float32), label)
+    given = (label,) if condition is None else (label, condition.to(dtype))
+    F = net((expand(c_in, x) * x).to(dtype), (level.log() / 4).to(torch.float32), *given)
     expected = (len(x), x.shape[1] + extra, *x.shape[2:])
     if F.shape != expected:
         raise ValueError(

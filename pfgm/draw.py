@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pfgm import plot
+from pfgm.conditioning import check_labels
 from pfgm.flow import PoissonFlow, check_batch_size, load
 from pfgm.ode import SolverError
 from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
@@ -146,7 +147,7 @@ def draw(
     pairs = seed_pairs(64 if n is None and seeds is None else n, seed, None if seeds is None else parse_seeds(seeds))
     place = check_device(device)
     flow = load(checkpoint, place, ema, trust)
-    label = flow.check_labels(labels[0] if isinstance(labels, list) and len(labels) == 1 else labels, len(pairs))
+    label = check_labels(flow, labels[0] if isinstance(labels, list) and len(labels) == 1 else labels, len(pairs))
     options: dict[str, Any] = {"preset": preset, "method": method, "coordinates": coordinates, "start": start}
     options |= {"rtol": rtol, "atol": atol, "independent": independent, "steps": steps, "grid": grid}
     options |= {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "restart": restart}

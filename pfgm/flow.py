@@ -13,12 +13,15 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from pfgm import storage
+from pfgm import rng, storage
+from pfgm.conditioning import Conditioning, Given, check_conditioning
+from pfgm.guidance import cost
 from pfgm.kernel import StudentTKernel, check_positive, per_sample
-from pfgm.likelihood import log_prob
+from pfgm.latent import Latent, interpolate
+from pfgm.likelihood import LogProb, estimate_log_prob
+from pfgm.noise import level_spacing
 from pfgm.progress import DrawProgress
 from pfgm.sampler import (
-    Latent,
     Sampler,
     SamplerOptions,
     Samples,
@@ -35,16 +38,24 @@ PREFIX = "flow."
 """Of the flow's tensors in the state of the training module."""
 
 
+class Options(SamplerOptions, Conditioning, total=False):
+    """How to draw, and under what."""
+
+
 class PoissonFlow(nn.Module):
     """A denoiser with its kernel, its range of noise and its units.
 
     `denoiser` works in centred model space for data of event `shape`; `D` is the number of augmented dimensions. `mean`
     [*shape] (default 0) and `scale` take model space to the user's units, user = (model + mean) scale. sigma_min, sigma_max
     and sigma_data are in model units. `value_range` (low, high) of the user's units is what pictures map to black and white;
-    `num_classes` is 0 for a model without labels; `start` as in `Sampler`.
+    `num_classes` is 0 for a model without labels, which are optional if it is also `unconditional`. Discrete data had so many
+    `levels` (0: continuous), `dequantized` or not. Conditions have `condition_shape` and `condition_mean` and `condition_std`
+    [C, 1, ...] for each index of its first dimension. `start` as in `Sampler`.
     """
 
     mean: Tensor
+    condition_mean: Tensor | None
+    condition_std: Tensor | None
 
     def __init__(
         self,
@@ -59,6 +70,12 @@ class PoissonFlow(nn.Module):
         scale: float = 1.0,
         value_range: Sequence[float] | None = None,
         num_classes: int = 0,
+        unconditional: bool = False,
+        levels: int = 0,
+        dequantized: bool = False,
+        condition_shape: Sequence[int] | None = None,
+        condition_mean: Tensor | None = None,
+        condition_std: Tensor | None = None,
         start: str = "hemisphere",
     ):
         super().__init__()
@@ -70,12 +87,18 @@ class PoissonFlow(nn.Module):
         self.shape, self.scale, self.num_classes, self.start = tuple(shape), scale, num_classes, start
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
         self.value_range = None if value_range is None else tuple(value_range)
+        self.unconditional, self.levels, self.dequantized = unconditional, levels, dequantized
+        self.condition_shape = None if condition_shape is None else tuple(condition_shape)
         self.register_buffer("mean", torch.zeros(self.shape) if mean is None else mean)
+        channels = None if self.condition_shape is None else (self.condition_shape[0], *[1] * (len(self.condition_shape) - 1))
+        self.register_buffer("condition_mean", torch.zeros(channels) if channels and condition_mean is None else condition_mean)
+        self.register_buffer("condition_std", torch.ones(channels) if channels and condition_std is None else condition_std)
 
     @property
     def config(self) -> dict[str, Any]:
         """All but the tensors, as strict JSON data; `from_config` makes the flow again."""
-        names = ("shape", "sigma_min", "sigma_max", "sigma_data", "scale", "value_range", "num_classes", "start")
+        names = ["shape", "sigma_min", "sigma_max", "sigma_data", "scale", "value_range", "num_classes", "unconditional"]
+        names += ["levels", "dequantized", "condition_shape", "start"]
         return to_json({"denoiser": self.denoiser, "D": self.kernel.D} | {name: getattr(self, name) for name in names})
 
     @classmethod
@@ -98,15 +121,10 @@ class PoissonFlow(nn.Module):
 
     def sampler(self, **options: Unpack[SamplerOptions]) -> Sampler:
         """The `Sampler` of this flow; options that are None are left out."""
-        settings: Any = {"start": self.start} | {name: value for name, value in options.items() if value is not None}
+        settings: Any = {"start": self.start, "sigma_max": self.sigma_max}
+        settings |= {name: value for name, value in options.items() if value is not None}
         return Sampler(
-            self.denoiser,
-            self.kernel,
-            shape=self.shape,
-            sigma_min=self.sigma_min,
-            sigma_max=self.sigma_max,
-            sigma_data=self.sigma_data,
-            **settings,
+            self.denoiser, self.kernel, shape=self.shape, sigma_min=self.sigma_min, sigma_data=self.sigma_data, **settings
         )
 
     def sample(
@@ -119,17 +137,32 @@ class PoissonFlow(nn.Module):
         batch_size: int = 256,
         max_calls: int | None = None,
         progress: bool = False,
-        **options: Unpack[SamplerOptions],
+        **options: Unpack[Options],
     ) -> Samples:
         """`n` samples of `seed` (default 0), or one for each of `seeds`, in the user's units: `Samples` with x [n, *shape].
 
         Sample i is a function of (seed, i), `seeds` = [k, ...] gives those of (k, 0). `labels` is one class for all or one for
         each. `batch_size` samples are drawn at a time, with a progress bar if `progress`; after `max_calls` of the network a
-        batch ends where it is. `options` are those of `Sampler`; without any the preset is "balanced", 10 calls. ValueError
-        for arguments out of range, before the first network call; SolverError if solving fails.
+        batch ends where it is. `options` are those of `Sampler` (without any the preset is "balanced", 10 calls) and of
+        `pfgm.conditioning.Conditioning`: condition, guidance, measurement, .... ValueError for arguments out of range, before
+        the first network call; SolverError if solving fails.
         """
         pairs = seed_pairs(n, seed, seeds)
         return self.draw(pairs, labels=labels, batch_size=batch_size, max_calls=max_calls, progress=progress, **options)
+
+    def vary(self, x: Tensor, level: float, *, seed: int = 0, labels: Any = None, **options: Unpack[Options]) -> Samples:
+        """A variation of each of `x` [n, *shape]: noise up to the effective `level` and the flow back (arXiv 2108.01073).
+
+        `x` and `level`, between sigma_min and sigma_max, are in the user's units. Near sigma_min x stays what it is, far above
+        sigma_data a new sample is drawn. Variation i is a function of (seed, i); options as for `sample`.
+        """
+        model = self.to_model(x)
+        check_finite_samples("x", model)
+        if not self.sigma_min < level / self.scale <= self.sigma_max:
+            low, high = self.sigma_min * self.scale, self.sigma_max * self.scale
+            raise ValueError(f"level = {level} must lie above {low:g}, up to {high:g}, the model's range in the units of x")
+        pairs = seed_pairs(len(x), seed)
+        return self.draw(pairs, labels=labels, source=model, sigma_max=level / self.scale, **options)
 
     def draw(
         self,
@@ -139,18 +172,24 @@ class PoissonFlow(nn.Module):
         batch_size: int = 256,
         max_calls: int | None = None,
         progress: bool = False,
-        **options: Unpack[SamplerOptions],
+        source: Tensor | None = None,
+        **options: Any,
     ) -> Samples:
-        """One sample for each (seed, index) of `pairs`; the other arguments are those of `sample`."""
-        sampler, label = self.sampler(**options), self.check_labels(labels, len(pairs))
+        """One sample for each (seed, index) of `pairs`, around `source` [n, *shape] (in model space; default 0); the other
+        arguments are those of `sample`."""
+        given, options = self._given(len(pairs), labels, options)
+        sampler = self.sampler(**options)
         check_batch_size(batch_size)
-        check_max_calls(max_calls)
+        check_max_calls(max_calls, cost(given.denoiser()))
         parts = []
         with DrawProgress(len(pairs), sampler, progress) as bar:
             for i in range(0, max(1, len(pairs)), batch_size):
-                batch, part = pairs[i : i + batch_size], None if label is None else label[i : i + batch_size]
-                bar.batch(len(batch))
-                parts.append(sampler.draw(batch, part, max_calls, bar))
+                rows = slice(i, i + batch_size)
+                bar.batch(len(pairs[rows]))
+                around = None if source is None else source[rows]
+                some = given[rows]
+                asking = sampler.asking(some.denoiser())
+                parts.append(asking.draw(pairs[rows], some.network_label, max_calls, bar, around))
         x = self.to_user(torch.cat([part.x for part in parts]))
         most = {name: max(getattr(part, name) for part in parts) for name in ("calls", "accepted", "rejected")}
         errors = [part.error for part in parts if part.error is not None]
@@ -165,39 +204,43 @@ class PoissonFlow(nn.Module):
         *,
         labels: Any = None,
         batch_size: int = 256,
-        **options: Unpack[SamplerOptions],
+        **options: Any,
     ) -> Trajectory:
         """The way of the samples (seed, index) of `pairs` in the user's units, see `Sampler.trajectory`."""
-        sampler, label = self.sampler(**options), self.check_labels(labels, len(pairs))
+        given, options = self._given(len(pairs), labels, options)
+        sampler, ways = self.sampler(**options), []
         check_batch_size(batch_size)
-        ways = []
         for i in range(0, max(1, len(pairs)), batch_size):
-            part = None if label is None else label[i : i + batch_size]
-            ways.append(sampler.trajectory(pairs[i : i + batch_size], points, part))
+            rows = slice(i, i + batch_size)
+            some = given[rows]
+            ways.append(sampler.asking(some.denoiser()).trajectory(pairs[rows], points, some.network_label))
         x, denoised = (self.to_user(torch.cat([getattr(way, name) for way in ways], 1)) for name in ("x", "denoised"))
         return Trajectory(x, denoised, torch.cat([way.sigma for way in ways], 1) * self.scale, ways[0].level * self.scale)
 
     @torch.no_grad()
-    def denoise(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+    def denoise(self, x: Tensor, sigma: float | Tensor, label: Any = None, **options: Unpack[Conditioning]) -> Tensor:
         """E[y | x, sigma] for `x` [B, *shape] and `sigma` (float or [B]) > 0 in the user's units: like x.
 
-        ValueError if x or sigma is not finite, sigma not positive, or the labels do not fit.
+        ValueError if x or sigma is not finite, sigma not positive, or labels or conditions do not fit.
         """
         level, model = per_sample(sigma, x), self.to_model(x)
         if not bool(((level > 0) & torch.isfinite(level)).all()):
             raise ValueError(f"sigma = {sigma} must be positive and finite, in the units of x")
         check_finite_samples("x", model)
-        return self.to_user(self.denoiser(model, level / self.scale, self.check_labels(label, len(x))))
+        given = check_conditioning(self, len(x), label, options)
+        own = given.network_label
+        return self.to_user(given.denoiser()(model, level / self.scale, *(() if own is None else (own,))))
 
     def encode(self, x: Tensor, *, labels: Any = None, **options: Any) -> Latent:
         """The latent on the plane sigma_max that flows to `x` [B, *shape] (user's units, read at sigma_min).
 
-        `options` are those of `Sampler` (default: preset "reference"); tolerances of 1e-5 make the round trip through `decode`
+        `options` are those of `sample` (default: preset "reference"); tolerances of 1e-5 make the round trip through `decode`
         more accurate still.
         """
         model = self.to_model(x)
         check_finite_samples("x", model)
-        latent = self._accurate(options).encode(model, self.check_labels(labels, len(x)))
+        sampler, label = self._accurate(len(x), labels, options)
+        latent = sampler.encode(model, label)
         return dataclasses.replace(latent, level=latent.level * self.scale)
 
     def decode(self, latent: Latent, *, labels: Any = None, **options: Any) -> Tensor:
@@ -209,39 +252,69 @@ class PoissonFlow(nn.Module):
                 f"this flow's latents are floating-point and of shape (n, *{self.shape})"
             )
         check_finite_samples("latent.t", latent.t)
-        model = dataclasses.replace(latent, level=latent.level / self.scale)
-        return self.to_user(self._accurate(options).decode(model, self.check_labels(labels, len(latent.t))))
+        sampler, label = self._accurate(len(latent.t), labels, options)
+        return self.to_user(sampler.decode(dataclasses.replace(latent, level=latent.level / self.scale), label))
 
-    def log_prob(self, x: Tensor, *, labels: Any = None, **options: Any) -> Tensor:
+    def interpolate(self, a: Tensor, b: Tensor, points: int, *, labels: Any = None, **options: Any) -> Tensor:
+        """From `a` to `b` [B, *shape] in `points` steps, both ends included: [points, B, *shape] in the user's units.
+
+        Encoded, followed along great circles (`pfgm.latent.interpolate`) and decoded; options as for `encode`.
+        """
+        first, last = (self.encode(x, labels=labels, **options) for x in (a, b))
+        return torch.stack([self.decode(latent, labels=labels, **options) for latent in interpolate(first, last, points)])
+
+    def log_prob(self, x: Tensor, *, labels: Any = None, condition: Tensor | None = None, **options: Any) -> Tensor:
         """The log-density of `x` [B, *shape], blurred by the noise of sigma_min, in nats in the user's units: [B] in float64.
 
         `options` are those of `pfgm.likelihood.estimate_log_prob`, which also tells the error of the estimate: exact, probes,
         seed, method, rtol, atol, differentiable. ValueError for x that is not finite or of another shape.
         """
+        return self.estimate_log_prob(x, labels=labels, condition=condition, **options).value
+
+    def estimate_log_prob(self, x: Tensor, *, labels: Any = None, condition: Tensor | None = None, **options: Any) -> LogProb:
+        """`log_prob` with the standard error of each estimate and the network calls."""
         model = self.to_model(x)
         check_finite_samples("x", model)
-        levels = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "sigma_data": self.sigma_data}
-        label = self.check_labels(labels, len(x))
-        value = log_prob(self.denoiser, self.kernel, model, label=label, **levels, **options)
-        return value - math.prod(self.shape) * math.log(self.scale)
+        given = check_conditioning(self, len(x), labels, {"condition": condition})
+        levels: Any = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "sigma_data": self.sigma_data}
+        out = estimate_log_prob(given.denoiser(), self.kernel, model, label=given.network_label, **levels, **options)
+        return dataclasses.replace(out, value=out.value - math.prod(self.shape) * math.log(self.scale))
 
-    def _accurate(self, options: dict[str, Any]) -> Sampler:
-        return self.sampler(**({"preset": "reference"} if not options.keys() - {"start"} else {}) | options)
+    def bits_per_dim(self, x: Tensor, *, labels: Any = None, seed: int = 0, **options: Any) -> Tensor:
+        """-log2 P(x)/N of discrete samples `x` [B, *shape] in the user's units: [B], unbiased estimates of an upper bound.
 
-    def check_labels(self, labels: int | Sequence[int] | Tensor | None, n: int) -> Tensor | None:
-        """`labels` as [n] on the flow's device. ValueError if out of range, of the wrong number, missing, or given in vain."""
-        if labels is None:
-            if self.num_classes:
-                raise ValueError(f"labels = None: this model is class-conditional; give labels from 0..{self.num_classes - 1}")
-            return None
-        if not self.num_classes:
-            raise ValueError(f"labels = {labels}: this model was trained without labels; leave labels out")
-        label = torch.as_tensor(labels, device=self.mean.device)
-        if label.is_floating_point() or (label.numel() and not bool(((label >= 0) & (label < self.num_classes)).all())):
-            raise ValueError(f"labels = {labels}: this model's labels are the integers 0..{self.num_classes - 1}")
-        if label.ndim > 1 or (label.ndim == 1 and len(label) != n):
-            raise ValueError(f"labels has shape {tuple(label.shape)}; give one label, or one for each of the {n} samples")
-        return label.long().expand(n)
+        The bound is the mean over the noise that fills the gaps between the levels (variational dequantisation with uniform
+        noise, arXiv 1511.01844), drawn from (seed, i). `options` are those of `log_prob`. ValueError for a model of continuous
+        data, and for one trained without that noise: its density may grow without bound at the levels, which is no likelihood.
+        """
+        if not self.levels:
+            raise ValueError(
+                "bits/dim: this model's data are continuous, so that the figure would depend on units; use log_prob"
+            )
+        if not self.dequantized:
+            raise ValueError(
+                f"bits/dim: the {self.levels} levels of this model's data are points to it, since it was trained without noise "
+                "between them, and its density there is no likelihood; train with data.dequantize = true"
+            )
+        spacing, N = level_spacing(self.value_range, self.levels), math.prod(self.shape)
+        noise = [
+            torch.rand(self.shape, generator=rng.generator(seed, i, 0, 0, rng.DEQUANTIZATION)) - 0.5 for i in range(len(x))
+        ]
+        filled = x + spacing * torch.stack(noise).to(x.device) if noise else x
+        value = self.log_prob(filled, labels=labels, seed=seed, **options)
+        return -(value / N + math.log(spacing)) / math.log(2)
+
+    def _given(self, n: int, labels: Any, options: dict[str, Any]) -> tuple[Given, dict[str, Any]]:
+        """Checked conditioning of `n` samples, and the options that are the Sampler's."""
+        names = Conditioning.__annotations__
+        conditioning: Any = {name: options[name] for name in names if name in options}
+        given = check_conditioning(self, n, labels, conditioning)
+        return given, {name: value for name, value in options.items() if name not in names}
+
+    def _accurate(self, n: int, labels: Any, options: dict[str, Any]) -> tuple[Sampler, Tensor | None]:
+        given, options = self._given(n, labels, options)
+        default = {"preset": "reference"} if not options.keys() - {"start"} else {}
+        return self.sampler(**(default | options)).asking(given.denoiser()), given.network_label  # type: ignore[typeddict-item]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Export to `folder`: config.json (valid JSON, also for D = inf) and model.safetensors; `pfgm.load` reads it."""

@@ -28,8 +28,6 @@ from pfgm.solver import ADAPTIVE, make_solver
 
 EXACT_UP_TO = 32
 """Dimensions up to which the trace is exact if nothing is said."""
-PROBES = 2
-"""Last counter of the probes' streams."""
 
 
 @dataclass
@@ -137,5 +135,5 @@ def _basis(x: Tensor) -> Tensor:
 def _signs(x: Tensor, probes: int, seed: int) -> Tensor:
     """Rademacher probes [P, B, N], those of sample i a function of (seed, i)."""
     shape = (probes, x[0].numel())
-    signs = [torch.randint(2, shape, generator=rng.generator(seed, i, 0, 0, PROBES)) * 2.0 - 1 for i in range(len(x))]
+    signs = [torch.randint(2, shape, generator=rng.generator(seed, i, 0, 0, rng.PROBES)) * 2.0 - 1 for i in range(len(x))]
     return torch.stack(signs, 1).to(x.device, torch.float64)

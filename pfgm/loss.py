@@ -42,13 +42,14 @@ class Loss(Recorded, ABC):
         label: Tensor | None = None,
         *,
         data: DataSummary,
+        condition: Tensor | None = None,
         reference: Tensor | None = None,
         reference_label: Tensor | None = None,
         generator: Generators = None,
     ) -> Tensor:
-        """Loss [B] for clean `y` [B, ...] in centred model space, `label` [B] and charges `reference` [L, ...] that include y
-        (needed if reference_size > 0), whose `reference_label` [L] is needed if there are labels: the target of a sample
-        comes from the charges of its own class."""
+        """Loss [B] for clean `y` [B, ...] in centred model space, `label` [B] (data.num_classes: none), `condition` [B, ...]
+        and charges `reference` [L, ...] that include y (needed if reference_size > 0), whose `reference_label` [L] is needed
+        if there are labels: the target of a sample comes from the charges of its own class, or from all if it has none."""
 
 
 class DenoisingLoss(Loss):
@@ -80,6 +81,7 @@ class DenoisingLoss(Loss):
         label: Tensor | None = None,
         *,
         data: DataSummary,
+        condition: Tensor | None = None,
         reference: Tensor | None = None,
         reference_label: Tensor | None = None,
         generator: Generators = None,
@@ -92,8 +94,9 @@ class DenoisingLoss(Loss):
             def mean(x: Tensor, sigma: Tensor, charges: Tensor) -> tuple[Tensor]:
                 return (posterior_mean(x, sigma, charges, denoiser.kernel.D),)
 
-            (target,) = of_own_class(mean, x, sigma, reference, label, reference_label)
-        denoised, scale = denoiser.denoise(x, sigma, label)
+            (target,) = of_own_class(mean, x, sigma, reference, label, reference_label, data.num_classes)
+        given = () if condition is None else (condition,)
+        denoised, scale = denoiser.denoise(x, sigma, label, *given)
         return ((denoised - target) / expand(scale, x)).square().flatten(1).mean(1)
 
 
@@ -127,6 +130,7 @@ class PoissonFieldLoss(Loss):
         label: Tensor | None = None,
         *,
         data: DataSummary,
+        condition: Tensor | None = None,
         reference: Tensor | None = None,
         reference_label: Tensor | None = None,
         generator: Generators = None,
@@ -135,7 +139,7 @@ class PoissonFieldLoss(Loss):
             raise ValueError("reference = None: PoissonFieldLoss needs charges [L, ...] that include y")
         x, z = self.noise.perturb(y, data.norm, generator)
         field = partial(normalized_field, gamma=self.gamma)
-        t_x, t_z = of_own_class(field, x, z, reference, label, reference_label)
+        t_x, t_z = of_own_class(field, x, z, reference, label, reference_label, data.num_classes)
         v_x, v_z = denoiser.field(x, z, label)
         return ((v_x - t_x).square().flatten(1).sum(1) + (v_z - t_z).square()) / (y[0].numel() + 1)
 
@@ -147,8 +151,10 @@ def of_own_class(
     reference: Tensor,
     label: Tensor | None,
     reference_label: Tensor | None,
+    none: int,
 ) -> tuple[Tensor, ...]:
-    """`target`(x, level, charges), each sample [B, ...] with the charges of its own class, or with all if there are none."""
+    """`target`(x, level, charges), each sample [B, ...] with the charges of its own class, or with all if its label is `none`
+    or there are no labels."""
     if label is None:
         return target(x, level, reference)
     if reference_label is None:
@@ -156,7 +162,7 @@ def of_own_class(
     whole: tuple[Tensor, ...] = ()
     for one in label.unique():
         rows = label == one
-        parts = target(x[rows], level[rows], reference[reference_label == one])
+        parts = target(x[rows], level[rows], reference if one == none else reference[reference_label == one])
         whole = whole or tuple(part.new_empty(len(x), *part.shape[1:]) for part in parts)
         for all_rows, part in zip(whole, parts, strict=True):
             all_rows[rows] = part

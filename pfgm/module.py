@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pfgm import rng, storage
+from pfgm.conditioning import check_condition
 from pfgm.flow import PoissonFlow
 from pfgm.kernel import check_dimensions, check_positive
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.noise import DataSummary, PoissonFlowNoise, recommended_sigma_min
 from pfgm.spec import Recorded, build
-
-TRAINING, VALIDATION = 2, 3
-"""First counters of the noise streams."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -31,7 +29,8 @@ class PFGM(Recorded, pl.LightningModule):
     DenoisingLoss), `D` the number of augmented dimensions, a real number from .5 to inf. `sigma_min`, `sigma_max`,
     `sigma_data` and `data_norm`, in model units, come from the data unless given. `lr` is reached after `warmup_steps`;
     `seed` fixes the noise. Stored specs are accepted in place of net, loss and data, which is how `load_from_checkpoint`
-    makes the module without arguments.
+    makes the module without arguments. A share `label_dropout` of the labels is dropped in training, for classifier-free
+    guidance (arXiv 2207.12598).
     """
 
     def __init__(
@@ -48,6 +47,7 @@ class PFGM(Recorded, pl.LightningModule):
         start: str = "hemisphere",
         lr: float = 1e-3,
         warmup_steps: int = 100,
+        label_dropout: float = 0.0,
         seed: int = 0,
     ):
         super().__init__()
@@ -59,12 +59,22 @@ class PFGM(Recorded, pl.LightningModule):
         for name, value in (("sigma_data", sigma_data), ("data_norm", data_norm)):
             if value is not None:
                 check_positive(name, value)
+        if not 0 <= label_dropout < 1 or (label_dropout and not data.num_classes):
+            raise ValueError(
+                f"label_dropout = {label_dropout}, num_classes = {data.num_classes}: give a share in [0, 1), and only to data "
+                "with labels"
+            )
+        if data.condition_shape is not None and self.loss.reference_size:
+            raise ValueError(
+                f"{type(self.loss).__name__} with reference_size = {self.loss.reference_size} takes its target from many "
+                "charges, but no two samples share a condition; use DenoisingLoss with reference_size = 0, for D = 1 as well"
+            )
         self.data = dataclasses.replace(
             data,
             sigma_data=data.sigma_data if sigma_data is None else sigma_data,
             norm=data.norm if data_norm is None else data_norm,
         )
-        self.lr, self.warmup_steps, self.seed = lr, warmup_steps, seed
+        self.lr, self.warmup_steps, self.label_dropout, self.seed = lr, warmup_steps, label_dropout, seed
         self.flow = PoissonFlow(
             self.loss.make_denoiser(net, D, self.data),
             D,
@@ -76,6 +86,12 @@ class PFGM(Recorded, pl.LightningModule):
             scale=data.scale,
             value_range=data.value_range,
             num_classes=data.num_classes,
+            unconditional=label_dropout > 0,
+            levels=data.levels,
+            dequantized=data.dequantized,
+            condition_shape=data.condition_shape,
+            condition_mean=data.condition_mean,
+            condition_std=data.condition_std,
             start=start,
         )
         self.spec  # noqa: B018 (a network that cannot be stored is refused now, not at the first checkpoint)
@@ -96,7 +112,7 @@ class PFGM(Recorded, pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean loss of a batch. NonFiniteLoss if it is not finite, before the weights change."""
-        loss = self._loss(batch, TRAINING).mean()
+        loss = self._loss(batch, rng.TRAINING).mean()
         if not bool(torch.isfinite(loss)):
             raise NonFiniteLoss(
                 f"the training loss is {loss.item()} at step {self.global_step}; the last checkpoint was written before it and "
@@ -113,13 +129,13 @@ class PFGM(Recorded, pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Mean loss on held-out data, with the same noise for each sample every time."""
-        loss = self._loss(batch, VALIDATION)
+        loss = self._loss(batch, rng.VALIDATION)
         self.log("val_loss", loss.mean(), prog_bar=True, batch_size=len(loss), sync_dist=True)
         self.log("step", float(self.global_step), batch_size=len(loss))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The same on the test data."""
-        loss = self._loss(batch, VALIDATION)
+        loss = self._loss(batch, rng.VALIDATION)
         self.log("test_loss", loss.mean(), batch_size=len(loss), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
@@ -139,15 +155,20 @@ class PFGM(Recorded, pl.LightningModule):
 
     def _loss(self, batch: dict[str, Any], stream: int) -> Tensor:
         y = self.flow.to_model(batch["x"].float())
-        reference = batch.get("reference")
+        reference, counters = batch.get("reference"), [*map(int, batch["counters"])]
+        label = batch.get("label")
+        if label is not None and self.label_dropout and stream == rng.TRAINING:
+            u = rng.uniform(len(y), rng.generator(self.seed, rng.DROPOUT, *counters), device=y.device)
+            label = torch.where(u < self.label_dropout, self.data.num_classes, label)
         return self.loss(
             self.flow.denoiser,
             y,
-            batch.get("label"),
+            label,
             data=self.data,
+            condition=check_condition(self.flow, batch.get("condition"), len(y)),
             reference=None if reference is None else self.flow.to_model(reference.float()),
             reference_label=batch.get("reference_label"),
-            generator=rng.generator(self.seed, stream, *map(int, batch["counters"]), device=y.device),
+            generator=rng.generator(self.seed, stream, *counters, device=y.device),
         )
 
 

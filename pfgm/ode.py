@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pfgm.adaptive import StepError
 from pfgm.coordinates import Coordinates
+from pfgm.guidance import cost
 from pfgm.kernel import expand
 from pfgm.multistep import Slope
 from pfgm.solver import OnStep, Solver, Steps
@@ -51,12 +52,13 @@ class CountedDenoiser:
 
     def __call__(self, x: Tensor, level: float | Tensor, ratio: Tensor) -> Tensor:
         """denoise(x, level/ratio) for `x` [B, ...], `level` (float or [B]) and `ratio` [B]. SolverError if it is not finite."""
-        if self.calls >= self.max_calls:
-            raise OutOfCalls
         sigma = (level / ratio).to(self.dtype)
+        price = cost(self.denoiser, sigma)
+        if self.calls + price > self.max_calls:
+            raise OutOfCalls
         point = x.to(self.dtype)
         denoised = self.denoiser(point, sigma) if self.label is None else self.denoiser(point, sigma, self.label)
-        self.calls += 1
+        self.calls += price
         self.level = float(level.max()) if isinstance(level, Tensor) else level
         if not bool(torch.isfinite(denoised).all()):
             bad = int((~torch.isfinite(denoised).flatten(1).all(1)).sum())

@@ -11,6 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PERMUTATION, REFERENCE, TRAINING, VALIDATION, DROPOUT, PREPARATION, HELD_OUT, WHOLE = range(8)
+"""Second counters, after a run's seed: order of the data, choice of charges, noise of training and of validation, dropped
+labels, preparation of batches of training, of validation, and of all data at once."""
+RENOISING, PROBES, DEQUANTIZATION = 1, 2, 3
+"""Last of five counters, after a sample's seed and index: noise added on its way, probes of its likelihood, noise that fills
+the gaps between levels."""
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for a whole batch, one for each sample, or None for torch's global one."""
 

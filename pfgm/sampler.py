@@ -4,6 +4,7 @@ All in centred model space. Every sample has noise of its own, a function of (se
 batch it is drawn in.
 """
 
+import copy
 import math
 import operator
 import time
@@ -15,16 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from pfgm import rng
+from pfgm.guidance import cost
 from pfgm.kernel import StudentTKernel, check_positive, expand, norm
+from pfgm.latent import Latent
 from pfgm.ode import CountedDenoiser, OutOfCalls, Way, follow
 from pfgm.solver import SolverOptions, Steps, make_solver
 from pfgm.stochastic import Plan, check_churn, check_restart, churn, restart
 
 STARTS = ("hemisphere", "hyperplane")
-
-
-RENOISING = 1
-"""Last counter of the streams of added noise."""
 
 
 @dataclass
@@ -57,28 +56,12 @@ class Trajectory:
     level: Tensor
 
 
-@dataclass
-class Latent:
-    """A point high above the data: direction `t` = x/sigma [n, ...] at `level`, on the "plane" or the "hemisphere".
-
-    On the plane x = level t at sigma = level; on the hemisphere sigma = level/ratio with the ratio varsigma/sigma of t.
-    """
-
-    t: Tensor
-    level: float
-    surface: str
-
-    def __post_init__(self) -> None:
-        if self.surface not in ("plane", "hemisphere"):
-            raise ValueError(f"surface = {self.surface!r} is unknown; choose plane or hemisphere")
-        if not 0 < self.level < math.inf:
-            raise ValueError(f"level = {self.level} must be a positive finite number")
-
-
 class SamplerOptions(SolverOptions, total=False):
-    """How to draw: the arguments of `Sampler` that are not the model's."""
+    """How to draw: the arguments of `Sampler` that are not the model's, and where to start."""
 
+    sigma_max: float
     start: str
+    temperature: float
     s_churn: float
     s_tmin: float
     s_tmax: float
@@ -93,7 +76,8 @@ class Sampler:
     hemisphere of level sigma_max: sigma_0 = sigma_max/ratio, ratio² = a + (1-a)|t|²/N. Nothing is clipped, and the whole batch
     runs on one clock, level = ratio sigma. The network is asked for sigma = level/ratio, below sigma_min for samples of heavy
     tails; this is not clamped, since c_out is small there. "hyperplane" starts all samples at sigma_max, for comparison
-    and for data that is itself heavy-tailed. The other arguments are those of `pfgm.solver.make_solver`.
+    and for data that is itself heavy-tailed. `temperature` scales the directions of the prior: below 1 samples are more typical
+    and more alike. The other arguments are those of `pfgm.solver.make_solver`.
 
     With fixed steps a sample is a function of its seed alone, whatever the size, the members and the order of its batch, up to
     the rounding of the network (1e-6 on a CPU in float32). Adaptive methods share their steps, those that the worst sample
@@ -116,6 +100,7 @@ class Sampler:
         sigma_max: float,
         sigma_data: float = 0.5,
         start: str = "hemisphere",
+        temperature: float = 1.0,
         s_churn: float = 0.0,
         s_tmin: float = 0.0,
         s_tmax: float = math.inf,
@@ -126,8 +111,10 @@ class Sampler:
         check_levels(sigma_min, sigma_max)
         check_positive("sigma_data", sigma_data)
         check_start(start)
+        check_positive("temperature", temperature)
         check_churn(self.solver, s_churn, s_tmin, s_tmax)
-        self.denoiser, self.kernel, self.shape, self.start = denoiser, kernel, tuple(shape), start
+        self.denoiser, self.kernel, self.shape = denoiser, kernel, tuple(shape)
+        self.start, self.temperature = start, temperature
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
         self.churn, self.restarts = (s_churn, s_tmin, s_tmax), [*restart]
         if s_churn and self.restarts:
@@ -165,6 +152,12 @@ class Sampler:
         """
         return self.draw(seed_pairs(n, seed, seeds), labels, max_calls, on_call)
 
+    def asking(self, denoiser: Callable[..., Tensor]) -> "Sampler":
+        """The same sampler for another denoiser."""
+        other = copy.copy(self)
+        other.denoiser = denoiser
+        return other
+
     @torch.no_grad()
     def draw(
         self,
@@ -172,17 +165,20 @@ class Sampler:
         labels: Tensor | Sequence[int] | None = None,
         max_calls: int | None = None,
         on_call: Callable[[int, float], None] | None = None,
+        source: Tensor | None = None,
     ) -> Samples:
-        """One sample for each (seed, index) of `pairs`."""
-        began = time.perf_counter()
-        check_max_calls(max_calls)
+        """One sample for each (seed, index) of `pairs`; with `source` [n, *shape] its noise is around that, not around 0."""
+        began, most = time.perf_counter(), cost(self.denoiser)
+        check_max_calls(max_calls, most)
         denoise = self._counted(labels, len(pairs), torch.float32, on_call)
         if not pairs:
             return Samples(torch.empty(0, *self.shape, dtype=denoise.dtype, device=self._device), 0, 0.0)
         latent = self.prior(pairs)
         x, ratio = self._lift(latent)
+        if source is not None:
+            x = x + source.to(x)
         level: float | Tensor = latent.level
-        denoise.max_calls, steps, complete = math.inf if max_calls is None else max_calls - 1, Steps(), True
+        denoise.max_calls, steps, complete = math.inf if max_calls is None else max_calls - most, Steps(), True
         try:
             for k, way in enumerate(self._runs(denoise, x, ratio, pairs)):
                 if way.complete or k == 0:  # otherwise the state before the last lift is nearer to the data
@@ -205,7 +201,7 @@ class Sampler:
         for k, run in enumerate(plan):
             if run[0] > level:
                 source = x if math.isinf(self.kernel.D) else denoise(x, level, ratio)
-                noise = [rng.generator(*pair, 0, k, RENOISING) for pair in pairs]
+                noise = [rng.generator(*pair, 0, k, rng.RENOISING) for pair in pairs]
                 x = self.kernel.renoise(x, source, level / ratio, run[0] / ratio, noise)
             way = self._follow(denoise, x, run, ratio, max(2, points // len(plan)))
             yield way
@@ -217,7 +213,9 @@ class Sampler:
         """The latents of (seed, index) `pairs`: directions drawn on the CPU in float64, one generator each."""
         like = torch.empty(0, dtype=torch.float64)
         t = self.kernel.direction((len(pairs), *self.shape), [rng.generator(*pair) for pair in pairs], like=like)
-        return Latent(t.to(self._device), self.sigma_max, "plane" if self.start == "hyperplane" else "hemisphere")
+        return Latent(
+            self.temperature * t.to(self._device), self.sigma_max, "plane" if self.start == "hyperplane" else "hemisphere"
+        )
 
     @torch.no_grad()
     def decode(self, latent: Latent, labels: Tensor | Sequence[int] | None = None) -> Tensor:
@@ -317,10 +315,10 @@ def check_start(start: str) -> None:
         raise ValueError(f"start = {start!r} is unknown; choose one of {', '.join(STARTS)}")
 
 
-def check_max_calls(max_calls: int | None) -> None:
-    """ValueError if `max_calls` is given and below 1."""
-    if max_calls is not None and max_calls < 1:
-        raise ValueError(f"max_calls = {max_calls} must be at least 1: the final denoising")
+def check_max_calls(max_calls: int | None, last: int = 1) -> None:
+    """ValueError if `max_calls` is given and below `last`, the calls of the final denoising."""
+    if max_calls is not None and max_calls < last:
+        raise ValueError(f"max_calls = {max_calls} must be at least {last}: the final denoising")
 
 
 def check_finite_samples(name: str, x: Tensor) -> None:

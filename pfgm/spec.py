@@ -56,6 +56,18 @@ def to_json(value: Any) -> Any:
     )
 
 
+def defaults(spec: Any) -> Any:
+    """`spec` with every argument at its default, nested specs too; arguments without one are left out."""
+    if not (isinstance(spec, Mapping) and set(spec) == {"class_path", "init_args"}):
+        return spec
+    module, _, name = spec["class_path"].rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name).__init__).parameters
+    given = spec["init_args"].items()
+    arguments = {key: defaults(value) for key, value in given if isinstance(value, Mapping)}
+    known = {key: parameters[key].default for key, value in given if key in parameters and not isinstance(value, Mapping)}
+    return {**spec, "init_args": arguments | {k: to_json(v) for k, v in known.items() if v is not inspect.Parameter.empty}}
+
+
 def build(spec: Mapping[str, Any], trust: Sequence[str] = (), kind: type = object) -> Any:
     """The object of a subclass of `kind` that `spec` describes; nested specs, of that kind as well, are built first.
 

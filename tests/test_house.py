@@ -4,9 +4,11 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "pfgm"
-ORDER = "rng spec kernel field analytic noise nn denoiser loss coordinates grid multistep adaptive solver "
-ORDER += "ode stochastic sampler likelihood "
-ORDER += "progress storage flow optimal plot trajectory draw metrics data ema module runlog callbacks cli"
+ORDER = "rng spec kernel field analytic noise nn denoiser guidance inverse loss coordinates grid multistep adaptive solver "
+ORDER += (
+    "ode stochastic latent sampler likelihood conditioning progress storage flow optimal plot trajectory files draw metrics "
+)
+ORDER += "toys degrade stream data ema module runlog callbacks cli"
 
 
 def room(module):

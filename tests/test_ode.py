@@ -10,8 +10,9 @@ from scipy import integrate, stats
 from pfgm import adaptive, ode, rng, solver
 from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
 from pfgm.kernel import StudentTKernel, norm
+from pfgm.latent import Latent
 from pfgm.multistep import adams_bashforth, dpm_solver
-from pfgm.sampler import Latent, Sampler, seed_pairs
+from pfgm.sampler import Sampler, seed_pairs
 
 F64 = torch.float64
 TIGHT = {"method": "dopri5", "rtol": 1e-8, "atol": 1e-8}

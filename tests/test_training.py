@@ -15,13 +15,14 @@ import torch
 
 import pfgm
 from pfgm import cli, storage
-from pfgm.data import Arrays, Digits, HeldOut, Stream, Toy, stream_indices
+from pfgm.data import Arrays, Digits, Toy
 from pfgm.ema import EMA
 from pfgm.flow import PREFIX
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM, NonFiniteLoss
 from pfgm.nn import TimeMLP, UNet
 from pfgm.noise import DataSummary
+from pfgm.stream import HeldOut, Part, Stream, stream_indices
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--grid.n=4", "--trainer.log_every_n_steps=1"]
@@ -169,7 +170,7 @@ class Spy(DenoisingLoss):
         super().__init__()
         self.seen = []
 
-    def __call__(self, denoiser, y, label=None, *, data, reference=None, reference_label=None, generator=None):
+    def __call__(self, denoiser, y, label=None, *, data, condition=None, reference=None, reference_label=None, generator=None):
         self.seen.append((y, label, reference, reference_label, generator.initial_seed()))
         return y.sum(1)
 
@@ -216,9 +217,9 @@ def test_classes_are_trained_drawn_and_evaluated(config, tmp_path):
 
 def test_held_out_batches_and_steps_have_their_own_randomness():
     x = torch.arange(100.0)[:, None]
-    held_out = HeldOut(x, None, 30, 0)
+    held_out = HeldOut(Part(x), batch_size=30, seed=0, reference_size=0)
     assert [held_out[i]["counters"] for i in range(4)] == [(0,), (30,), (60,), (90,)]
-    stream = Stream(x, None, batch_size=8, seed=0, start=0, rank=0, world=1, reference_size=50)
+    stream = Stream(Part(x), batch_size=8, seed=0, start=0, rank=0, world=1, reference_size=50)
     batches = [stream.batch(step) for step in (0, 13)]
     a, b = (set(v["reference"].flatten().tolist()) - set(v["x"].flatten().tolist()) for v in batches)
     assert len(a & b) < 40
@@ -381,8 +382,8 @@ def test_every_pass_of_the_stream_is_a_permutation_and_ranks_share_it():
         assert sorted(whole[10 * k : 10 * k + 10].tolist()) == list(range(10))
     assert not torch.equal(whole[:10], whole[10:20])
     x = torch.arange(10.0)[:, None]
-    one = Stream(x, None, batch_size=4, seed=4, start=0, rank=0, world=1, reference_size=0)
-    two = [Stream(x, None, batch_size=2, seed=4, start=0, rank=r, world=2, reference_size=0) for r in (0, 1)]
+    one = Stream(Part(x), batch_size=4, seed=4, start=0, rank=0, world=1, reference_size=0)
+    two = [Stream(Part(x), batch_size=2, seed=4, start=0, rank=r, world=2, reference_size=0) for r in (0, 1)]
     for step in (0, 3):
         assert torch.equal(one.batch(step)["x"], torch.cat([t.batch(step)["x"] for t in two]))
     assert torch.equal(next(iter(one))["x"], one.batch(0)["x"])
@@ -391,7 +392,7 @@ def test_every_pass_of_the_stream_is_a_permutation_and_ranks_share_it():
 def test_reference_charges_contain_the_batch_and_do_not_repeat():
     x = torch.arange(100.0)[:, None]
     for size, length in ((20, 20), (3, 8), (1000, 100)):
-        batch = Stream(x, None, batch_size=8, seed=0, start=0, rank=0, world=1, reference_size=size).batch(5)
+        batch = Stream(Part(x), batch_size=8, seed=0, start=0, rank=0, world=1, reference_size=size).batch(5)
         reference = batch["reference"].flatten().tolist()
         assert len(reference) == len(set(reference)) == length
         assert set(batch["x"].flatten().tolist()) <= set(reference)
@@ -399,11 +400,11 @@ def test_reference_charges_contain_the_batch_and_do_not_repeat():
 
 def test_digits_are_split_at_random_with_each_class_in_proportion():
     data = Digits(labels=True, seed=3)
-    assert (len(data.train_x), len(data.held_out_x), data.shape, data.num_classes) == (1437, 360, (1, 8, 8), 10)
-    assert data.held_out_labels.bincount().min() >= 34
-    assert float(data.train_x.min()) == -1
-    assert float(data.train_x.max()) == 1
-    assert not torch.equal(Digits(seed=3).train_x, Digits(seed=4).train_x)
+    assert (len(data.train.x), len(data.held_out.x), data.shape, data.num_classes) == (1437, 360, (1, 8, 8), 10)
+    assert data.held_out.label.bincount().min() >= 34
+    assert float(data.train.x.min()) == -1
+    assert float(data.train.x.max()) == 1
+    assert not torch.equal(Digits(seed=3).train.x, Digits(seed=4).train.x)
     assert Digits().num_classes == 0
 
 

@@ -10,27 +10,34 @@ from pfgm.nn.network import Embedding, Network, check_sizes
 
 
 class TimeMLP(Network):
-    """Residual multilayer perceptron on the flattened event, modulated by noise level and label.
+    """Residual multilayer perceptron on the flattened event, modulated by noise level and label; a condition joins the event.
 
     `shape` is the event's, `width` the hidden width, `depth` the number of residual blocks. See `Network` for the contract.
     """
 
     def __init__(
-        self, shape: Sequence[int], num_classes: int = 0, extra_channels: int = 0, *, width: int = 256, depth: int = 4
+        self,
+        shape: Sequence[int],
+        num_classes: int = 0,
+        extra_channels: int = 0,
+        condition_shape: Sequence[int] | None = None,
+        *,
+        width: int = 256,
+        depth: int = 4,
     ):
         super().__init__()
         check_sizes(width=width, depth=depth)
         self.out_shape = (shape[0] + extra_channels, *shape[1:])
         self.embedding = Embedding(width, num_classes)
-        self.first = nn.Linear(math.prod(shape), width)
+        self.first = nn.Linear(math.prod(shape) + (math.prod(condition_shape) if condition_shape else 0), width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.last = nn.Linear(width, math.prod(self.out_shape))
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         embedding = self.embedding(c_noise, label)
-        h = self.first(x.flatten(1))
+        h = self.first(x.flatten(1) if condition is None else torch.cat([x.flatten(1), condition.flatten(1)], dim=1))
         for block in self.blocks:
             h = block(h, embedding)
         return self.last(nn.functional.silu(h)).reshape(len(x), *self.out_shape)

@@ -12,8 +12,10 @@ class Network(Recorded, nn.Module):
     """Base of networks: remembers its constructor arguments, so that a checkpoint can make it again.
 
     The contract is `net(x, c_noise, label=None)`: `x` [B, C, ...] of about unit variance, `c_noise` [B] (log of the noise
-    level, over 4), `label` [B] in 0..num_classes-1 or None -> [B, C + extra_channels, ...]. Constructors take
-    `shape` = (C, ...), `num_classes` (0: no labels) and `extra_channels` (further outputs; PFGM's v_z needs one).
+    level, over 4), `label` [B] in 0..num_classes-1, or num_classes or None for no label -> [B, C + extra_channels, ...].
+    Networks of models with conditions get a fourth argument, `condition` [B, *condition_shape] of about unit variance.
+    Constructors take `shape` = (C, ...), `num_classes` (0: no labels), `extra_channels` (further outputs; PFGM's v_z needs
+    one) and `condition_shape` (None: no conditions).
     """
 
 
@@ -25,19 +27,21 @@ def check_sizes(**sizes: int) -> None:
 
 
 class Embedding(nn.Module):
-    """Noise level and label -> [B, width].
+    """Noise level, label and condition vector -> [B, width].
 
     Sines and cosines of c_noise = log(sigma)/4 at geometric frequencies, so that each factor of sigma is resolved alike, from
-    the smallest noise to the horizon. `num_classes` > 0 adds a learned vector for each label and one for "no label".
+    the smallest noise to the horizon. `num_classes` > 0 adds a learned vector for each label and one for "no label", the last,
+    `condition_size` > 0 a linear map of a condition vector.
     """
 
-    def __init__(self, width: int, num_classes: int = 0, features: int = 32):
+    def __init__(self, width: int, num_classes: int = 0, features: int = 32, condition_size: int = 0):
         super().__init__()
         self.features = features
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.labels = nn.Embedding(num_classes + 1, features) if num_classes else None
+        self.condition = nn.Linear(condition_size, features) if condition_size else None
 
-    def forward(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, c_noise: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         # Not a buffer: in bfloat16 the rounded frequencies would shift the highest by a third of a radian.
         frequencies = 2 * math.pi * torch.logspace(-3, 3, self.features // 2, base=2.0, device=c_noise.device)
         phase = c_noise[:, None] * frequencies
@@ -45,4 +49,6 @@ class Embedding(nn.Module):
         if self.labels is not None:
             none = self.labels.num_embeddings - 1
             features = features + self.labels(torch.full_like(c_noise, none, dtype=torch.long) if label is None else label)
+        if self.condition is not None:
+            features = features + self.condition(condition)
         return self.mlp(features)

@@ -15,7 +15,8 @@ class UNet(Network):
 
     `shape` = (C, H, W); level i of `multipliers` has width * multipliers[i] channels at 1/2^i of the resolution, with `blocks`
     residual blocks on the way down and up, self-attention in the middle if `attention`, and `dropout` in the blocks. Sizes
-    that do not divide are padded by reflection of the border and cropped. See `Network` for the contract.
+    that do not divide are padded by repeating the border and cropped. A condition that is an image, of any size, is resized
+    and concatenated to the input; a vector joins the embedding. See `Network` for the contract.
     """
 
     def __init__(
@@ -23,6 +24,7 @@ class UNet(Network):
         shape: Sequence[int],
         num_classes: int = 0,
         extra_channels: int = 0,
+        condition_shape: Sequence[int] | None = None,
         *,
         width: int = 32,
         multipliers: Sequence[int] = (1, 2),
@@ -36,10 +38,14 @@ class UNet(Network):
         check_sizes(width=width, blocks=blocks, multipliers=min(multipliers, default=0))
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout = {dropout} must lie in [0, 1)")
-        embedding = 4 * width
+        if condition_shape is not None and len(condition_shape) not in (1, 3):
+            raise ValueError(f"condition_shape = {tuple(condition_shape)}: UNet takes images (C, H, W) and vectors (K,)")
+        embedding, self.image_condition = 4 * width, len(condition_shape or ()) == 3
+        channels_in = shape[0] + (condition_shape[0] if condition_shape and self.image_condition else 0)
         self.multiple = 2 ** (len(multipliers) - 1)
-        self.embedding = Embedding(embedding, num_classes)
-        self.first = nn.Conv2d(shape[0], width, 3, padding=1)
+        vector = condition_shape[0] if condition_shape and not self.image_condition else 0
+        self.embedding = Embedding(embedding, num_classes, condition_size=vector)
+        self.first = nn.Conv2d(channels_in, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         channels, skips = width, [width]
         for level, multiplier in enumerate(multipliers):
@@ -64,10 +70,12 @@ class UNet(Network):
             _group_norm(channels), nn.SiLU(), _zero(nn.Conv2d(channels, shape[0] + extra_channels, 3, padding=1))
         )
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         height, width = x.shape[-2:]
+        if self.image_condition and condition is not None:
+            x = torch.cat([x, F.interpolate(condition, (height, width), mode="bilinear", align_corners=False)], dim=1)
         padded = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
-        embedding = self.embedding(c_noise, label)
+        embedding = self.embedding(c_noise, label, condition)
         h = self.first(padded)
         skips = [h]
         for layer in self.down:

@@ -1,0 +1,127 @@
+"""Samples from files: arrays and images. No code in a file is run."""
+
+import math
+import pickle
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ARRAYS = (".npy", ".npz", ".pt")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def read_samples(path: Path, labels: bool = False, conditions: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Samples [n, ...], and if asked for their "labels" [n] and "conditions" [n, ...], of a .npy, .npz or .pt file.
+
+    Of one dimension, samples and conditions become [n, 1]. ValueError or OSError if something is missing or damaged.
+    """
+    needed = ["x"] + ["labels"] * labels + ["conditions"] * conditions
+    arrays = load_arrays(path, needed)
+    x, y, c = arrays["x"], arrays.get("labels"), arrays.get("conditions")
+    if x.ndim == 0:
+        raise ValueError(f"path = {path} holds a single number; give samples, [n, ...]")
+    if y is not None and (y.shape != x.shape[:1] or y.is_floating_point() or (len(y) and int(y.min()) < 0)):
+        raise ValueError(
+            f"path = {path}: labels need one integer >= 0 for each of {len(x)} samples, got {tuple(y.shape)} {y.dtype}"
+        )
+    if c is not None and (c.shape[:1] != x.shape[:1] or not bool(torch.isfinite(c).all())):
+        raise ValueError(f"path = {path}: conditions need finite numbers for each of {len(x)} samples, got {tuple(c.shape)}")
+    return _column(x), None if y is None else y.long(), None if c is None else _column(c.float())
+
+
+def load_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (), name: str = "path") -> dict[str, Tensor]:
+    """The arrays `needed` and, where they exist, `optional` of a .npy, .npz or .pt file, by name.
+
+    A file with a single array holds "x". ValueError or OSError, which call the file `name`, if it is damaged or lacks one.
+    """
+    if path.suffix not in ARRAYS:
+        raise ValueError(f"{name} = {path}: the ending {path.suffix!r} is unknown; use .npy, .npz or .pt")
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} = {path} does not exist or is no file; give a .npy, .npz or .pt file")
+    with _readable(path, name):
+        content: Any = torch.load(path, weights_only=True) if path.suffix == ".pt" else np.load(path, allow_pickle=False)
+        if not hasattr(content, "keys"):
+            content = {"x": content}
+        names = {key: key for key in content}
+    if len(names) == 1 and needed[0] == "x":
+        names = {"x": next(iter(names))}
+    for key in needed:
+        if key not in names:
+            raise ValueError(f"{name} = {path} has no array {key!r}, only {sorted(names)}; add it to the file")
+    with _readable(path, name):
+        return {key: _tensor(content[names[key]]) for key in (*needed, *optional) if key in names}
+
+
+@contextmanager
+def _readable(path: Path, name: str) -> Iterator[None]:
+    """What goes wrong in the block as a ValueError without the libraries' own words, which advise to load pickles."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{name} = {path} cannot be read as samples of one shape ({type(error).__name__}): give arrays of numbers, [n, ...]"
+        ) from error
+
+
+def _tensor(value: Any) -> Tensor:
+    """Numbers, or a list of tensors of one shape. Unsigned integers of over 8 bits become int64: torch has no sums of them."""
+    x = torch.stack(list(value)) if isinstance(value, (list, tuple)) else torch.as_tensor(value)
+    return x.long() if x.dtype in (torch.uint16, torch.uint32, torch.uint64) else x
+
+
+def _column(x: Tensor) -> Tensor:
+    return x[:, None] if x.ndim == 1 else x
+
+
+def read_images(path: Path, shape: Sequence[int], name: str = "path") -> Tensor:
+    """An image file, or all those of a folder in the order of their names, as [n, *shape] in [0, 1]; grey or RGB by `shape`.
+
+    8 and 16 bits. ValueError or OSError, which call the file `name`, if one is damaged or of another size.
+    """
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"{name} = {path}: samples of shape {tuple(shape)} are no images; give a .npy, .npz or .pt file")
+    if not path.exists():
+        raise FileNotFoundError(f"{name} = {path} does not exist; give an image, a folder of them, a .npy, .npz or .pt file")
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES) if path.is_dir() else [path]
+    if not files or files[0].suffix.lower() not in IMAGES:
+        raise ValueError(f"{name} = {path}: give images ({', '.join(IMAGES)}), a folder of them, or a .npy, .npz or .pt file")
+    return torch.stack([_read_image(file, shape, name) for file in files])
+
+
+def _read_image(path: Path, shape: Sequence[int], name: str) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    channels, height, width = shape
+    try:
+        with Image.open(path) as image:
+            if image.size != (width, height):
+                raise ValueError(
+                    f"{name} = {path} has {image.width} x {image.height} pixels, the model's {width} x {height}; resize it"
+                )
+            deep = image.mode.startswith("I")  # 16 bits of grey
+            pixels = np.asarray(image if deep else image.convert("L" if channels == 1 else "RGB"), dtype=np.float32)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} = {path} cannot be read as an image ({type(error).__name__}); use another copy") from error
+    x = torch.from_numpy(pixels / (65535 if deep else 255)).reshape(height, width, -1).permute(2, 0, 1)
+    return x.expand(channels, height, width)
+
+
+def check_values(x: Tensor, value_range: tuple[float, float] | None, path: object) -> None:
+    """ValueError for samples that are not finite, or outside `value_range`, or integers without one."""
+    if x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"path = {path}: samples of type {x.dtype}; give real numbers")
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        raise ValueError(f"path = {path}: {int((~torch.isfinite(x)).sum())} values are NaN or infinite; remove them")
+    if not x.is_floating_point() and value_range is None:
+        raise ValueError(f"path = {path}: integers of type {x.dtype} need value_range, such as [0, 65535]")
+    if value_range is not None:
+        if not -math.inf < value_range[0] < value_range[1] < math.inf:
+            raise ValueError(f"value_range = {value_range}: give two finite numbers, the first below the second")
+        if len(x) and not value_range[0] <= float(x.min()) <= float(x.max()) <= value_range[1]:
+            raise ValueError(f"path = {path}: values from {x.min()} to {x.max()} leave value_range = {value_range}")

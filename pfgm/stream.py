@@ -1,0 +1,162 @@
+"""Batches of samples in memory.
+
+The stream of training batches is a function of (seed, step, rank): each pass over the data is a permutation drawn from the
+seed and the number of the pass, and step k takes the next samples of it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from pfgm import rng
+from pfgm.degrade import Degradation
+
+Batch = dict[str, Any]
+""""x" [B, *shape]; "label" [B] and "condition" [B, ...] if there are any; "counters" (k, j) of the stream or first index of
+the held-out batch; and "reference" [L, *shape], with "reference_label" [L] if there are labels, if the objective asks for
+charges."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples `x` [n, *shape] in the user's units with the `label` [n] and `condition` [n, ...] of each, if there are any."""
+
+    x: Tensor
+    label: Tensor | None = None
+    condition: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: Tensor | slice) -> "Part":
+        label, condition = (None if value is None else value[rows] for value in (self.label, self.condition))
+        return Part(self.x[rows], label, condition)
+
+    def batch(self) -> Batch:
+        """What there is, by name."""
+        named = {"x": self.x, "label": self.label, "condition": self.condition}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to clean samples before the network sees them.
+
+    The condition is made by `degrade`, if given; uniform noise of `width` in all fills the gaps between the levels of discrete
+    data (dequantisation, arXiv 1511.01844).
+    """
+
+    degrade: Degradation | None = None
+    width: float = 0.0
+
+    def __call__(self, part: Part, generator: torch.Generator) -> Part:
+        """`part` with condition and noise."""
+        if not (self.degrade or self.width):
+            return part
+        x = part.x if part.x.is_floating_point() else part.x.float()
+        condition = part.condition if self.degrade is None else self.degrade(x, generator)
+        if self.width:
+            x = x + self.width * (torch.rand(x.shape, generator=generator, dtype=x.dtype) - 0.5)
+        return Part(x, part.label, condition)
+
+
+class Stream(IterableDataset):
+    """The training batches from step `start` on, without end."""
+
+    def __init__(
+        self,
+        part: Part,
+        preparation: Preparation = Preparation(),
+        *,
+        batch_size: int,
+        seed: int,
+        start: int,
+        rank: int,
+        world: int,
+        reference_size: int,
+    ):
+        self.part, self.preparation, self.batch_size, self.seed = part, preparation, batch_size, seed
+        self.start, self.rank, self.world, self.reference_size = start, rank, world, reference_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        step = self.start
+        while True:
+            yield self.batch(step)
+            step += 1
+
+    def batch(self, step: int) -> Batch:
+        """The batch of training step `step` on this rank."""
+        first = (step * self.world + self.rank) * self.batch_size
+        index = stream_indices(first, self.batch_size, len(self.part), self.seed)
+        charges, position = self._charges(index, step)
+        prepared = self.preparation(self.part[charges], rng.generator(self.seed, rng.PREPARATION, step, self.rank))
+        batch = prepared[position].batch() | {"counters": (step, self.rank)}
+        return batch | _reference(prepared) if self.reference_size else batch
+
+    def _charges(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Rows of the charges, and where among them the samples `index` are.
+
+        All data if reference_size covers it, else these samples and enough others, none twice.
+        """
+        n = len(self.part)
+        if self.reference_size >= n:
+            return torch.arange(n), index
+        own, position = index.unique(return_inverse=True)
+        if self.reference_size <= len(own):
+            return own, position
+        order = torch.randperm(n, generator=rng.generator(self.seed, rng.REFERENCE, step, self.rank))
+        return torch.cat([own, order[~torch.isin(order, own)]])[: self.reference_size], position
+
+
+def _reference(part: Part) -> Batch:
+    """`part` as charges."""
+    labels = {} if part.label is None else {"reference_label": part.label}
+    return {"reference": part.x} | labels
+
+
+def stream_indices(first: int, count: int, n: int, seed: int) -> Tensor:
+    """Positions first, ..., first+count-1 of the endless sequence of permutations of 0..n-1 made from `seed`."""
+    parts, position = [], first
+    while position < first + count:
+        epoch, offset = divmod(position, n)
+        parts.append(_permutation(n, seed, epoch)[offset : offset + first + count - position])
+        position += len(parts[-1])
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=rng.generator(seed, rng.PERMUTATION, epoch))
+
+
+class HeldOut(Dataset):
+    """Held-out batches, each with the index of its first sample, which fixes its noise."""
+
+    def __init__(
+        self,
+        part: Part,
+        preparation: Preparation = Preparation(),
+        *,
+        batch_size: int,
+        seed: int,
+        reference_size: int,
+    ):
+        self.part, self.preparation, self.batch_size = part, preparation, batch_size
+        self.seed, self.reference_size = seed, reference_size
+
+    def __len__(self) -> int:
+        return -(-len(self.part) // self.batch_size)
+
+    def __getitem__(self, i: int) -> Batch:
+        first, n = i * self.batch_size, len(self.part)
+        order = torch.arange(n).roll(-first)  # the batch, then the others
+        size = min(self.batch_size, n - first)
+        rows = order[: max(size, min(n, self.reference_size))]
+        prepared = self.preparation(self.part[rows], rng.generator(self.seed, rng.HELD_OUT, first))
+        batch = prepared[slice(size)].batch() | {"counters": (first,)}
+        return batch | _reference(prepared) if self.reference_size else batch
