@@ -111,11 +111,11 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], right: Tensor, itera
     direction, size = residual, _dot(residual, residual)
     enough = tolerance**2 * size
     for _ in range(iterations):
+        if not bool((size > enough).any()):
+            break
         image = matrix(direction)
         curvature = _dot(direction, image)
         go = (size > enough) & (curvature > 0)
-        if not bool(go.any()):
-            break
         step = torch.where(go, size / torch.where(go, curvature, 1.0), 0.0)
         u, residual = u + expand(step, u) * direction, residual - expand(step, u) * image
         old, size = size, torch.where(go, _dot(residual, residual), 0.0)
