@@ -29,6 +29,7 @@ TRAINER_DEFAULTS = {
     "check_val_every_n_epoch": None,
     "val_check_interval": 500,
     "use_distributed_sampler": False,
+    "inference_mode": False,  # likelihoods need derivatives
     "enable_model_summary": False,
 }
 

@@ -94,6 +94,27 @@ def read_images(path: Path, shape: Sequence[int], name: str = "path") -> Tensor:
     return torch.stack([_read_image(file, shape, name) for file in files])
 
 
+def read_inputs(path: Path, shape: Sequence[int], value_range: Sequence[float] | None, name: str) -> Tensor:
+    """Samples [n, *shape], in the units of a model whose black and white are `value_range`, from images or an array file.
+
+    An array file holds them under "x", or one array in all, one sample or many. ValueError or OSError, which call the file
+    `name`, if they cannot be read, are not finite or of another shape.
+    """
+    if path.suffix in ARRAYS:
+        x = load_arrays(path, ["x"], name=name)["x"]
+        x = x if x.is_floating_point() else x.float()
+        x = x[None] if x.ndim == len(shape) else x
+        if tuple(x.shape[1:]) != tuple(shape) or not len(x) or not bool(torch.isfinite(x).all()):
+            raise ValueError(
+                f"{name} = {path} holds {tuple(x.shape)}; give finite numbers, {tuple(shape)} or [n, ...] of those"
+            )
+        return x
+    images = read_images(path, shape, name)
+    if value_range is None:
+        raise ValueError(f"{name} = {path}: this model's data have no black and white; give a .npy, .npz or .pt file")
+    return value_range[0] + (value_range[1] - value_range[0]) * images
+
+
 def _read_image(path: Path, shape: Sequence[int], name: str) -> Tensor:
     from PIL import Image, UnidentifiedImageError
 

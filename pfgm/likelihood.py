@@ -28,6 +28,11 @@ from pfgm.solver import ADAPTIVE, make_solver
 
 EXACT_UP_TO = 32
 """Dimensions up to which the trace is exact if nothing is said."""
+PROBES: dict[str, Callable[[tuple[int, int], torch.Generator], Tensor]] = {
+    "rademacher": lambda shape, generator: torch.randint(2, shape, generator=generator) * 2.0 - 1,
+    "gaussian": lambda shape, generator: torch.randn(shape, generator=generator, dtype=torch.float64),
+}
+"""Laws of mean 0 and covariance I."""
 
 
 @dataclass
@@ -55,6 +60,7 @@ def estimate_log_prob(
     sigma_data: float = 0.5,
     exact: bool | None = None,
     probes: int = 1,
+    probe: str = "rademacher",
     seed: int = 0,
     label: Tensor | None = None,
     method: str = "dopri5",
@@ -64,8 +70,9 @@ def estimate_log_prob(
 ) -> LogProb:
     """The log-density at sigma_min of `x` [B, ...], in nats, in the units of x.
 
-    `exact` traces cost N vector-Jacobian products a call (default up to 32 dimensions), Hutchinson's estimate `probes`, signs
-    of `seed` that differ from sample to sample. `method`, `rtol` and `atol` are those of an adaptive method of
+    `exact` traces cost N vector-Jacobian products a call (default up to 32 dimensions), Hutchinson's estimate `probes`. Each
+    `probe` is "rademacher", random signs, or "gaussian", of more variance; those of sample i are a function of (`seed`, i).
+    `method`, `rtol` and `atol` are those of an adaptive method of
     `pfgm.solver.make_solver`. `differentiable` keeps the graph through the solver, for gradients with respect to x; the memory
     grows with the calls. ValueError for arguments out of range, SolverError if solving fails.
     """
@@ -73,11 +80,13 @@ def estimate_log_prob(
     check_positive("sigma_data", sigma_data)
     if probes < 1:
         raise ValueError(f"probes = {probes} must be at least 1")
+    if probe not in PROBES:
+        raise ValueError(f"probe = {probe!r} is unknown; choose one of {', '.join(PROBES)}")
     if method not in ADAPTIVE:
         raise ValueError(f"method = {method!r}: give an adaptive method, one of {', '.join(ADAPTIVE)}")
     solver, path, N = make_solver(method=method, rtol=rtol, atol=atol), Angle(sigma_data), x[0].numel()
     exact = N <= EXACT_UP_TO if exact is None else exact
-    vectors = _basis(x) if exact else _signs(x, probes, seed)
+    vectors = _basis(x) if exact else _random(x, probes, seed, PROBES[probe])
     denoise, ones = CountedDenoiser(denoiser, label, dtype=x.dtype), torch.ones(len(x), dtype=torch.float64, device=x.device)
 
     def slope(time: float, state: Tensor) -> Tensor:
@@ -132,8 +141,8 @@ def _basis(x: Tensor) -> Tensor:
     return torch.eye(N, dtype=torch.float64, device=x.device)[:, None].expand(N, len(x), N)
 
 
-def _signs(x: Tensor, probes: int, seed: int) -> Tensor:
-    """Rademacher probes [P, B, N], those of sample i a function of (seed, i)."""
+def _random(x: Tensor, probes: int, seed: int, draw: Callable[[tuple[int, int], torch.Generator], Tensor]) -> Tensor:
+    """Probes [P, B, N], those of sample i a function of (seed, i)."""
     shape = (probes, x[0].numel())
-    signs = [torch.randint(2, shape, generator=rng.generator(seed, i, 0, 0, rng.PROBES)) * 2.0 - 1 for i in range(len(x))]
-    return torch.stack(signs, 1).to(x.device, torch.float64)
+    each = [draw(shape, rng.generator(seed, i, 0, 0, rng.PROBES)) for i in range(len(x))]
+    return torch.stack(each, 1).to(x.device, torch.float64)

@@ -29,7 +29,7 @@ def class_logits(D, r_of=None):
             log_weight = -square / (2 * sigma[:, None] ** 2)
         else:
             log_weight = -(N + D) / 2 * (square + r_of(sigma)[:, None] ** 2).log()
-        return torch.stack([log_weight[:, CLASSES == c].logsumexp(1) for c in range(3)], 1)
+        return torch.stack([log_weight[:, c == CLASSES].logsumexp(1) for c in range(3)], 1)
 
     return logits
 

@@ -91,9 +91,13 @@ class StudentGaussian(nn.Module):
             joint = C + noise
             cross, value = C, x
             if self.measured:
-                joint = torch.cat([torch.cat([joint, C @ A.T], 1), torch.cat([A @ C, A @ C @ A.T + NOISE**2 * torch.eye(2)], 1)])
+                joint = torch.cat(
+                    [torch.cat([joint, C @ A.T], 1), torch.cat([A @ C, A @ C @ A.T + NOISE**2 * torch.eye(2)], 1)]
+                )
                 cross, value = torch.cat([C, C @ A.T], 1), torch.cat([x, (B - 0.4).expand(len(x), 2)], 1)
-            log_weights.append(torch.distributions.MultivariateNormal(torch.zeros(len(joint), dtype=F64), joint).log_prob(value))
+            log_weights.append(
+                torch.distributions.MultivariateNormal(torch.zeros(len(joint), dtype=F64), joint).log_prob(value)
+            )
             means.append(value @ torch.linalg.solve(joint, cross.T))
         weights = (torch.stack(log_weights) + prior[:, None]).softmax(0)
         return (weights[..., None] * torch.stack(means)).sum(0)
@@ -141,10 +145,10 @@ def test_measurements_cost_one_network_call():
 def test_masks_and_measurements_say_what_is_wrong():
     mask = Mask(torch.tensor([[True, False], [False, True]]))
     assert mask(torch.arange(8.0).reshape(2, 2, 2)).tolist() == [[0, 3], [4, 7]]
-    with pytest.raises(ValueError, match=r"mask has shape \(2, 2\), samples \(3,\)"):
+    with pytest.raises(ValueError, match=r"known has shape \(2, 2\), samples \(3,\)"):
         mask(torch.zeros(1, 3))
     for bad in (torch.zeros(2), torch.zeros(2, dtype=torch.bool)):
-        with pytest.raises(ValueError, match="mask: give booleans"):
+        with pytest.raises(ValueError, match="known: give booleans"):
             Mask(bad)
     for options, message in (({"noise": 0.0}, "noise"), ({"noise": 1.0, "iterations": 0}, "iterations = 0")):
         with pytest.raises(ValueError, match=message):

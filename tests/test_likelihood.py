@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
@@ -55,6 +56,19 @@ def test_total_mass_on_the_line_is_one(D):
 
 
 @pytest.mark.parametrize("D", [1.0, 8.0, math.inf])
+def test_total_mass_in_the_plane_is_one(D):
+    """In polar coordinates, the radius by Gauss-Legendre in r/(1 + r), so that no tail is cut off."""
+    charges = torch.tensor([[-0.6, 0.2], [0.1, -0.5], [0.9, 0.4]], dtype=F64)
+    nodes, weights = (torch.tensor(v) for v in np.polynomial.legendre.leggauss(60))
+    s, angle = (nodes + 1) / 2, torch.arange(40, dtype=F64) * 2 * math.pi / 40
+    r, area = s / (1 - s), s / (1 - s) ** 3 * weights / 2 * 2 * math.pi / 40
+    x = (r[:, None, None] * torch.stack([angle.cos(), angle.sin()], 1)).reshape(-1, 2)
+    settings = {"sigma_min": 0.2, "sigma_max": 4000.0, "rtol": 1e-6, "atol": 1e-6}
+    value = log_prob(EmpiricalDenoiser(charges, D), StudentTKernel(D), x, **settings)
+    assert float((value.exp().reshape(60, 40).sum(1) * area).sum()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("D", [1.0, 8.0, math.inf])
 def test_charges_have_the_kernels_density(D):
     charges, kernel = torch.randn(4, 3, dtype=F64), StudentTKernel(D)
     x = kernel.sample(charges[torch.arange(40) % 4], 0.3)
@@ -69,9 +83,10 @@ def test_a_denoiser_that_ignores_its_input():
     assert torch.allclose(value, StudentTKernel(4.0).log_prob(torch.ones(3, 2), y.expand(3, 2), 0.5), atol=1e-6)
 
 
-def test_hutchinson_is_unbiased_and_its_standard_error_true():
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+def test_hutchinson_is_unbiased_and_its_standard_error_true(probe):
     charges, kernel, x = torch.randn(6, 4, dtype=F64), StudentTKernel(8.0), torch.randn(1, 4, dtype=F64).repeat(300, 1)
-    settings = {"sigma_min": 0.3, "sigma_max": 60.0, "rtol": 1e-3, "atol": 1e-3}
+    settings = {"sigma_min": 0.3, "sigma_max": 60.0, "rtol": 1e-3, "atol": 1e-3, "probe": probe}
     exact = log_prob(EmpiricalDenoiser(charges, 8.0), kernel, x[:1], exact=True, **settings)
     out = estimate_log_prob(EmpiricalDenoiser(charges, 8.0), kernel, x, exact=False, probes=8, **settings)
     deviation = out.value - exact
@@ -126,6 +141,7 @@ def test_one_network_evaluation_a_call():
     ("options", "message"),
     [
         ({"probes": 0}, "probes = 0 must be at least 1"),
+        ({"probe": "sphere"}, "probe = 'sphere' is unknown; choose one of rademacher, gaussian"),
         ({"method": "ab3"}, "method = 'ab3': give an adaptive method"),
         ({"sigma_max": 0.01}, "sigma_min = 0.1, sigma_max = 0.01"),
         ({"sigma_data": -1.0}, "sigma_data = -1"),

@@ -1,0 +1,221 @@
+"""Labels, conditions, guidance, measurements and discrete data as users of a flow meet them."""
+
+import math
+
+import pytest
+import torch
+from scipy import integrate, stats
+from test_flow import FAST, make_flow
+from torch import nn
+
+import pfgm
+from pfgm.analytic import GaussianBlob
+from pfgm.denoiser import PreconditionedDenoiser
+from pfgm.flow import PoissonFlow
+from pfgm.guidance import GuidedDenoiser
+from pfgm.inverse import Mask, Measurement
+from pfgm.nn import TimeMLP, UNet
+
+CALLS = {"preset": "fast"}
+
+
+def conditional(shape=(2,), condition_shape=(3,), **options):
+    """A flow with random weights that takes conditions."""
+    torch.manual_seed(1)
+    net = (UNet if len(shape) == 3 else TimeMLP)(shape, 0, 0, condition_shape, width=8)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    settings = {"sigma_min": 0.01, "sigma_max": 40.0, "condition_shape": condition_shape} | options
+    return PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), 8.0, shape=shape, **settings)
+
+
+def labelled(**options):
+    return make_flow(classes=3, std=0.2, unconditional=True, **options)
+
+
+def test_classifier_free_guidance_extrapolates_from_the_flow_without_labels():
+    flow = labelled(scale=2.0)
+    x, sigma = flow.sample(4, labels=[0, 1, 2, 0], **FAST).x, 0.7
+    none, own = flow.denoise(x, sigma), flow.denoise(x, sigma, [0, 1, 2, 0])
+    w = torch.tensor([1.0, 2.0, 0.5, 0.0])
+    guided = flow.denoise(x, sigma, [0, 1, 2, 0], guidance=w)
+    assert not torch.allclose(none, own, atol=1e-3)
+    assert torch.allclose(guided, none + w[:, None, None, None] * (own - none), atol=1e-5)
+    outside = flow.denoise(x, sigma, [0, 1, 2, 0], guidance=w, guidance_interval=(0.36, 9.0))  # model units: sigma is .35
+    assert torch.equal(outside, own)
+
+
+def test_guided_samples_do_not_depend_on_their_batch():
+    flow, labels, w = labelled(), [0, 1, 2, 1, 0], [1.0, 2.0, 3.0, 1.5, 0.0]
+    whole = flow.sample(5, labels=labels, guidance=w, **CALLS)
+    parts = flow.sample(5, labels=labels, guidance=w, batch_size=2, **CALLS)
+    assert torch.allclose(whole.x, parts.x, atol=1e-5)
+    assert whole.calls == 12
+    assert torch.allclose(whole.x[:1], flow.sample(1, labels=0, **CALLS).x, atol=1e-5), "a strength of 1 is none"
+    assert flow.sample(2, labels=0, guidance=2, max_calls=7, **CALLS).calls <= 7
+    with pytest.raises(ValueError, match="max_calls = 1 must be at least 2"):
+        flow.sample(2, labels=0, guidance=2, max_calls=1)
+
+
+def test_autoguidance_leads_away_from_the_guide_with_the_same_labels():
+    flow, guide = labelled(), make_flow(classes=3, std=0.1)
+    x = torch.randn(2, 1, 8, 8)
+    one, other = flow.denoise(x, 1.0, 2), guide.denoise(x, 1.0, 2)
+    assert torch.allclose(flow.denoise(x, 1.0, 2, guide=guide, guidance=1.5), other + 1.5 * (one - other), atol=1e-5)
+    plain = make_flow()
+    plain.mean.copy_(flow.mean)
+    assert torch.allclose(flow.denoise(x, 1.0, 2, guide=plain, guidance=3.0), 3 * one - 2 * plain.denoise(x, 1.0), atol=1e-5), (
+        "a guide without labels gets none"
+    )
+
+
+def test_a_classifier_is_asked_in_the_users_units():
+    flow, seen = make_flow(scale=3.0), []
+
+    def classifier(x, sigma):
+        seen.append((x.detach(), sigma))
+        return torch.stack([x.flatten(1).sum(1), 0 * sigma], 1)
+
+    x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    pulled = flow.denoise(x, 0.6, labels, classifier=classifier) - flow.denoise(x, 0.6)
+    assert torch.allclose(seen[0][0], x, atol=1e-5)
+    assert seen[0][1].tolist() == pytest.approx([0.6, 0.6])
+    assert bool((pulled[0] > 0).all())
+    assert bool((pulled[1] < 0).all())
+    gradient = 1 - torch.sigmoid(x[0].sum())  # of log P(0 | x) in each pixel of the user's
+    away = ((x - flow.denoise(x, 0.6))[0] / 3).double().square().sum()
+    expected = 3 * (3 * gradient) * (away + 128 * 0.2**2) / (64 + 128 - 2)
+    assert torch.allclose(pulled[0], expected.float().expand(1, 8, 8), rtol=1e-3)
+    assert flow.sample(2, labels=labels, classifier=classifier, **CALLS).x.shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (labelled, {"guidance": 2.0}, "classifier-free guidance needs labels"),
+        (lambda: make_flow(classes=3), {"labels": 1, "guidance": 2.0}, r"label_dropout > 0 \(this one: no\)"),
+        (make_flow, {"guidance": 2.0}, "classifier-free guidance needs labels"),
+        (labelled, {"labels": 1, "guidance": [1.0, 2.0]}, "guidance = .*one for each of the 3 samples"),
+        (labelled, {"labels": 1, "guidance": math.nan}, "guidance = nan"),
+        (labelled, {"labels": 1, "guidance_interval": (0.1, 1.0)}, "guidance = None: guide and guidance_interval need"),
+        (labelled, {"labels": 1, "guidance": 2.0, "guidance_interval": (1.0, 0.1)}, r"guidance_interval = \(1.0, 0.1\)"),
+        (make_flow, {"classifier": lambda x, s: x}, "labels = None: a classifier guides"),
+        (labelled, {"classifier": lambda x, s: x}, "labels = None: a classifier guides"),
+        (labelled, {"labels": 3}, r"labels = 3: this model's labels are the integers 0..2"),
+        (make_flow, {"condition": torch.zeros(3)}, "trained without conditions"),
+        (conditional, {}, r"condition = None: this model needs conditions of shape \(3,\)"),
+        (conditional, {"condition": torch.zeros(2, 3)}, r"condition has shape \(2, 3\); .* for each of 3 samples"),
+        (conditional, {"condition": torch.full((3,), math.nan)}, "condition has shape"),
+        (
+            make_flow,
+            {"measurement": Measurement(Mask(torch.ones(8, 8, dtype=torch.bool)), torch.zeros(64), 0.1)},
+            r"known has shape \(8, 8\)",
+        ),
+        (make_flow, {"measurement": Measurement(lambda x: x[:, 0, 0], torch.zeros(9), 0.1)}, r"its operator gives \(8,\)"),
+        (
+            make_flow,
+            {"measurement": Measurement(lambda x: x @ torch.zeros(3, 3), torch.zeros(9), 0.1)},
+            "operator does not take",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_call(make, options, message):
+    flow = make()
+    flow.denoiser.forward = lambda *args: pytest.fail("the network was asked")
+    with pytest.raises(ValueError, match=message):
+        flow.sample(3, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"D": 64.0}, "guide: it has D = 64, this flow D = 128"),
+        ({"shape": (1, 4, 4)}, r"guide: its shape is \(1, 4, 4\)"),
+        ({"scale": 2.0}, "guide: its scale is 2.0"),
+        ({"classes": 4}, "guide: its num_classes is 4"),
+    ],
+)
+def test_guides_of_other_data_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        labelled().sample(1, labels=0, guide=make_flow(**options), guidance=2.0)
+    other = labelled()
+    other.mean += 1
+    with pytest.raises(ValueError, match="guide: its mean"):
+        labelled().sample(1, labels=0, guide=other, guidance=2.0)
+    with pytest.raises(ValueError, match="guide, classifier: give one of them"):
+        labelled().sample(1, labels=0, guide=labelled(), guidance=2.0, classifier=lambda x, s: x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "condition_shape"), [((2,), (3,)), ((1, 6, 5), (3,)), ((1, 6, 5), (2, 3, 3)), ((2,), (1, 2, 2))]
+)
+def test_conditions_of_any_kind_reach_the_network_normalised(shape, condition_shape):
+    channels = (condition_shape[0], *[1] * (len(condition_shape) - 1))
+    mean, std = 5 * torch.ones(channels), 2 * torch.ones(channels)
+    flow = conditional(shape, condition_shape, condition_mean=mean, condition_std=std)
+    plain, c = conditional(shape, condition_shape), torch.randn(4, *condition_shape)
+    one, other = flow.sample(4, condition=5 + 2 * c, **CALLS).x, plain.sample(4, condition=c, **CALLS).x
+    assert torch.allclose(one, other, atol=1e-4)
+    assert torch.allclose(flow.sample(4, condition=5 + 2 * c, batch_size=3, **CALLS).x, one, atol=1e-4)
+    assert torch.allclose(flow.sample(4, condition=5 + 2 * c[1], **CALLS).x[1], one[1], atol=1e-4), "one for all"
+    assert not torch.allclose(flow.sample(4, condition=c, **CALLS).x, one, atol=1e-2)
+    assert flow.log_prob(one, condition=5 + 2 * c, rtol=1e-2, atol=1e-2).shape == (4,)
+
+
+def test_conditions_survive_an_export(tmp_path):
+    flow = conditional(condition_mean=torch.tensor([1.0, 2.0, 3.0])).eval()
+    flow.save_pretrained(tmp_path)
+    again, c = pfgm.load(tmp_path), torch.randn(3)
+    assert again.condition_shape == (3,)
+    assert torch.equal(again.sample(2, condition=c, **CALLS).x, flow.sample(2, condition=c, **CALLS).x)
+
+
+def test_unet_refuses_conditions_that_are_neither_image_nor_vector():
+    with pytest.raises(ValueError, match=r"condition_shape = \(3, 4\): UNet takes images"):
+        UNet((1, 8, 8), condition_shape=(3, 4))
+
+
+def test_measurements_are_in_the_users_units():
+    """At D = inf and Gaussian data of scale s about a mean m: each known pixel has mean m + (b - m) s²/(s² + noise²)."""
+    mean, scale, s = torch.tensor([1.0, -1.0, 0.5]), 4.0, 0.5
+    flow = PoissonFlow(GaussianBlob(s), math.inf, shape=(3,), sigma_min=1e-3, sigma_max=80.0, mean=mean, scale=scale)
+    measurement = Measurement(Mask(torch.tensor([True, True, False])), torch.tensor([6.0, -5.0]), noise=1.5)
+    x = flow.sample(4000, measurement=measurement, batch_size=1500).x.double()
+    shrink = (s * scale) ** 2 / ((s * scale) ** 2 + 1.5**2)
+    expected = torch.tensor([4 + (6 - 4) * shrink, -4 + (-5 + 4) * shrink, 2.0])
+    std = torch.tensor([math.sqrt(shrink) * 1.5, math.sqrt(shrink) * 1.5, s * scale])
+    assert bool(((x.mean(0) - expected).abs() < 3 * std / math.sqrt(4000)).all())
+    assert bool(((x.std(0) - std).abs() < 3 * std / math.sqrt(8000)).all())
+
+
+def discrete(levels=5, **options):
+    settings = {"value_range": (-1.0, 1.0), "levels": levels, "dequantized": True, "scale": 2.0} | options
+    return PoissonFlow(GaussianBlob(0.3), math.inf, shape=(1,), sigma_min=0.01, sigma_max=400.0, sigma_data=0.3, **settings)
+
+
+def test_bits_per_dim_is_the_integral_over_the_gap():
+    """-E log2(p(x + spacing (u - 1/2)) spacing), p normal of the user's scale, by scipy."""
+    x, spacing = torch.tensor([[-1.0], [0.5]]), 0.5
+    law = stats.norm(scale=2 * math.hypot(0.3, 0.01))
+    bits = discrete().bits_per_dim(x.repeat(2000, 1), rtol=1e-4, atol=1e-4).reshape(-1, 2)
+    for k in range(2):
+        low = float(x[k]) - spacing / 2
+        exact = -integrate.quad(lambda v: law.logpdf(v) / spacing, low, low + spacing)[0] / math.log(2) - math.log2(spacing)
+        assert abs(float(bits[:, k].mean()) - exact) < 3 * float(bits[:, k].std()) / math.sqrt(2000)
+        assert float(bits[:, k].std()) > 0.05
+
+
+def test_bits_per_dim_is_refused_where_it_means_nothing():
+    with pytest.raises(ValueError, match=r"trained without noise between them.*dequantize = true"):
+        discrete(dequantized=False).bits_per_dim(torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="data are continuous"):
+        discrete(levels=0).bits_per_dim(torch.zeros(1, 1))
+
+
+def test_guided_flows_have_likelihoods_and_trajectories_too():
+    flow = labelled()
+    way = flow.trajectory([(0, 0), (0, 1)], 3, labels=[0, 1], guidance=2.0, batch_size=1, **CALLS)
+    assert way.x.shape == (3, 2, 1, 8, 8)
+    latent = flow.encode(torch.zeros(1, 1, 8, 8), labels=1, guidance=2.0, **CALLS)
+    assert flow.decode(latent, labels=1, guidance=2.0, **CALLS).shape == (1, 1, 8, 8)
+    assert isinstance(flow._given(1, 1, {"guidance": 2.0})[0].denoiser(), GuidedDenoiser)
