@@ -1,24 +1,23 @@
 """Drawing to disk: samples of a flow as pictures or arrays."""
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from pfgm import plot
-from pfgm.conditioning import check_labels
+from pfgm import files, plot
+from pfgm.conditioning import check_conditioning, check_labels
+from pfgm.files import read_inputs
 from pfgm.flow import PoissonFlow, check_batch_size, load
-from pfgm.ode import SolverError
+from pfgm.guidance import cost
+from pfgm.inverse import Mask, Measurement
 from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
+from pfgm.output import ARRAYS, check_output, check_writable, save_arrays, write_images
 from pfgm.sampler import Samples, check_max_calls, seed_pairs
-from pfgm.storage import replacing
 from pfgm.trajectory import check_trajectory, write_trajectory
-
-ARRAYS = (".npz", ".pt")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -35,51 +34,15 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def check_output(out: Path, shape: Sequence[int]) -> None:
-    """Make the folder of `out` and make sure that it can be written and can hold samples of `shape`.
-
-    `out` is a file .png (grid or scatter plot), .npz or .pt, or a folder of separate PNGs. ValueError or OSError otherwise.
-    """
-    if out.suffix and out.suffix not in (".png", *ARRAYS):
-        raise ValueError(
-            f"out = {out}: the ending {out.suffix!r} is unknown; use .png, .npz, .pt, or a folder for separate PNGs"
-        )
-    points = tuple(shape) == (2,) and out.suffix
-    if out.suffix not in ARRAYS and not (plot.is_image(shape) or points):
-        raise ValueError(f"out = {out}: samples of shape {tuple(shape)} are no images; use a file ending in .npz or .pt")
-    if (out.suffix and out.is_dir()) or (not out.suffix and out.is_file()):
-        raise ValueError(f"out = {out} is a {'folder' if out.is_dir() else 'file'}; choose another name")
-    check_writable(out.parent if out.suffix else out, "out", out)
-
-
-def check_writable(folder: Path, name: str, path: Path) -> None:
-    """Make `folder`. OSError that names the argument `name` and its `path` if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"{name} = {path} cannot be written: {error.strerror}; choose another folder") from error
-
-
 def write_samples(
     out: Path, samples: Samples, pairs: Sequence[tuple[int, int]], labels: Any, value_range: plot.ValueRange
 ) -> None:
     """Write drawn `samples` of (seed, index) `pairs` to `out`, by its ending; see `check_output`."""
-    if out.suffix == ".png":
-        plot.save_samples(out, samples.x, value_range)
-    elif out.suffix in ARRAYS:
-        arrays = {"x": samples.x.float().cpu(), "seeds": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)}
-        if labels is not None:
-            arrays["labels"] = labels.cpu()
-        with replacing(out) as temporary:
-            if out.suffix == ".pt":
-                torch.save(arrays, temporary)
-            else:
-                numbers: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
-                np.savez(temporary, **numbers)
+    if out.suffix in ARRAYS:
+        arrays = {"x": samples.x.float(), "seeds": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)}
+        save_arrays(out, arrays if labels is None else arrays | {"labels": labels})
     else:
-        for (seed, index), image in zip(pairs, plot.to_bytes(samples.x, value_range), strict=True):
-            plot.save_image(out / f"{seed:06d}-{index:06d}.png", image)
+        write_images(out, samples.x, [f"{seed:06d}-{index:06d}" for seed, index in pairs], value_range)
 
 
 def draw(
@@ -89,12 +52,19 @@ def draw(
     seed: int | None = None,
     seeds: str | None = None,
     labels: int | list[int] | None = None,
+    condition: Path | None = None,
+    guidance: float | list[float] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    guide: Path | None = None,
+    inpaint: tuple[Path, Path] | None = None,
+    measurement_noise: float | None = None,
     out: Path = Path("samples.png"),
     trajectory: Path | None = None,
     preset: str | None = None,
     method: str | None = None,
     coordinates: str | None = None,
     start: str | None = None,
+    temperature: float | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     independent: bool = False,
@@ -113,12 +83,23 @@ def draw(
 ) -> None:
     """Draw samples from a trained Poisson flow and write them to disk.
 
+    With encode, decode, interpolate or vary as the first word the flow is used otherwise: sample.py encode --help.
+
     Args:
         checkpoint: a .ckpt written by train.py, or a folder written by save_pretrained.
-        n: number of samples (default 64, unless seeds are given); sample i is a function of (seed, i).
+        n: number of samples (default 64, or the number of conditions, unless seeds are given); sample i is a function of
+            (seed, i).
         seed: the seed of all n samples (default 0).
         seeds: instead of n and seed, one sample for each of these, such as 0-63 or 1,2,5-10.
         labels: one class for all samples, or one for each ([1,7,...]).
+        condition: for models that take them, a .npy, .npz or .pt file of conditions ("conditions", "x" or a single array), or
+            images: one for all samples, or one for each.
+        guidance: strength of guidance, one for all or one for each ([1,2,...]); 1 is none. Needs labels and a model trained
+            with label dropout, or a guide.
+        guidance_interval: noise levels (low, high), in model units, between which guidance acts (default: all).
+        guide: checkpoint of a weaker model of the same data, for autoguidance.
+        inpaint: an image, and a mask that is white where the image is to be filled in: --inpaint image.png mask.png.
+        measurement_noise: of the image's known part, in the units of the data (default: the model's lowest noise level).
         out: a file .png (grid, or scatter plot of 2-D data), .npz or .pt, or a folder of separate PNGs; replaced if it exists.
         trajectory: the way from the hemisphere: a .png (a strip for images, field lines for 2-D data), a .gif of noisy and
             denoised states, or an .npz of both.
@@ -127,6 +108,7 @@ def draw(
             comparison, dpmpp_2m, dpmpp_3m, edm_heun (default: bosh3 if a tolerance is given, otherwise ab3).
         coordinates: angle (default) or log_sigma (that of dpmpp_2m, dpmpp_3m, edm_heun).
         start: hemisphere (default) or hyperplane.
+        temperature: scales the prior (default 1; below it samples are more alike; useful from .8 to 1.2).
         rtol: relative tolerance of adaptive methods (default .05).
         atol: absolute tolerance of adaptive methods (default .05).
         independent: adaptive steps for each sample (adaptive_heun, bosh3, dopri5), so that it does not depend on its batch.
@@ -144,13 +126,19 @@ def draw(
         ema: use the averaged weights rather than the raw ones.
         trust: modules outside pfgm whose networks the checkpoint may name.
     """
-    pairs = seed_pairs(64 if n is None and seeds is None else n, seed, None if seeds is None else parse_seeds(seeds))
     place = check_device(device)
     flow = load(checkpoint, place, ema, trust)
+    c = read_condition(condition, flow)
+    default = 64 if c is None or len(c) == 1 else len(c)
+    pairs = seed_pairs(default if n is None and seeds is None else n, seed, None if seeds is None else parse_seeds(seeds))
     label = check_labels(flow, labels[0] if isinstance(labels, list) and len(labels) == 1 else labels, len(pairs))
     options: dict[str, Any] = {"preset": preset, "method": method, "coordinates": coordinates, "start": start}
     options |= {"rtol": rtol, "atol": atol, "independent": independent, "steps": steps, "grid": grid}
-    options |= {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "restart": restart}
+    options |= {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "restart": restart, "temperature": temperature}
+    given: dict[str, Any] = {"condition": c, "guidance": guidance, "guidance_interval": guidance_interval}
+    given["guide"] = None if guide is None else load(guide, place, ema, trust)
+    given["measurement"] = read_inpainting(inpaint, measurement_noise, flow)
+    most = cost(check_conditioning(flow, len(pairs), label, given).denoiser())  # type: ignore[arg-type]
     if grid == "optimized":
         options |= {"method": method or "ab3", "grid": "paced"}  # until all is checked
         if options["method"] != "ab3":
@@ -158,7 +146,7 @@ def draw(
     _ = flow.sampler(**options).plan  # its checks come before any folder is made
     check_pairs(pairs, out)
     check_batch_size(batch_size)
-    check_max_calls(max_calls)
+    check_max_calls(max_calls, most)
     check_output(out, flow.shape)
     if trajectory is not None and max_calls is not None:
         raise ValueError(f"trajectory = {trajectory}, max_calls = {max_calls}: a trajectory is whole; leave one of them out")
@@ -167,8 +155,10 @@ def draw(
         check_writable(trajectory.parent, "trajectory", trajectory)
     if grid == "optimized":
         options |= {"grid": optimized_grid(checkpoint, flow, options["steps"]), "steps": None}
-    flow.denoiser.to(getattr(torch, dtype))
-    samples = flow.draw(pairs, labels=label, batch_size=batch_size, max_calls=max_calls, progress=True, **options)
+    for one in (flow, given["guide"]):
+        if one is not None:
+            one.denoiser.to(getattr(torch, dtype))
+    samples = flow.draw(pairs, labels=label, batch_size=batch_size, max_calls=max_calls, progress=True, **options, **given)
     write_samples(out, samples, pairs, label, flow.value_range)
     print(f"{len(pairs)} samples in {samples.calls} network calls and {samples.seconds:.2f} s -> {out}")
     if not samples.complete:
@@ -178,7 +168,7 @@ def draw(
             file=sys.stderr,
         )
     if trajectory is not None:
-        write_trajectory(trajectory, flow, pairs, label, samples, batch_size, options)
+        write_trajectory(trajectory, flow, pairs, label, samples, batch_size, options, given)
         print(f"their way from the {flow.sampler(**options).start} -> {trajectory}")
 
 
@@ -193,6 +183,30 @@ def optimized_grid(checkpoint: Path, flow: PoissonFlow, steps: int) -> list[floa
         store_grid(path, flow, levels)
         print(f"the grid -> {path}", file=sys.stderr)
     return levels
+
+
+def read_condition(path: Path | None, flow: PoissonFlow) -> Tensor | None:
+    """Conditions [n, *condition_shape] in the user's units from a file of arrays or of images; None for no file."""
+    if path is None:
+        return None
+    if flow.condition_shape is None:
+        raise ValueError(f"condition = {path}: this model was trained without conditions; leave condition out")
+    return read_inputs(path, flow.condition_shape, flow.value_range, "condition", key="conditions").to(flow.mean.device)
+
+
+def read_inpainting(paths: tuple[Path, Path] | None, noise: float | None, flow: PoissonFlow) -> Measurement | None:
+    """The known part of an image, by a mask that is white, or True, where it is to be filled in."""
+    if paths is None:
+        if noise is not None:
+            raise ValueError(f"measurement_noise = {noise}: nothing is measured; give inpaint as well")
+        return None
+    image = read_inputs(paths[0], flow.shape, flow.value_range, "inpaint").to(flow.mean.device)
+    shape = flow.shape if paths[1].suffix in files.ARRAYS else (1, *flow.shape[1:])
+    mask = read_inputs(paths[1], shape, (0.0, 1.0), "inpaint").to(flow.mean.device)
+    if len(image) != 1 or len(mask) != 1:
+        raise ValueError(f"inpaint = {paths[0]}, {paths[1]}: give one image and one mask")
+    known = Mask((mask[0] < 0.5).expand(flow.shape))
+    return Measurement(known, known(image), flow.sigma_min * flow.scale if noise is None else noise)
 
 
 def check_pairs(pairs: Sequence[tuple[int, int]], out: Path) -> None:
@@ -211,14 +225,3 @@ def check_device(device: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device = {device!r} cannot be used here ({str(error).partition(chr(10))[0]}); try cpu") from error
     return place
-
-
-def main(args: list[str] | None = None) -> None:
-    """The command line of sample.py. An error of the user's making is one line on stderr and exit code 2."""
-    from jsonargparse import auto_cli
-
-    try:
-        auto_cli(draw, args=args, as_positional=True)
-    except (ValueError, OSError, SolverError) as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        sys.exit(2)

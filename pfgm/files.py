@@ -38,7 +38,8 @@ def read_samples(path: Path, labels: bool = False, conditions: bool = False) -> 
 def load_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (), name: str = "path") -> dict[str, Tensor]:
     """The arrays `needed` and, where they exist, `optional` of a .npy, .npz or .pt file, by name.
 
-    A file with a single array holds "x". ValueError or OSError, which call the file `name`, if it is damaged or lacks one.
+    A single array may have any name, it is the first that is needed. ValueError or OSError, which call the file `name`, if it
+    is damaged or lacks one.
     """
     if path.suffix not in ARRAYS:
         raise ValueError(f"{name} = {path}: the ending {path.suffix!r} is unknown; use .npy, .npz or .pt")
@@ -47,10 +48,10 @@ def load_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (),
     with _readable(path, name):
         content: Any = torch.load(path, weights_only=True) if path.suffix == ".pt" else np.load(path, allow_pickle=False)
         if not hasattr(content, "keys"):
-            content = {"x": content}
+            content = {needed[0]: content}
         names = {key: key for key in content}
-    if len(names) == 1 and needed[0] == "x":
-        names = {"x": next(iter(names))}
+    if len(names) == 1:
+        names = {needed[0]: next(iter(names))}
     for key in needed:
         if key not in names:
             raise ValueError(f"{name} = {path} has no array {key!r}, only {sorted(names)}; add it to the file")
@@ -94,14 +95,14 @@ def read_images(path: Path, shape: Sequence[int], name: str = "path") -> Tensor:
     return torch.stack([_read_image(file, shape, name) for file in files])
 
 
-def read_inputs(path: Path, shape: Sequence[int], value_range: Sequence[float] | None, name: str) -> Tensor:
+def read_inputs(path: Path, shape: Sequence[int], value_range: Sequence[float] | None, name: str, key: str = "x") -> Tensor:
     """Samples [n, *shape], in the units of a model whose black and white are `value_range`, from images or an array file.
 
-    An array file holds them under "x", or one array in all, one sample or many. ValueError or OSError, which call the file
-    `name`, if they cannot be read, are not finite or of another shape.
+    An array file holds them under `key`, or has one array in all, of one sample or many. ValueError or OSError, which call the
+    file `name`, if they cannot be read, are not finite or of another shape.
     """
     if path.suffix in ARRAYS:
-        x = load_arrays(path, ["x"], name=name)["x"]
+        x = load_arrays(path, [key], name=name)[key]
         x = x if x.is_floating_point() else x.float()
         x = x[None] if x.ndim == len(shape) else x
         if tuple(x.shape[1:]) != tuple(shape) or not len(x) or not bool(torch.isfinite(x).all()):

@@ -158,9 +158,7 @@ class PoissonFlow(nn.Module):
         """
         model = self.to_model(x)
         check_finite_samples("x", model)
-        if not self.sigma_min < level / self.scale <= self.sigma_max:
-            low, high = self.sigma_min * self.scale, self.sigma_max * self.scale
-            raise ValueError(f"level = {level} must lie above {low:g}, up to {high:g}, the model's range in the units of x")
+        self.check_level(level)
         pairs = seed_pairs(len(x), seed)
         return self.draw(pairs, labels=labels, source=model, sigma_max=level / self.scale, **options)
 
@@ -303,6 +301,12 @@ class PoissonFlow(nn.Module):
         filled = x + spacing * torch.stack(noise).to(x.device) if noise else x
         value = self.log_prob(filled, labels=labels, seed=seed, **options)
         return -(value / N + math.log(spacing)) / math.log(2)
+
+    def check_level(self, level: float) -> None:
+        """ValueError unless the noise `level`, in the user's units, is one that the flow has."""
+        low, high = self.sigma_min * self.scale, self.sigma_max * self.scale
+        if not low < level <= high:
+            raise ValueError(f"level = {level} must lie above {low:g}, up to {high:g}, the model's range in the data's units")
 
     def _given(self, n: int, labels: Any, options: dict[str, Any]) -> tuple[Given, dict[str, Any]]:
         """Checked conditioning of `n` samples, and the options that are the Sampler's."""

@@ -24,13 +24,13 @@ class Measurement:
 
     `values` [B, ...] = `operator`(samples [B, *shape]) + Gaussian noise of standard deviation `noise` > 0; the operator is
     linear, or affine, and torch can differentiate it, like `pfgm.degrade.Downsample(2)` or `Mask`. The equations are solved by
-    at most `iterations` of conjugate gradients, each a vector-Jacobian product of the network.
+    at most `iterations` of conjugate residuals, each a vector-Jacobian product of the network.
     """
 
     operator: Callable[[Tensor], Tensor]
     values: Tensor
     noise: float
-    iterations: int = 16
+    iterations: int = 4
 
     def __post_init__(self) -> None:
         check_positive("noise", self.noise)
@@ -41,23 +41,23 @@ class Measurement:
 
 
 class Mask(nn.Module):
-    """Keeps the elements of samples where `mask` [*shape] is True, [B, n]: the rest is to be filled in."""
+    """Keeps the elements of samples where `known` [*shape] is True, [B, n]: the rest is to be filled in."""
 
-    mask: Tensor
+    known: Tensor
 
-    def __init__(self, mask: Tensor):
+    def __init__(self, known: Tensor):
         super().__init__()
-        if mask.dtype != torch.bool or not bool(mask.any()):
-            raise ValueError("mask: give booleans, True where the sample is known, and at least one")
-        self.register_buffer("mask", mask)
+        if known.dtype != torch.bool or not bool(known.any()):
+            raise ValueError("known: give booleans, True where the sample is known, and at least one")
+        self.register_buffer("known", known)
 
     def forward(self, x: Tensor) -> Tensor:
         """The known elements of `x` [B, *shape]."""
-        if x.shape[1:] != self.mask.shape:
+        if x.shape[1:] != self.known.shape:
             raise ValueError(
-                f"mask has shape {tuple(self.mask.shape)}, samples {tuple(x.shape[1:])}; give a mask of that shape"
+                f"known has shape {tuple(self.known.shape)}, samples {tuple(x.shape[1:])}; give a mask of that shape"
             )
-        return x[:, self.mask.to(x.device)]
+        return x[:, self.known.to(x.device)]
 
 
 class MeasuredDenoiser(nn.Module):
@@ -69,7 +69,7 @@ class MeasuredDenoiser(nn.Module):
         operator: Callable[[Tensor], Tensor],
         values: Tensor,
         noise: float,
-        iterations: int = 16,
+        iterations: int = 4,
     ):
         super().__init__()
         self.denoiser, self.operator, self.values = denoiser, operator, values
@@ -98,28 +98,38 @@ class MeasuredDenoiser(nn.Module):
             return self.operator(back(u)) - offset + self.noise**2 * u
 
         residual = self.values.to(measured) - measured.detach()
-        return denoised.detach() + back(conjugate_gradients(matrix, residual, self.iterations))
+        return denoised.detach() + back(conjugate_residuals(matrix, residual, self.iterations, self.noise**2))
 
 
-def conjugate_gradients(matrix: Callable[[Tensor], Tensor], right: Tensor, iterations: int, tolerance: float = 1e-10) -> Tensor:
-    """u with matrix(u) = `right` [B, ...], for a symmetric positive definite matrix of each sample.
+def conjugate_residuals(
+    matrix: Callable[[Tensor], Tensor], right: Tensor, iterations: int, floor: float = 0.0, tolerance: float = 1e-10
+) -> Tensor:
+    """u with matrix(u) = `right` [B, ...], for a symmetric matrix of each sample with eigenvalues >= `floor`.
 
-    A sample stays where it is when its residual falls below `tolerance` of the right side, or when the matrix turns out not to
-    be positive along the next direction, as the Jacobian of a network may.
+    What comes from a network may be neither symmetric nor bounded so, and the exact solution may then be anything. A sample
+    therefore stays where it is when the matrix turns out to be below the floor along its residual or when the residual grows,
+    which it cannot with this method otherwise, and of course when it falls below `tolerance` of the right side.
     """
     u, residual = torch.zeros_like(right), right
-    direction, size = residual, _dot(residual, residual)
-    enough = tolerance**2 * size
-    for _ in range(iterations):
-        if not bool((size > enough).any()):
+    direction, image = residual, torch.zeros_like(right)  # image = matrix(direction)
+    size, curvature = _dot(right, right), torch.ones(len(right), dtype=right.dtype, device=right.device)
+    enough, going = tolerance**2 * size, size > 0
+    for k in range(iterations):
+        if not bool(going.any()):
             break
-        image = matrix(direction)
-        curvature = _dot(direction, image)
-        go = (size > enough) & (curvature > 0)
-        step = torch.where(go, size / torch.where(go, curvature, 1.0), 0.0)
-        u, residual = u + expand(step, u) * direction, residual - expand(step, u) * image
-        old, size = size, torch.where(go, _dot(residual, residual), 0.0)
-        direction = residual + expand(size / torch.where(go, old, 1.0), u) * direction
+        product, before = matrix(residual), curvature
+        curvature = _dot(residual, product)
+        going = going & (curvature > floor * (1 - 1e-6) * size)
+        old = torch.where(going, curvature / before, 0.0) if k else torch.zeros_like(curvature)
+        direction, image = residual + expand(old, u) * direction, product + expand(old, u) * image
+        step = torch.where(going, curvature / _dot(image, image).clamp(min=1e-300), 0.0)
+        smaller = residual - expand(step, u) * image
+        new = _dot(smaller, smaller)
+        going = going & (new < size)
+        keep = expand(going, u) > 0
+        u, residual = torch.where(keep, u + expand(step, u) * direction, u), torch.where(keep, smaller, residual)
+        size = torch.where(going, new, size)
+        going = going & (size > enough)
     return u
 
 

@@ -42,9 +42,10 @@ def write_trajectory(
     labels: Any,
     samples: Samples,
     batch_size: int,
-    options: Any,
+    options: dict[str, Any],
+    given: dict[str, Any],
 ) -> None:
-    """The way of the first (seed, index) `pairs`, drawn again with `options`, to `path`; `samples` are their ends.
+    """The way of the first (seed, index) `pairs`, drawn again with `options` under what is `given`; `samples` are their ends.
 
     .png: a strip of 8 images, or field lines of 2-D data above all samples; .gif: noisy and denoised states, side
     by side; .npz: both for all samples, "x" and "denoised" [points, n, *shape], at "sigma" [points, n], in the user's units.
@@ -52,9 +53,8 @@ def write_trajectory(
     image, film, cloud = plot.is_image(flow.shape), ("strip", "film"), ("lines", "cloud")
     kind = "arrays" if path.suffix == ".npz" else (film if image else cloud)[path.suffix == ".gif"]
     few = pairs[: MOST.get(kind, len(pairs))]
-    way = flow.trajectory(
-        few, POINTS[kind], labels=None if labels is None else labels[: len(few)], batch_size=batch_size, **options
-    )
+    own = {name: _first(value, len(few), len(pairs)) for name, value in (given | {"labels": labels}).items()}
+    way = flow.trajectory(few, POINTS[kind], batch_size=batch_size, **own, **options)
     if kind == "arrays":
         with replacing(path) as temporary:
             np.savez(temporary, x=way.x.cpu(), denoised=way.denoised.cpu(), sigma=way.sigma.cpu(), seeds=np.array(few))
@@ -67,6 +67,11 @@ def write_trajectory(
         else:
             r = torch.cat([way.sigma, torch.zeros_like(way.sigma[:1])]) * math.sqrt(min(flow.kernel.D, 1e6))
             plot.save_field_lines(path, states, r, samples.x)
+
+
+def _first(value: Any, few: int, all_: int) -> Any:
+    """What belongs to the first samples, if there is one for each."""
+    return value[:few] if isinstance(value, (list, Tensor)) and len(value) == all_ else value
 
 
 def _rescaled(flow: PoissonFlow, way: Trajectory) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from pfgm.analytic import EmpiricalDenoiser
 from pfgm.field import posterior_mean
-from pfgm.inverse import Mask, MeasuredDenoiser, Measurement, conjugate_gradients
+from pfgm.inverse import Mask, MeasuredDenoiser, Measurement, conjugate_residuals
 from pfgm.kernel import StudentTKernel
 from pfgm.sampler import Sampler
 
@@ -127,13 +127,13 @@ def test_far_from_gaussian_it_is_an_approximation_that_helps():
     assert errors[0] < 0.75 * errors[1]
 
 
-def test_conjugate_gradients_solve_every_sample_and_stop_at_curvature():
+def test_conjugate_residuals_solve_every_sample_and_stop_at_curvature():
     right, M = torch.randn(3, 4, dtype=F64), torch.stack([C, 5 * C, -C])
-    u = conjugate_gradients(lambda v: torch.einsum("bij,bj->bi", M, v), right, 10)
+    u = conjugate_residuals(lambda v: torch.einsum("bij,bj->bi", M, v), right, 10)
     assert torch.allclose(u[:2], torch.linalg.solve(M[:2], right[:2]), atol=1e-8)
     assert not u[2].any(), "the matrix is negative there"
     calls = []
-    conjugate_gradients(lambda v: calls.append(1) or v, right, 10)
+    conjugate_residuals(lambda v: calls.append(1) or v, right, 10)
     assert len(calls) == 1
 
 

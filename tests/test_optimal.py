@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pfgm
-from pfgm import draw
+from pfgm import commands
 from pfgm.analytic import EmpiricalDenoiser
 from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
@@ -96,9 +96,9 @@ def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(export, folder)
     arguments = [str(folder), "--n=3", f"--out={tmp_path}/x.npz", "--grid=optimized", "--steps=2"]
-    draw.main(arguments)
+    commands.main(arguments)
     assert "looking for the best grid of 2 steps" in capsys.readouterr().err
-    draw.main([*arguments, "--dtype=float64"])
+    commands.main([*arguments, "--dtype=float64"])
     output = capsys.readouterr()
     assert "looking for" not in output.err
     assert "3 samples in 4 network calls" in output.out
@@ -122,7 +122,7 @@ def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
         with pytest.raises(ValueError, match="is no file of grids"):
             stored_grid(path, model, 2)
     with pytest.raises(SystemExit, match="2"):
-        draw.main(arguments)
+        commands.main(arguments)
     assert "is no file of grids" in capsys.readouterr().err
     assert grid_file(tmp_path / "last.ckpt").name == "last.grids.json"
 
@@ -137,7 +137,7 @@ def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
     ],
 )
 def test_bad_arguments_are_found_before_the_search(export, arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(draw, "optimize_grid", lambda *_: math.nan)
+    monkeypatch.setattr("pfgm.draw.optimize_grid", lambda *_: math.nan)
     with pytest.raises(SystemExit, match="2"):
-        draw.main([export, "--grid=optimized", *arguments])
+        commands.main([export, "--grid=optimized", *arguments])
     assert message in capsys.readouterr().err

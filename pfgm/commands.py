@@ -1,0 +1,35 @@
+"""The command line of sample.py: drawing, and by a first word one of the other commands."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from pfgm.draw import draw
+from pfgm.edit import decode, encode, interpolate, vary
+from pfgm.ode import SolverError
+
+COMMANDS: dict[str, Callable[..., None]] = {"encode": encode, "decode": decode, "interpolate": interpolate, "vary": vary}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """An error of the user's making is one line on stderr and exit code 2."""
+    from jsonargparse import auto_cli
+
+    words = list(sys.argv[1:] if args is None else args)
+    command = COMMANDS.get(words[0]) if words else None
+    prog = "sample.py" if command is None else f"sample.py {words.pop(0)}"
+    try:
+        auto_cli(command or draw, args=join_pair(words), as_positional=True, prog=prog)
+    except (ValueError, OSError, SolverError) as error:
+        print(f"sample.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def join_pair(words: list[str]) -> list[str]:
+    """`--inpaint image mask` as `--inpaint [image,mask]`, which is how the parser reads a pair."""
+    if "--inpaint" not in words:
+        return words
+    i = words.index("--inpaint") + 1
+    pair = words[i : i + 2]
+    if len(pair) < 2 or pair[0].startswith("[") or any(word.startswith("--") for word in pair):
+        return words
+    return [*words[:i], "[" + ",".join(pair) + "]", *words[i + 2 :]]
