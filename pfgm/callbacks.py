@@ -1,6 +1,7 @@
 """Where training meets sampling: checkpoints, sample grids, evaluation, the progress bar."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,19 +132,25 @@ class Evaluation(Callback):
 
     def _bits_per_dim(self, module: PFGM, data: Any) -> list[float] | str:
         """Mean over held-out data and its standard error, or why there is none."""
-        n, flow = min(self.likelihood, len(data.held_out)), module.flow
-        part, values = data.prepared(data.held_out[slice(n)]), []
-        rows = [slice(i, i + 256) for i in range(0, n, 256)]
         try:
-            for k, batch in enumerate(rows):
-                given = {"labels": None if part.label is None else part.label[batch]}
-                given["condition"] = None if part.condition is None else part.condition[batch]
-                x = data.held_out.x[batch].to(module.device)
-                values.append(flow.bits_per_dim(x, seed=k, rtol=1e-3, atol=1e-3, **given))
-        except (ValueError, SolverError) as error:
+            module.flow.check_discrete()
+        except ValueError as error:
             return str(error)
-        bits = torch.cat(values)
+        try:
+            bits = torch.cat([*self._bits(module, data)])
+        except SolverError as error:
+            return f"bits/dim: {error}"
         return [float(bits.mean()), float(bits.std() / len(bits) ** 0.5)]
+
+    def _bits(self, module: PFGM, data: Any) -> Iterator[Tensor]:
+        """Of held-out data, by batches."""
+        part = data.held_out[slice(self.likelihood)]
+        conditions = data.prepared(part).condition
+        for k, i in enumerate(range(0, len(part), 256)):
+            batch = part[slice(i, i + 256)]
+            condition = None if conditions is None else conditions[i : i + 256]
+            x, given = batch.x.to(module.device), {"labels": batch.label, "condition": condition}
+            yield module.flow.bits_per_dim(x, seed=k, rtol=1e-3, atol=1e-3, **given)
 
 
 def _conditions(trainer: pl.Trainer, n: int) -> Tensor:

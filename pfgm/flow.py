@@ -285,15 +285,7 @@ class PoissonFlow(nn.Module):
         noise, arXiv 1511.01844), drawn from (seed, i). `options` are those of `log_prob`. ValueError for a model of continuous
         data, and for one trained without that noise: its density may grow without bound at the levels, which is no likelihood.
         """
-        if not self.levels:
-            raise ValueError(
-                "bits/dim: this model's data are continuous, so that the figure would depend on units; use log_prob"
-            )
-        if not self.dequantized:
-            raise ValueError(
-                f"bits/dim: the {self.levels} levels of this model's data are points to it, since it was trained without noise "
-                "between them, and its density there is no likelihood; train with data.dequantize = true"
-            )
+        self.check_discrete()
         spacing, N = level_spacing(self.value_range, self.levels), math.prod(self.shape)
         noise = [
             torch.rand(self.shape, generator=rng.generator(seed, i, 0, 0, rng.DEQUANTIZATION)) - 0.5 for i in range(len(x))
@@ -307,6 +299,18 @@ class PoissonFlow(nn.Module):
         low, high = self.sigma_min * self.scale, self.sigma_max * self.scale
         if not low < level <= high:
             raise ValueError(f"level = {level} must lie above {low:g}, up to {high:g}, the model's range in the data's units")
+
+    def check_discrete(self) -> None:
+        """ValueError that says why, if the model has no `bits_per_dim`."""
+        if not self.levels:
+            raise ValueError(
+                "bits/dim: this model's data are continuous, so that the figure would depend on units; use log_prob"
+            )
+        if not self.dequantized:
+            raise ValueError(
+                f"bits/dim: the {self.levels} levels of this model's data are points to it, since it was trained without noise "
+                "between them, and its density there is no likelihood; train with data.dequantize = true"
+            )
 
     def _given(self, n: int, labels: Any, options: dict[str, Any]) -> tuple[Given, dict[str, Any]]:
         """Checked conditioning of `n` samples, and the options that are the Sampler's."""
