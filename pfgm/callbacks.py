@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from pfgm import metrics, plot
+from pfgm.data import DataModule
 from pfgm.module import PFGM
 from pfgm.ode import SolverError
 from pfgm.storage import replacing
@@ -78,6 +79,8 @@ class SampleGrid(Callback):
         (folder / "grids").mkdir(parents=True, exist_ok=True)
         labels = torch.arange(self.n) % flow.num_classes if flow.num_classes else None
         condition = None if flow.condition_shape is None else _conditions(trainer, self.n)
+        if flow.condition_shape is not None and condition is None:
+            return
         try:
             x = flow.sample(self.n, labels=labels, condition=condition).x
         except SolverError as error:
@@ -153,11 +156,11 @@ class Evaluation(Callback):
             yield module.flow.bits_per_dim(x, seed=k, rtol=1e-3, atol=1e-3, **given)
 
 
-def _conditions(trainer: pl.Trainer, n: int) -> Tensor:
-    """Those of `n` held-out samples."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    condition = data.prepared(data.held_out).condition
-    return condition[torch.arange(n) % len(condition)]
+def _conditions(trainer: pl.Trainer, n: int) -> Tensor | None:
+    """Those of `n` held-out samples, if the trainer's data module is one of this package's."""
+    data: Any = getattr(trainer, "datamodule", None)
+    condition = data.prepared(data.held_out).condition if isinstance(data, DataModule) else None
+    return None if condition is None else condition[torch.arange(n) % len(condition)]
 
 
 def compare(sets: list[Tensor], reference: Tensor) -> dict[str, list[float]]:

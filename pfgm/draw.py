@@ -154,7 +154,7 @@ def draw(
         check_trajectory(trajectory, out, flow.shape)
         check_writable(trajectory.parent, "trajectory", trajectory)
     if grid == "optimized":
-        options |= {"grid": optimized_grid(checkpoint, flow, options["steps"]), "steps": None}
+        options |= {"grid": optimized_grid(checkpoint, flow, options["steps"], c), "steps": None}
     for one in (flow, given["guide"]):
         if one is not None:
             one.denoiser.to(getattr(torch, dtype))
@@ -172,14 +172,14 @@ def draw(
         print(f"their way from the {flow.sampler(**options).start} -> {trajectory}")
 
 
-def optimized_grid(checkpoint: Path, flow: PoissonFlow, steps: int) -> list[float]:
+def optimized_grid(checkpoint: Path, flow: PoissonFlow, steps: int, condition: Tensor | None) -> list[float]:
     """The grid of `steps` for ab3 that is kept beside the checkpoint; found and written if it is not yet there."""
     path = grid_file(checkpoint)
     levels = stored_grid(path, flow, steps)
     if levels is None:
         check_writable(path.parent, "grid = 'optimized'", path)
         print(f"looking for the best grid of {steps} steps", file=sys.stderr)
-        levels = optimize_grid(flow, steps)
+        levels = optimize_grid(flow, steps, condition=condition)
         store_grid(path, flow, levels)
         print(f"the grid -> {path}", file=sys.stderr)
     return levels

@@ -2,6 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from pfgm.coordinates import Angle
 from pfgm.flow import PoissonFlow
@@ -14,21 +18,23 @@ ROUNDS, FIRST_MOVE = 3, 0.3
 """Passes over all levels, and how far each is moved in the first, in parts of the gap to its neighbour; then half as far."""
 
 
-def optimize_grid(flow: PoissonFlow, steps: int, n: int = 64) -> list[float]:
+def optimize_grid(flow: PoissonFlow, steps: int, n: int = 64, condition: Tensor | None = None) -> list[float]:
     """The falling levels of a grid of `steps` for ab3, from sigma_max to where the final denoising takes over, in model units.
 
     From the paced grid on, each level is moved up and down as long as the mean root mean square error of `n` samples falls,
     against converged ones (preset "reference") of the same starts: a pattern search in the coordinate's time, of about 6 steps
-    (steps + 2) network calls. For the argument `grid` of `PoissonFlow.sample`. ValueError unless steps >= 1 and n >= 1.
+    (steps + 2) network calls. Samples are of all classes in turn and, for models with conditions, under those of `condition`
+    [m, ...] in turn. For the argument `grid` of `PoissonFlow.sample`. ValueError unless steps >= 1 and n >= 1.
     """
     if n < 1:
         raise ValueError(f"n = {n} must be at least 1")
-    labels = [i % flow.num_classes for i in range(n)] if flow.num_classes else None
+    given: dict[str, Any] = {"labels": [i % flow.num_classes for i in range(n)] if flow.num_classes else None}
+    given["condition"] = None if condition is None else condition[torch.arange(n) % len(condition)]
     path, plan = Angle(flow.sigma_data), flow.sampler(method="ab3", steps=steps).plan[0]
-    exact = flow.draw(seed_pairs(n, SEED), labels=labels, preset="reference").x
+    exact = flow.draw(seed_pairs(n, SEED), **given, preset="reference").x
 
     def error(times: list[float]) -> float:
-        x = flow.draw(seed_pairs(n, SEED), labels=labels, method="ab3", grid=[plan[0], *map(path.level, times[1:-1])]).x
+        x = flow.draw(seed_pairs(n, SEED), **given, method="ab3", grid=[plan[0], *map(path.level, times[1:-1])]).x
         return float((x - exact).flatten(1).square().mean(1).sqrt().mean())
 
     times = [*map(path.time, plan), path.time(flow.sigma_min)]

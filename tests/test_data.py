@@ -235,3 +235,18 @@ def test_runs_of_versions_without_an_argument_resume(tmp_path):
 
 def test_toys_are_continuous():
     assert Toy(size=50).summary.levels == 0
+
+
+def test_a_vector_condition_is_learned(tmp_path):
+    """x = 2 c + small noise: samples under a condition are where it says."""
+    g = np.random.default_rng(0)
+    c = g.normal(size=(2000, 1))
+    np.savez(tmp_path / "a.npz", x=2 * c + 0.1 * g.normal(size=(2000, 1)), conditions=c)
+    base = ["--data=pfgm.data.Arrays", f"--data.path={tmp_path}/a.npz", "--data.conditions=true", "--model.net=pfgm.nn.TimeMLP"]
+    base += ["--model.net.init_args.width=32", "--model.net.init_args.depth=2", "--model.lr=3e-3", "--ema.decay=0.99", *SMALL]
+    fit(tmp_path / "run", "--trainer.max_steps=400", "--trainer.log_every_n_steps=100", base=base)
+    flow = pfgm.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    for value in (-1.0, 1.0):
+        x = flow.sample(400, condition=torch.tensor([value])).x
+        assert float(x.median()) == pytest.approx(2 * value, abs=0.1)
+        assert float((x.quantile(0.84) - x.quantile(0.16)) / 2) < 0.3

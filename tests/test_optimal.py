@@ -137,7 +137,7 @@ def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
     ],
 )
 def test_bad_arguments_are_found_before_the_search(export, arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr("pfgm.draw.optimize_grid", lambda *_: math.nan)
+    monkeypatch.setattr("pfgm.draw.optimize_grid", lambda *_, **__: math.nan)
     with pytest.raises(SystemExit, match="2"):
         commands.main([export, "--grid=optimized", *arguments])
     assert message in capsys.readouterr().err

@@ -59,7 +59,8 @@ def test_every_config_fits_two_steps_and_samples(config, tmp_path):
     assert trained.trainer.global_step == 2
     flow = pfgm.load(tmp_path / "checkpoints" / "last.ckpt")
     assert flow.kernel.D == trained.model.flow.kernel.D
-    assert flow.sample(2).x.shape == (2, *flow.shape)
+    condition = None if flow.condition_shape is None else torch.zeros(flow.condition_shape)
+    assert flow.sample(2, condition=condition).x.shape == (2, *flow.shape)
     assert {"config.yaml", "loss.png", "metrics.csv", "checkpoints", "grids"} <= {p.name for p in tmp_path.iterdir()}
     rows = log_rows(tmp_path)
     assert any(row["val_loss"] for row in rows)
