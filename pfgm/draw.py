@@ -87,8 +87,8 @@ def draw(
 
     Args:
         checkpoint: a .ckpt written by train.py, or a folder written by save_pretrained.
-        n: number of samples (default 64, or the number of conditions, unless seeds are given); sample i is a function of
-            (seed, i).
+        n: number of samples (default 64, or as many as there are conditions or labels, unless seeds are given); sample i is a
+            function of (seed, i).
         seed: the seed of all n samples (default 0).
         seeds: instead of n and seed, one sample for each of these, such as 0-63 or 1,2,5-10.
         labels: one class for all samples, or one for each ([1,7,...]).
@@ -129,7 +129,8 @@ def draw(
     place = check_device(device)
     flow = load(checkpoint, place, ema, trust)
     c = read_condition(condition, flow)
-    default = 64 if c is None or len(c) == 1 else len(c)
+    given_labels = len(labels) if isinstance(labels, list) and len(labels) > 1 else 64
+    default = given_labels if c is None or len(c) == 1 else len(c)
     pairs = seed_pairs(default if n is None and seeds is None else n, seed, None if seeds is None else parse_seeds(seeds))
     label = check_labels(flow, labels[0] if isinstance(labels, list) and len(labels) == 1 else labels, len(pairs))
     options: dict[str, Any] = {"preset": preset, "method": method, "coordinates": coordinates, "start": start}
