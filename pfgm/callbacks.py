@@ -104,9 +104,9 @@ class Evaluation(Callback):
     """
 
     def __init__(self, n: int = 1000, sets: int = 3, likelihood: int = 1000):
-        if n < 2 or sets < 1 or likelihood < 0:
+        if n < 2 or sets < 1 or likelihood < 0 or likelihood == 1:
             raise ValueError(
-                f"n = {n}, sets = {sets}, likelihood = {likelihood}: give n >= 2 samples, at least one set, likelihood >= 0"
+                f"n = {n}, sets = {sets}, likelihood = {likelihood}: give n >= 2, at least one set, likelihood 0 or >= 2"
             )
         self.n, self.sets, self.likelihood = n, sets, likelihood
 

@@ -19,7 +19,7 @@ from pfgm.loss import DenoisingLoss, Loss
 from pfgm.module import PFGM, NonFiniteLoss
 from pfgm.ode import SolverError
 from pfgm.runlog import RunLog
-from pfgm.spec import defaults
+from pfgm.spec import with_defaults
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -132,16 +132,18 @@ def check_no_other_files(run_dir: Path) -> None:
 
 def check_same_run(checkpoint: dict[str, Any], model: PFGM, data: DataModule, run_dir: Path) -> None:
     """ValueError naming what differs, if `checkpoint` was made with another model, loss or data than these."""
-    old = {"model": checkpoint["hyper_parameters"], "data": checkpoint[storage.KEY]["data"]}
-    before, now = flatten(old), flatten({"model": model.spec["init_args"], "data": data.spec})
-    # An earlier version may not have known some arguments: what it did is what they do by default. Nor what to say of the data.
-    known = flatten({"model": defaults(model.spec)["init_args"], "data": defaults(data.spec)})
-    known |= {name: value for name, value in now.items() if name.startswith("model.data.")}
-    before = known | before
+    # What is known of the data is no setting; an earlier version may have known less of it.
+    old = {**checkpoint["hyper_parameters"]}
+    known = model.spec["init_args"]["data"]["init_args"] | old["data"]["init_args"]
+    old["data"] = {**old["data"], "init_args": known}
+    old_model = with_defaults({**model.spec, "init_args": old}, model.spec)
+    old_data = with_defaults(checkpoint[storage.KEY]["data"], data.spec)
+    before = flatten({"model": old_model["init_args"], "data": old_data})
+    now = flatten({"model": model.spec["init_args"], "data": data.spec})
     changes = [
         f"{name}: {before.get(name)} -> {now.get(name)}"
         for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
+        if before.get(name, "absent") != now.get(name, "absent")
     ]
     if changes:
         raise ValueError(

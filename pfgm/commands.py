@@ -1,5 +1,6 @@
 """The command line of sample.py: drawing, and by a first word one of the other commands."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 
@@ -25,11 +26,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def join_pair(words: list[str]) -> list[str]:
-    """`--inpaint image mask` as `--inpaint [image,mask]`, which is how the parser reads a pair."""
+    """`--inpaint image mask` as `--inpaint ["image", "mask"]`, which is how the parser reads a pair."""
     if "--inpaint" not in words:
         return words
     i = words.index("--inpaint") + 1
     pair = words[i : i + 2]
     if len(pair) < 2 or pair[0].startswith("[") or any(word.startswith("--") for word in pair):
         return words
-    return [*words[:i], "[" + ",".join(pair) + "]", *words[i + 2 :]]
+    return [*words[:i], json.dumps(pair), *words[i + 2 :]]

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from pfgm.guidance import ClassifierGuidedDenoiser, ConditionedDenoiser, GuidedDenoiser, Interval, check_interval
 from pfgm.inverse import MeasuredDenoiser, Measurement
+from pfgm.ode import input_dtype
 
 if TYPE_CHECKING:
     from pfgm.flow import PoissonFlow
 
 
 class Conditioning(TypedDict, total=False):
-    """What all methods of a flow that ask its network take besides labels.
+    """What a flow's sample, vary, denoise, encode, decode and interpolate take besides labels.
 
     `condition` [n, *condition_shape], or one for all, in the user's units, for a model that was trained with conditions.
     `guidance` is the strength, one for all or one for each sample, 1 being none, at levels in `guidance_interval` (low,
@@ -102,11 +103,11 @@ def check_conditioning(flow: "PoissonFlow", n: int, labels: Any, options: Condit
     if classifier is not None:
         _check_classifier(flow, label, guide)
     elif guide is not None:
-        _check_guide(flow, guide)
+        _check_guide(flow, guide, label)
     elif guidance is not None and (label is None or not flow.unconditional):
         raise ValueError(
-            "guidance: classifier-free guidance needs labels and a model that was trained with label_dropout > 0 "
-            f"(this one: {'yes' if flow.unconditional else 'no'}); or give a guide or a classifier"
+            f"guidance: classifier-free guidance needs labels ({'none given' if label is None else 'given'}) and a model "
+            f"trained with label_dropout > 0 (this one: {'yes' if flow.unconditional else 'no'}); or give a guide or classifier"
         )
     interval = options.get("guidance_interval")
     measurement = _checked_measurement(flow, n, options.get("measurement"))
@@ -138,18 +139,35 @@ def check_condition(flow: "PoissonFlow", condition: Any, n: int) -> Tensor | Non
         return None
     if shape is None or mean is None or std is None:
         raise ValueError("condition: this model was trained without conditions; leave condition out")
-    c = torch.as_tensor(condition, device=mean.device)
+    c = _tensor("condition", condition, torch.float32, mean.device)
     c = c[None] if c.ndim == len(shape) else c
     if c.shape[1:] != shape or len(c) not in (1, n) or not bool(torch.isfinite(c).all()):
         raise ValueError(
             f"condition has shape {tuple(c.shape)}; give finite numbers {shape}, one for all or one for each of {n} samples"
         )
-    return ((c.float() - mean) / std).expand(n, *shape)
+    return ((c - mean) / std).expand(n, *shape)
+
+
+def _tensor(name: str, value: Any, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """Numbers as a tensor, in `dtype` if given. ValueError for anything else."""
+    try:
+        tensor = torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} = {value!r}: give numbers, in a list or an array") from error
+    if tensor.is_complex():
+        raise ValueError(f"{name}: complex numbers; give real ones")
+    if dtype is None and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+        dtype = torch.long
+    return tensor.to(dtype)
 
 
 def _integers(labels: Any, n: int, classes: int, device: torch.device) -> Tensor:
-    label = torch.as_tensor(labels, device=device)
-    if label.is_floating_point() or (label.numel() and not bool(((label >= 0) & (label < classes)).all())):
+    label = _tensor("labels", labels, None, device)
+    if (
+        label.is_floating_point()
+        or label.dtype == torch.bool
+        or (label.numel() and not bool(((label >= 0) & (label < classes)).all()))
+    ):
         raise ValueError(f"labels = {labels}: this model's labels are the integers 0..{classes - 1}")
     if label.ndim > 1 or (label.ndim == 1 and len(label) != n):
         raise ValueError(f"labels has shape {tuple(label.shape)}; give one label, or one for each of the {n} samples")
@@ -166,7 +184,7 @@ def _strength(guidance: Any, n: int, device: torch.device) -> Tensor | None:
     """[n] in float64."""
     if guidance is None:
         return None
-    strength = torch.as_tensor(guidance, dtype=torch.float64, device=device)
+    strength = _tensor("guidance", guidance, torch.float64, device)
     if strength.ndim > 1 or (strength.ndim == 1 and len(strength) != n) or not bool(torch.isfinite(strength).all()):
         raise ValueError(f"guidance = {guidance}: give one finite strength, or one for each of the {n} samples; 1 is none")
     return strength.expand(n)
@@ -182,12 +200,16 @@ def _check_classifier(flow: "PoissonFlow", label: Tensor | None, guide: Any) -> 
         raise ValueError(f"classifier: guidance by it needs N + D > 2; this flow has N = {N}, D = {flow.kernel.D:g}")
 
 
-def _check_guide(flow: "PoissonFlow", guide: "PoissonFlow") -> None:
-    """ValueError unless both have the same data, D and units."""
+def _check_guide(flow: "PoissonFlow", guide: "PoissonFlow", label: Tensor | None) -> None:
+    """ValueError unless both have the same data, D and units, and the guide can do with these labels."""
+    if not hasattr(guide, "denoiser"):
+        raise ValueError(f"guide = {guide!r}: give a flow, such as pfgm.load gives")
     for name in ("shape", "scale", "condition_shape", "num_classes"):
         one, other = getattr(flow, name), getattr(guide, name)
         if one != other and not (name in ("condition_shape", "num_classes") and not other):
             raise ValueError(f"guide: its {name} is {other}, this flow's is {one}; give a guide for the same data")
+    if label is None and guide.num_classes and not guide.unconditional:
+        raise ValueError("labels = None: the guide was trained with labels only; give them")
     if guide.kernel.D != flow.kernel.D:
         raise ValueError(f"guide: it has D = {guide.kernel.D:g}, this flow D = {flow.kernel.D:g}; give one of the same D")
     for name in ("mean", "condition_mean", "condition_std"):
@@ -200,16 +222,23 @@ def _checked_measurement(flow: "PoissonFlow", n: int, measurement: Measurement |
     """`measurement` with values [n, ...]. ValueError if they are not what its operator gives."""
     if measurement is None:
         return None
-    like = torch.promote_types(measurement.values.dtype, torch.float32)
+    if not isinstance(measurement, Measurement):
+        raise ValueError(f"measurement = {measurement!r}: give a pfgm.inverse.Measurement")
+    like = input_dtype(flow.denoiser, torch.float32)
     values = measurement.values.to(flow.mean.device, like)
     try:
-        expected = tuple(measurement.operator(torch.zeros(1, *flow.shape, device=flow.mean.device, dtype=like)).shape[1:])
-    except RuntimeError as error:
-        raise ValueError(f"measurement: its operator does not take samples of shape {flow.shape}: {error}") from error
+        tried = measurement.operator(torch.zeros(2, *flow.shape, device=flow.mean.device, dtype=like))
+        two, *expected = tried.shape
+    except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"measurement: its operator does not take samples [B, *{flow.shape}] of type {like}, or gives no [B, ...]: {error}"
+        ) from error
+    if two != 2:
+        raise ValueError(f"measurement: its operator gives {tuple(tried.shape)} for 2 samples; keep samples apart")
     if values.ndim == len(expected):
         values = values[None]
-    if tuple(values.shape[1:]) != expected or len(values) not in (1, n):
+    if [*values.shape[1:]] != expected or len(values) not in (1, n):
         raise ValueError(
-            f"measurement: values of shape {tuple(values.shape)}; its operator gives {expected} for each of {n} samples"
+            f"measurement: values of shape {tuple(values.shape)}; its operator gives {tuple(expected)} for each of {n} samples"
         )
     return replace(measurement, values=values.expand(n, *expected))

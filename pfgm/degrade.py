@@ -33,8 +33,8 @@ class Downsample(Degradation):
     """The means of blocks of `factor` x `factor` pixels: for super-resolution."""
 
     def __init__(self, factor: int = 2):
-        if factor < 2:
-            raise ValueError(f"factor = {factor} must be at least 2")
+        if not isinstance(factor, int) or factor < 2:
+            raise ValueError(f"factor = {factor} must be a whole number of at least 2")
         self.factor = factor
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -44,7 +44,8 @@ class Downsample(Degradation):
         return channels, height // self.factor, width // self.factor
 
     def __call__(self, x: Tensor, generator: Generators = None) -> Tensor:
-        return F.avg_pool2d(x, self.factor)
+        self.shape(x.shape[1:])
+        return F.avg_pool2d(x if x.is_floating_point() else x.float(), self.factor)
 
 
 class Grey(Degradation):
@@ -59,6 +60,8 @@ class Grey(Degradation):
         return 1, height, width
 
     def __call__(self, x: Tensor, generator: Generators = None) -> Tensor:
+        self.shape(x.shape[1:])
+        x = x if x.is_floating_point() else x.float()
         weights = torch.tensor(self.WEIGHTS, dtype=x.dtype, device=x.device)
         return (weights[:, None, None] * x).sum(1, keepdim=True)
 

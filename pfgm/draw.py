@@ -14,8 +14,9 @@ from pfgm.files import read_inputs
 from pfgm.flow import PoissonFlow, check_batch_size, load
 from pfgm.guidance import cost
 from pfgm.inverse import Mask, Measurement
+from pfgm.kernel import check_positive
 from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
-from pfgm.output import ARRAYS, check_output, check_writable, save_arrays, write_images
+from pfgm.output import ARRAYS, check_other_file, check_output, check_writable, save_arrays, write_images
 from pfgm.sampler import Samples, check_max_calls, seed_pairs
 from pfgm.trajectory import check_trajectory, write_trajectory
 
@@ -92,7 +93,7 @@ def draw(
         seed: the seed of all n samples (default 0).
         seeds: instead of n and seed, one sample for each of these, such as 0-63 or 1,2,5-10.
         labels: one class for all samples, or one for each ([1,7,...]).
-        condition: for models that take them, a .npy, .npz or .pt file of conditions ("conditions", "x" or a single array), or
+        condition: for models that take them, a .npy, .npz or .pt file of "conditions", or of a single array, or
             images: one for all samples, or one for each.
         guidance: strength of guidance, one for all or one for each ([1,2,...]); 1 is none. Needs labels and a model trained
             with label dropout, or a guide.
@@ -146,6 +147,7 @@ def draw(
             raise ValueError(f"grid = 'optimized': such grids are for ab3, not {method}; leave method out")
     _ = flow.sampler(**options).plan  # its checks come before any folder is made
     check_pairs(pairs, out)
+    check_other_file(out, condition, *(inpaint or ()))
     check_batch_size(batch_size)
     check_max_calls(max_calls, most)
     check_output(out, flow.shape)
@@ -202,12 +204,28 @@ def read_inpainting(paths: tuple[Path, Path] | None, noise: float | None, flow: 
             raise ValueError(f"measurement_noise = {noise}: nothing is measured; give inpaint as well")
         return None
     image = read_inputs(paths[0], flow.shape, flow.value_range, "inpaint").to(flow.mean.device)
-    shape = flow.shape if paths[1].suffix in files.ARRAYS else (1, *flow.shape[1:])
-    mask = read_inputs(paths[1], shape, (0.0, 1.0), "inpaint").to(flow.mean.device)
-    if len(image) != 1 or len(mask) != 1:
-        raise ValueError(f"inpaint = {paths[0]}, {paths[1]}: give one image and one mask")
-    known = Mask((mask[0] < 0.5).expand(flow.shape))
+    filled = read_mask(paths[1], flow.shape).to(flow.mean.device)
+    if len(image) != 1:
+        raise ValueError(f"inpaint = {paths[0]}: {len(image)} images; give one")
+    if noise is not None:
+        check_positive("measurement_noise", noise)
+    known = Mask(~filled)
     return Measurement(known, known(image), flow.sigma_min * flow.scale if noise is None else noise)
+
+
+def read_mask(path: Path, shape: Sequence[int]) -> Tensor:
+    """A mask [*shape], True where it is white, or 1 in an array of the last dimensions of `shape`. ValueError if it is no mask,
+    or the same everywhere."""
+    if path.suffix in files.ARRAYS:
+        mask = files.load_arrays(path, ["x"], name="inpaint")["x"].double()
+        if not bool(((mask == 0) | (mask == 1)).all()) or tuple(mask.shape) != tuple(shape)[len(shape) - mask.ndim :]:
+            raise ValueError(f"inpaint = {path}: {tuple(mask.shape)} is no mask of {tuple(shape)}; give 1 to fill in, else 0")
+    else:
+        mask = files.read_images(path, (1, *shape[1:]), "inpaint")[0]
+    filled = (mask > 0.5).expand(*shape)
+    if bool((filled == filled.flatten()[0]).all()):
+        raise ValueError(f"inpaint = {path}: the mask is the same everywhere; make it white where the image is to be filled in")
+    return filled
 
 
 def check_pairs(pairs: Sequence[tuple[int, int]], out: Path) -> None:

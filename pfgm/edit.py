@@ -10,10 +10,20 @@ from torch import Tensor
 from pfgm.draw import check_device, parse_seeds, read_condition
 from pfgm.files import load_arrays, read_inputs
 from pfgm.flow import PoissonFlow, load
-from pfgm.latent import Latent
+from pfgm.latent import Latent, check_points
 from pfgm.latent import interpolate as between
-from pfgm.output import ARRAYS, check_array_output, check_output, check_strip, save_arrays, write_images, write_strip
+from pfgm.output import (
+    ARRAYS,
+    check_array_output,
+    check_other_file,
+    check_output,
+    check_strip,
+    save_arrays,
+    write_images,
+    write_strip,
+)
 from pfgm.sampler import seed_pairs
+from pfgm.solver import ADAPTIVE
 
 
 def encode(
@@ -35,10 +45,10 @@ def encode(
     Args:
         checkpoint: a .ckpt written by train.py, or a folder written by save_pretrained.
         images: an image, a folder of images (in the order of their names), or a .npy, .npz or .pt file of samples.
-        out: an .npz or .pt file of latents for decode: t, level, surface, and labels if there are any.
+        out: an .npz or .pt file of latents for decode: t, level, D, whether on the plane, and labels if there are any.
         labels: one class for all, or one for each ([1,7,...]), for class-conditional models.
         condition: a file of the conditions, for models that take them; see the draw command.
-        method: a solver, as for drawing.
+        method: an adaptive solver: dopri5, dopri8, bosh3 or adaptive_heun.
         rtol: its relative tolerance.
         atol: its absolute tolerance.
         device: cpu, cuda, cuda:1, ... (default: cuda if there is one).
@@ -48,10 +58,12 @@ def encode(
     flow = load(checkpoint, check_device(device), ema, trust)
     x = read_inputs(images, flow.shape, flow.value_range, "images").to(flow.mean.device)
     check_array_output(out)
+    check_other_file(out, images, condition)
+    check_method(method)
     options: dict[str, Any] = {"labels": labels, "condition": read_condition(condition, flow), "method": method}
     options |= {"rtol": rtol, "atol": atol}
     latent = flow.encode(x, **options)
-    arrays = {"t": latent.t, "level": torch.tensor(latent.level, dtype=torch.float64)}
+    arrays = {"t": latent.t, "level": torch.tensor(latent.level, dtype=torch.float64), "D": torch.tensor(flow.kernel.D)}
     if labels is not None:
         arrays["labels"] = torch.as_tensor(labels).expand(len(x))
     save_arrays(out, arrays | {"plane": torch.tensor(latent.surface == "plane")})
@@ -87,7 +99,7 @@ def decode(
         out: a file .png (grid, or scatter plot of 2-D data), .npz or .pt, or a folder of separate PNGs.
         labels: other classes than those that the latents were encoded with.
         condition: a file of the conditions, for models that take them.
-        method: a solver, as for drawing.
+        method: an adaptive solver: dopri5, dopri8, bosh3 or adaptive_heun.
         rtol: its relative tolerance.
         atol: its absolute tolerance.
         device: cpu, cuda, cuda:1, ... (default: cuda if there is one).
@@ -97,6 +109,8 @@ def decode(
     flow = load(checkpoint, check_device(device), ema, trust)
     latent, stored = read_latents(latents, flow)
     check_output(out, flow.shape)
+    check_other_file(out, latents, condition)
+    check_method(method)
     given: Any = stored if labels is None else labels
     c = read_condition(condition, flow)
     x = flow.decode(latent, labels=given, condition=c, method=method, rtol=rtol, atol=atol)
@@ -140,8 +154,12 @@ def interpolate(
     """
     if (images is None) == (seeds is None):
         raise ValueError(f"images = {images}, seeds = {seeds}: give one of them")
+    if images == []:
+        raise ValueError("images is empty: give two or more")
+    check_points(points)
     flow = load(checkpoint, check_device(device), ema, trust)
     check_strip(out, flow.shape)
+    check_other_file(out, condition, *(images or []))
     c, rows = read_condition(condition, flow), []
     if seeds is not None:
         pairs = seed_pairs(seeds=parse_seeds(seeds))
@@ -150,8 +168,10 @@ def interpolate(
     else:
         x = torch.cat([read_inputs(path, flow.shape, flow.value_range, "images") for path in images or []]).to(flow.mean.device)
         latent = flow.encode(x, labels=labels, condition=c, preset=preset)
+    if c is not None and len(c) != 1:
+        raise ValueError(f"condition = {condition}: {len(c)} conditions; give one for all")
     if len(latent.t) < 2:
-        raise ValueError(f"images = {images}, seeds = {seeds}: give two or more")
+        raise ValueError(f"images, seeds: {len(latent.t)} given; give two or more")
     first, last = (Latent(t, latent.level, latent.surface) for t in (latent.t[:-1], latent.t[1:]))
     for step in between(first, last, points):
         rows.append(flow.decode(step, labels=labels, condition=c, preset=preset))
@@ -163,8 +183,8 @@ def vary(
     checkpoint: Path,
     images: Path,
     *,
-    level: list[float],
-    n: int = 8,
+    level: float | list[float],
+    n: int | None = None,
     seed: int = 0,
     out: Path = Path("variations.png"),
     labels: int | list[int] | None = None,
@@ -178,9 +198,9 @@ def vary(
 
     Args:
         checkpoint: a .ckpt written by train.py, or a folder written by save_pretrained.
-        images: an image, a folder of images, or an array file; the first n are varied, one is varied n times.
-        level: one or more effective noise levels in the units of the data, [0.3,1,3]: the higher, the freer.
-        n: columns.
+        images: an image, a folder of images, or an array file; each makes a column.
+        level: one or more effective noise levels ([0.3,1,3]) in the units of the data: the higher, the freer.
+        n: columns if there is a single image (default 8).
         seed: of the noise.
         out: a .png strip with the images themselves in the first row and a row for each level, or an .npz or .pt file with
             x [1 + levels, n, ...].
@@ -191,25 +211,39 @@ def vary(
         ema: use the averaged weights rather than the raw ones.
         trust: modules outside pfgm whose networks the checkpoint may name.
     """
-    if n < 1 or not level:
+    levels = level if isinstance(level, list) else [level]
+    if (n is not None and n < 1) or not levels:
         raise ValueError(f"n = {n}, level = {level}: give at least one column and one level")
     flow = load(checkpoint, check_device(device), ema, trust)
     x = read_inputs(images, flow.shape, flow.value_range, "images").to(flow.mean.device)
-    x = (x if len(x) > 1 else x.expand(n, *flow.shape))[:n]
-    for one in level:
+    if n is not None and len(x) > 1:
+        raise ValueError(f"n = {n}: {images} has {len(x)} images, each a column; leave n out")
+    x = x if len(x) > 1 else x.expand(8 if n is None else n, *flow.shape)
+    for one in levels:
         flow.check_level(one)
     check_strip(out, flow.shape)
+    check_other_file(out, images, condition)
     c = read_condition(condition, flow)
-    rows = [flow.vary(x, one, seed=seed, labels=labels, condition=c, preset=preset).x for one in level]
+    rows = [flow.vary(x, one, seed=seed, labels=labels, condition=c, preset=preset).x for one in levels]
     write_strip(out, torch.stack([x, *rows]), flow.value_range)
-    print(f"{len(x)} images varied at {len(level)} levels -> {out}")
+    print(f"{len(x)} images varied at {len(levels)} levels -> {out}")
+
+
+def check_method(method: str) -> None:
+    """ValueError unless `method` is adaptive."""
+    if method not in ADAPTIVE:
+        raise ValueError(f"method = {method!r}: give an adaptive method, one of {', '.join(ADAPTIVE)}")
 
 
 def read_latents(path: Path, flow: PoissonFlow) -> tuple[Latent, Tensor | None]:
     """The latent of a file that encode wrote, and its labels. ValueError or OSError if it is none, or of another flow."""
-    arrays = load_arrays(path, ["t", "level", "plane"], ["labels"], name="latents")
+    arrays = load_arrays(path, ["t", "level", "plane", "D"], ["labels"], name="latents")
+    t = arrays["t"].to(flow.mean.device)
+    if any(arrays[name].numel() != 1 for name in ("level", "plane", "D")) or not bool(torch.isfinite(t).all()) or not len(t):
+        raise ValueError(f"latents = {path}: not what encode writes; encode again")
+    if float(arrays["D"]) != flow.kernel.D:
+        raise ValueError(f"latents = {path}: they are of D = {float(arrays['D']):g}, this model's D is {flow.kernel.D:g}")
     level, top = float(arrays["level"]), flow.sigma_max * flow.scale
     if not math.isclose(level, top, rel_tol=1e-6):
         raise ValueError(f"latents = {path}: they are of level {level:g}, this model's of {top:g}; give its own")
-    t = arrays["t"].to(flow.mean.device)
     return Latent(t, level, "plane" if bool(arrays["plane"]) else "hemisphere"), arrays.get("labels")

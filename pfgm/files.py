@@ -30,9 +30,10 @@ def read_samples(path: Path, labels: bool = False, conditions: bool = False) -> 
         raise ValueError(
             f"path = {path}: labels need one integer >= 0 for each of {len(x)} samples, got {tuple(y.shape)} {y.dtype}"
         )
-    if c is not None and (c.shape[:1] != x.shape[:1] or not bool(torch.isfinite(c).all())):
+    c = c if c is None or c.is_complex() else c.float()
+    if c is not None and (c.shape[:1] != x.shape[:1] or not c.numel() or c.is_complex() or not bool(torch.isfinite(c).all())):
         raise ValueError(f"path = {path}: conditions need finite numbers for each of {len(x)} samples, got {tuple(c.shape)}")
-    return _column(x), None if y is None else y.long(), None if c is None else _column(c.float())
+    return _column(x), None if y is None else y.long(), None if c is None else _column(c)
 
 
 def load_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (), name: str = "path") -> dict[str, Tensor]:
@@ -103,11 +104,12 @@ def read_inputs(path: Path, shape: Sequence[int], value_range: Sequence[float] |
     """
     if path.suffix in ARRAYS:
         x = load_arrays(path, [key], name=name)[key]
-        x = x if x.is_floating_point() else x.float()
+        x = x if x.is_floating_point() or x.is_complex() else x.float()
+        x = x[:, None] if tuple(shape) == (1,) and x.ndim == 1 else x
         x = x[None] if x.ndim == len(shape) else x
-        if tuple(x.shape[1:]) != tuple(shape) or not len(x) or not bool(torch.isfinite(x).all()):
+        if tuple(x.shape[1:]) != tuple(shape) or not len(x) or x.is_complex() or not bool(torch.isfinite(x).all()):
             raise ValueError(
-                f"{name} = {path} holds {tuple(x.shape)}; give finite numbers, {tuple(shape)} or [n, ...] of those"
+                f"{name} = {path} holds {tuple(x.shape)} {x.dtype}; give finite numbers, {tuple(shape)} or [n, ...] of those"
             )
         return x
     images = read_images(path, shape, name)
@@ -127,6 +129,8 @@ def _read_image(path: Path, shape: Sequence[int], name: str) -> Tensor:
                     f"{name} = {path} has {image.width} x {image.height} pixels, the model's {width} x {height}; resize it"
                 )
             deep = image.mode.startswith("I")  # 16 bits of grey
+            if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+                raise ValueError(f"{name} = {path} has pixels without black and white (mode {image.mode}); give it as .npy")
             pixels = np.asarray(image if deep else image.convert("L" if channels == 1 else "RGB"), dtype=np.float32)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} = {path} cannot be read as an image ({type(error).__name__}); use another copy") from error

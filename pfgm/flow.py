@@ -17,7 +17,7 @@ from pfgm import rng, storage
 from pfgm.conditioning import Conditioning, Given, check_conditioning
 from pfgm.guidance import cost
 from pfgm.kernel import StudentTKernel, check_positive, per_sample
-from pfgm.latent import Latent, interpolate
+from pfgm.latent import Latent, check_points, interpolate
 from pfgm.likelihood import LogProb, estimate_log_prob
 from pfgm.noise import level_spacing
 from pfgm.progress import DrawProgress
@@ -32,6 +32,7 @@ from pfgm.sampler import (
     check_start,
     seed_pairs,
 )
+from pfgm.solver import SolverOptions
 from pfgm.spec import build, to_json
 
 PREFIX = "flow."
@@ -109,9 +110,12 @@ class PoissonFlow(nn.Module):
         )
 
     def to_model(self, x: Tensor) -> Tensor:
-        """The user's units [B, *shape] -> centred model space."""
-        if x.shape[1:] != self.shape:
-            raise ValueError(f"x has samples of shape {tuple(x.shape[1:])}; this flow's are {self.shape}")
+        """The user's units [B, *shape], also as numpy array -> centred model space."""
+        x = torch.as_tensor(x)
+        if x.shape[1:] != self.shape or x.is_complex():
+            raise ValueError(
+                f"x has samples of shape {tuple(x.shape[1:])} and type {x.dtype}; this flow's are real, {self.shape}"
+            )
         x = x if x.is_floating_point() else x.float()
         return x / self.scale - self.mean.to(x.dtype)
 
@@ -159,6 +163,8 @@ class PoissonFlow(nn.Module):
         model = self.to_model(x)
         check_finite_samples("x", model)
         self.check_level(level)
+        if "sigma_max" in options:
+            raise TypeError("sigma_max: variations start at their level; leave it out")
         pairs = seed_pairs(len(x), seed)
         return self.draw(pairs, labels=labels, source=model, sigma_max=level / self.scale, **options)
 
@@ -221,11 +227,11 @@ class PoissonFlow(nn.Module):
 
         ValueError if x or sigma is not finite, sigma not positive, or labels or conditions do not fit.
         """
-        level, model = per_sample(sigma, x), self.to_model(x)
+        model = self.to_model(x)
+        level, given = per_sample(sigma, model), self._given(len(model), label, {**options}, Conditioning)[0]
         if not bool(((level > 0) & torch.isfinite(level)).all()):
             raise ValueError(f"sigma = {sigma} must be positive and finite, in the units of x")
         check_finite_samples("x", model)
-        given = check_conditioning(self, len(x), label, options)
         own = given.network_label
         return self.to_user(given.denoiser()(model, level / self.scale, *(() if own is None else (own,))))
 
@@ -244,6 +250,8 @@ class PoissonFlow(nn.Module):
     def decode(self, latent: Latent, *, labels: Any = None, **options: Any) -> Tensor:
         """Follow the flow from `latent`, on the surface that it names, to sigma_min; without the last denoising that
         sampling does. [B, *shape] in the user's units."""
+        if not isinstance(latent, Latent):
+            raise ValueError(f"latent is a {type(latent).__name__}; give what encode returns")
         if latent.t.shape[1:] != self.shape or not latent.t.is_floating_point():
             raise ValueError(
                 f"latent.t has shape {tuple(latent.t.shape)} and type {latent.t.dtype}; "
@@ -258,6 +266,9 @@ class PoissonFlow(nn.Module):
 
         Encoded, followed along great circles (`pfgm.latent.interpolate`) and decoded; options as for `encode`.
         """
+        check_points(points)
+        if len(a) != len(b):
+            raise ValueError(f"a, b: {len(a)} and {len(b)} samples; give as many of both")
         first, last = (self.encode(x, labels=labels, **options) for x in (a, b))
         return torch.stack([self.decode(latent, labels=labels, **options) for latent in interpolate(first, last, points)])
 
@@ -286,7 +297,8 @@ class PoissonFlow(nn.Module):
         data, and for one trained without that noise: its density may grow without bound at the levels, which is no likelihood.
         """
         self.check_discrete()
-        spacing, N = level_spacing(self.value_range, self.levels), math.prod(self.shape)
+        self.to_model(x)  # its checks
+        x, spacing, N = torch.as_tensor(x), level_spacing(self.value_range, self.levels), math.prod(self.shape)
         noise = [
             torch.rand(self.shape, generator=rng.generator(seed, i, 0, 0, rng.DEQUANTIZATION)) - 0.5 for i in range(len(x))
         ]
@@ -312,16 +324,21 @@ class PoissonFlow(nn.Module):
                 "between them, and its density there is no likelihood; train with data.dequantize = true"
             )
 
-    def _given(self, n: int, labels: Any, options: dict[str, Any]) -> tuple[Given, dict[str, Any]]:
-        """Checked conditioning of `n` samples, and the options that are the Sampler's."""
+    def _given(self, n: int, labels: Any, options: dict[str, Any], known: Any = Options) -> tuple[Given, dict[str, Any]]:
+        """Checked conditioning of `n` samples, and the options that are the Sampler's. TypeError unless all are `known`."""
         names = Conditioning.__annotations__
+        unknown = sorted(options.keys() - known.__annotations__.keys())
+        if unknown:
+            raise TypeError(f"{unknown[0]!r} is no option here; there are {', '.join(known.__annotations__)}")
         conditioning: Any = {name: options[name] for name in names if name in options}
         given = check_conditioning(self, n, labels, conditioning)
         return given, {name: value for name, value in options.items() if name not in names}
 
     def _accurate(self, n: int, labels: Any, options: dict[str, Any]) -> tuple[Sampler, Tensor | None]:
         given, options = self._given(n, labels, options)
-        default = {"preset": "reference"} if not options.keys() - {"start"} else {}
+        if options.get("temperature") is not None:
+            raise ValueError(f"temperature = {options['temperature']}: only samples are drawn from the prior; leave it out")
+        default = {} if options.keys() & SolverOptions.__annotations__.keys() else {"preset": "reference"}
         return self.sampler(**(default | options)).asking(given.denoiser()), given.network_label  # type: ignore[typeddict-item]
 
     def save_pretrained(self, folder: str | Path) -> None:

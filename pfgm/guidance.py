@@ -112,13 +112,18 @@ class ClassifierGuidedDenoiser(nn.Module):
 
     def _pull(self, x: Tensor, sigma: Tensor) -> Tensor:
         """∇_x log P(label | x, sigma)."""
+        through = torch.is_grad_enabled() and x.requires_grad  # for likelihoods
         with torch.enable_grad():
-            point = x.detach().requires_grad_()
+            point = x if through else x.detach().requires_grad_()
             logits = self.classifier(point, sigma)
             if logits.ndim != 2 or len(logits) != len(x):
                 raise ValueError(f"classifier returned shape {tuple(logits.shape)}; it has to give logits [{len(x)}, classes]")
-            own = logits.log_softmax(1).gather(1, self.label[:, None])
-            (gradient,) = torch.autograd.grad(own.sum(), point)
+            if int(self.label.max()) >= logits.shape[1]:
+                raise ValueError(f"labels go up to {int(self.label.max())}, the classifier has {logits.shape[1]} classes")
+            own = logits.log_softmax(1).gather(1, self.label[:, None]) + 0 * point.sum()  # it may ignore x
+            (gradient,) = torch.autograd.grad(own.sum(), point, create_graph=through)
+        if not bool(torch.isfinite(gradient).all()):
+            raise ValueError("classifier: the gradient of its log-probabilities is NaN or infinite")
         return gradient
 
 
@@ -133,6 +138,10 @@ def _variance(x: Tensor, denoised: Tensor, sigma: Tensor, N: int, D: float) -> T
 
 def check_interval(interval: Interval) -> Interval:
     """`interval` as a pair. ValueError unless 0 <= low < high."""
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
-        raise ValueError(f"guidance_interval = {tuple(interval)}: give two noise levels, 0 <= low < high")
-    return float(interval[0]), float(interval[1])
+    try:
+        low, high = map(float, interval)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"guidance_interval = {interval!r}: give two noise levels, 0 <= low < high") from error
+    if not 0 <= low < high:
+        raise ValueError(f"guidance_interval = {interval}: give two noise levels, 0 <= low < high")
+    return low, high

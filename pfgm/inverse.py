@@ -4,8 +4,8 @@ The denoiser of the posterior follows from that of the prior (MMPS, arXiv 2405.1
 
     E[y | x, b] = denoised + V Aᵀ (A V Aᵀ + s_b² I)⁻¹ (b - A denoised),    V = sigma² ∂denoised/∂x,
 
-exact for Gaussian data at D = inf, where V is the covariance of y given x, an approximation elsewhere. All in centred model
-space.
+exact for Gaussian data at D = inf, where V is the covariance of y given x, an approximation elsewhere. The equations are solved
+by a few conjugate residuals: exactly for as many different eigenvalues of A V Aᵀ, nearly otherwise. All in centred model space.
 """
 
 from collections.abc import Callable
@@ -34,6 +34,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         check_positive("noise", self.noise)
+        object.__setattr__(self, "values", torch.as_tensor(self.values))
         if self.iterations < 1:
             raise ValueError(f"iterations = {self.iterations} must be at least 1")
         if not bool(torch.isfinite(self.values).all()):
@@ -47,6 +48,7 @@ class Mask(nn.Module):
 
     def __init__(self, known: Tensor):
         super().__init__()
+        known = torch.as_tensor(known)
         if known.dtype != torch.bool or not bool(known.any()):
             raise ValueError("known: give booleans, True where the sample is known, and at least one")
         self.register_buffer("known", known)
@@ -82,11 +84,15 @@ class MeasuredDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """The denoised point given the measurements, like `x` [B, ...]."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError("measurement: the denoiser under it has no derivative here, and so no likelihood; leave it out")
         variance = expand(per_sample(sigma, x).square(), x)
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             denoised = self.denoiser(point, sigma, label)
             measured = self.operator(denoised)
+        if not measured.requires_grad or not bool(torch.isfinite(measured).all()):
+            raise ValueError("operator: it gives NaN or infinity, or torch cannot differentiate it")
         offset = self.operator(torch.zeros_like(x))
 
         def back(u: Tensor) -> Tensor:
@@ -134,4 +140,4 @@ def conjugate_residuals(
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
+    return (a * b).reshape(len(a), -1).sum(1)

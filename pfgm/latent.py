@@ -27,6 +27,12 @@ class Latent:
             raise ValueError(f"level = {self.level} must be a positive finite number")
 
 
+def check_points(points: int) -> None:
+    """ValueError unless `points` is a whole number of at least 2."""
+    if not isinstance(points, int) or points < 2:
+        raise ValueError(f"points = {points!r} must be at least 2: the two ends")
+
+
 def interpolate(a: Latent, b: Latent, points: int) -> list[Latent]:
     """`points` latents from `a` to `b`, both ends included: directions along great circles, lengths |t| geometrically.
 
@@ -35,8 +41,7 @@ def interpolate(a: Latent, b: Latent, points: int) -> list[Latent]:
     above, falls short of it for D >> 1. ValueError for latents of other shapes, levels or surfaces, at the origin, or
     opposite to each other.
     """
-    if points < 2:
-        raise ValueError(f"points = {points} must be at least 2: the two ends")
+    check_points(points)
     if a.t.shape != b.t.shape or a.level != b.level or a.surface != b.surface:
         raise ValueError(
             f"latents of shapes {tuple(a.t.shape)}, {tuple(b.t.shape)}, levels {a.level:g}, {b.level:g} on {a.surface}, "

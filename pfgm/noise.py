@@ -103,7 +103,7 @@ def _channel_statistics(condition: Tensor) -> tuple[Tensor, Tensor]:
     over = [i for i in range(condition.ndim) if i != 1]
     wide = condition.double()
     mean, std = wide.mean(over, keepdim=True)[0], wide.std(over, correction=0, keepdim=True)[0]
-    return mean.float(), torch.where(std > 0, std, 1.0).float()
+    return mean.float(), torch.where(std > 1e-6 * mean.abs(), std, 1.0).float()
 
 
 def level_spacing(value_range: Sequence[float] | None, levels: int) -> float:

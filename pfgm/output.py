@@ -41,6 +41,12 @@ def check_writable(folder: Path, name: str, path: Path) -> None:
         raise OSError(f"{name} = {path} cannot be written: {error.strerror}; choose another folder") from error
 
 
+def check_other_file(out: Path, *inputs: Path | None) -> None:
+    """ValueError if `out` is one of the `inputs`."""
+    if any(path is not None and path.absolute() == out.absolute() for path in inputs):
+        raise ValueError(f"out = {out} is also read; choose another name")
+
+
 def check_array_output(out: Path) -> None:
     """ValueError or OSError unless `out` is an .npz or .pt file that can be written."""
     if out.suffix not in ARRAYS or out.is_dir():
@@ -50,9 +56,9 @@ def check_array_output(out: Path) -> None:
 
 def check_strip(out: Path, shape: Sequence[int]) -> None:
     """ValueError or OSError unless `out` is an array file, or a .png if samples of `shape` are images, that can be written."""
-    if out.suffix != ".png" or out.is_dir():
-        check_array_output(out)
-    elif not plot.is_image(shape):
+    if out.suffix not in (".png", *ARRAYS) or out.is_dir():
+        raise ValueError(f"out = {out}: give a file ending in .png, .npz or .pt")
+    if out.suffix == ".png" and not plot.is_image(shape):
         raise ValueError(f"out = {out}: samples of shape {tuple(shape)} are no images; use a file ending in .npz or .pt")
     check_writable(out.parent, "out", out)
 

@@ -56,16 +56,23 @@ def to_json(value: Any) -> Any:
     )
 
 
-def defaults(spec: Any) -> Any:
-    """`spec` with every argument at its default, nested specs too; arguments without one are left out."""
-    if not (isinstance(spec, Mapping) and set(spec) == {"class_path", "init_args"}):
-        return spec
-    module, _, name = spec["class_path"].rpartition(".")
+def with_defaults(old: Any, now: Any) -> Any:
+    """The spec `old` with the arguments that `now` has and it does not know at their defaults, in nested specs too.
+
+    What an earlier version did is what its missing arguments do by default.
+    """
+    if not (_is_spec(old) and _is_spec(now) and old["class_path"] == now["class_path"]):
+        return old
+    module, _, name = now["class_path"].rpartition(".")
     parameters = inspect.signature(getattr(importlib.import_module(module), name).__init__).parameters
-    given = spec["init_args"].items()
-    arguments = {key: defaults(value) for key, value in given if isinstance(value, Mapping)}
-    known = {key: parameters[key].default for key, value in given if key in parameters and not isinstance(value, Mapping)}
-    return {**spec, "init_args": arguments | {k: to_json(v) for k, v in known.items() if v is not inspect.Parameter.empty}}
+    arguments = {key: with_defaults(value, now["init_args"].get(key)) for key, value in old["init_args"].items()}
+    missing = [parameters[key] for key in now["init_args"] if key in parameters and key not in arguments]
+    known = {parameter.name: to_json(parameter.default) for parameter in missing if parameter.default is not parameter.empty}
+    return {**old, "init_args": arguments | known}
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}
 
 
 def build(spec: Mapping[str, Any], trust: Sequence[str] = (), kind: type = object) -> Any:
@@ -84,7 +91,7 @@ def build(spec: Mapping[str, Any], trust: Sequence[str] = (), kind: type = objec
 
 
 def _build_nested(value: Any, trust: Sequence[str], kind: type) -> Any:
-    return build(value, trust, kind) if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"} else value
+    return build(value, trust, kind) if _is_spec(value) else value
 
 
 def _find_class(class_path: str, trust: Sequence[str], kind: type) -> type:

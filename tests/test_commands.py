@@ -33,6 +33,15 @@ def here(tmp_path, monkeypatch):
     mask = np.zeros((8, 8), dtype=np.uint8)
     mask[:3] = 255
     Image.fromarray(mask).save("mask.png")
+    Image.fromarray(np.full((8, 8), 255, dtype=np.uint8)).save("white.png")
+    Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save("float.tif")
+    np.save("values.npy", np.full((8, 8), 0.3))
+    np.save("complex.npy", np.zeros((1, 8, 8), dtype=complex))
+    make_flow(64.0).save_pretrained("other")
+    make_flow(sigma_max=50.0).save_pretrained("higher")
+    latents = {"t": np.zeros((2, 1, 8, 8)), "level": 40.0, "plane": True, "D": 128.0}
+    np.savez("good.npz", **latents)
+    np.savez("bad.npz", **(latents | {"level": np.ones(2)}))
     np.save("low.npy", np.zeros((3, 1, 4, 4), dtype=np.float32))
     np.savez("training.npz", x=np.zeros((3, 1, 8, 8)), conditions=np.full((2, 1, 4, 4), 0.5, dtype=np.float32))
     return pixels
@@ -103,9 +112,10 @@ def test_inpainting_keeps_what_the_mask_leaves(here):
     mask = Mask(known)
     expected = pfgm.load("plain").sample(2, measurement=Measurement(mask, mask(user(here[:1]))[0], 0.05)).x
     assert torch.allclose(x, expected, atol=1e-3)
-    np.save("mask.npy", ~known.numpy())
-    commands.main(["plain", "--inpaint=[images/0.png,mask.npy]", *options])
-    assert torch.allclose(torch.from_numpy(np.load("x.npz")["x"]), expected, atol=1e-3)
+    for array in (~known.numpy(), ~known.numpy()[0]):
+        np.save("mask.npy", array)
+        commands.main(["plain", "--inpaint=[images/0.png,mask.npy]", *options])
+        assert torch.allclose(torch.from_numpy(np.load("x.npz")["x"]), expected, atol=1e-3)
 
 
 def test_conditions_come_from_arrays_and_images(here):
@@ -114,8 +124,8 @@ def test_conditions_come_from_arrays_and_images(here):
     commands.main(["superres", "--condition=training.npz", "--out=b.npz"])
     expected = pfgm.load("superres").sample(2, condition=torch.full((1, 4, 4), 0.5)).x
     assert np.allclose(np.load("b.npz")["x"], expected, atol=1e-5)
-    Image.fromarray(np.full((4, 4), 255, dtype=np.uint8)).save("white.png")
-    commands.main(["superres", "--condition=white.png", "--n=2", "--out=c.npz"])
+    Image.fromarray(np.full((4, 4), 255, dtype=np.uint8)).save("bright.png")
+    commands.main(["superres", "--condition=bright.png", "--n=2", "--out=c.npz"])
     expected = pfgm.load("superres").sample(2, condition=torch.ones(1, 4, 4)).x
     assert np.allclose(np.load("c.npz")["x"], expected, atol=1e-5)
 
@@ -147,12 +157,21 @@ def test_a_film_shows_the_first_of_many_guided_samples(here):
         (["encode", "plain", "large.png"], "images = large.png has 16 x 16 pixels, the model's 8 x 8"),
         (["encode", "plain", "none.png"], "images = none.png does not exist"),
         (["encode", "plain", "plain"], "images = plain: give images"),
-        (["encode", "plain", "low.npy"], r"images = low.npy holds \(3, 1, 4, 4\)"),
+        (["encode", "plain", "low.npy"], r"images = low.npy holds \(3, 1, 4, 4\) torch.float32"),
         (["encode", "plain", "images", "--out=x.png"], "out = x.png: give a file ending in .npz or .pt"),
         (["encode", "labelled", "images", "--labels=5"], "labels = 5: this model's labels are the integers 0..2"),
         (["encode", "plain", "images", "--labels=1"], "trained without labels"),
         (["encode", "superres", "images"], "condition = None"),
         (["decode", "plain", "low.npy"], "latents = low.npy has no array 'level', only"),
+        (["encode", "plain", "images", "--method=ab3"], "method = 'ab3': give an adaptive method"),
+        (["encode", "plain", "training.npz", "--out=training.npz"], "out = training.npz is also read"),
+        (["encode", "plain", "complex.npy"], r"complex.npy holds .* torch.complex"),
+        (["encode", "plain", "float.tif"], r"float.tif has pixels without black and white \(mode F\)"),
+        (["decode", "plain", "good.npz", "--out=good.npz"], "out = good.npz is also read"),
+        (["decode", "other", "good.npz"], "they are of D = 128, this model's D is 64"),
+        (["decode", "higher", "good.npz"], "they are of level 40, this model's of 50"),
+        (["decode", "plain", "bad.npz"], "latents = bad.npz: not what encode writes"),
+        (["interpolate", "plain", "--images=[]"], "images is empty"),
         (["interpolate", "plain"], "images = None, seeds = None: give one of them"),
         (["interpolate", "plain", "--seeds=3"], "give two or more"),
         (["interpolate", "plain", "--seeds=3-4", "--points=1"], "points = 1 must be at least 2"),
@@ -161,9 +180,14 @@ def test_a_film_shows_the_first_of_many_guided_samples(here):
         (["vary", "plain", "images", "--level=[41]"], "level = 41.0 must lie"),
         (["vary", "plain", "images", "--level=[]"], r"level = \[\]: give at least one column and one level"),
         (["vary", "plain", "images", "--level=[1]", "--n=0"], "n = 0"),
+        (["vary", "plain", "images", "--level=[1]", "--n=3"], "n = 3: images has 2 images, each a column"),
+        (["vary", "plain", "images", "--level=[1]", "--out=images"], "out = images: give a file ending in .png, .npz or .pt"),
         (["plain", "--inpaint", "large.png", "mask.png"], "inpaint = large.png has 16 x 16"),
-        (["plain", "--inpaint", "images", "mask.png"], "give one image and one mask"),
-        (["plain", "--inpaint", "images/0.png", "mask.png", "--measurement_noise=0"], "noise = 0"),
+        (["plain", "--inpaint", "images", "mask.png"], "inpaint = images: 2 images; give one"),
+        (["plain", "--inpaint", "images/0.png", "mask.png", "--measurement_noise=0"], "measurement_noise = 0"),
+        (["plain", "--inpaint", "images/0.png", "white.png"], "white.png: the mask is the same everywhere"),
+        (["plain", "--inpaint", "images/0.png", "values.npy"], r"values.npy: \(8, 8\) is no mask of \(1, 8, 8\)"),
+        (["plain", "--inpaint", "mask.png", "mask.png", "--out=mask.png"], "out = mask.png is also read"),
         (["plain", "--measurement_noise=1"], "nothing is measured; give inpaint as well"),
         (["plain", "--condition=low.npy"], "condition = low.npy: this model was trained without conditions"),
         (["superres", "--condition=low.npy", "--n=2"], r"condition has shape \(3, 1, 4, 4\); .* 2 samples"),
@@ -201,6 +225,6 @@ def test_sixteen_bits_and_colours_become_the_models_channels(here):
 
 
 def test_a_pair_after_inpaint_is_joined():
-    assert join_pair(["c", "--inpaint", "a", "b", "--n", "2"]) == ["c", "--inpaint", "[a,b]", "--n", "2"]
+    assert join_pair(["c", "--inpaint", "a", "b", "--n", "2"]) == ["c", "--inpaint", '["a", "b"]', "--n", "2"]
     for words in (["c", "--n", "2"], ["c", "--inpaint", "[a,b]"], ["c", "--inpaint", "a", "--n", "2"]):
         assert join_pair(words) == words

@@ -82,7 +82,7 @@ def test_degradations():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Downsample(1), "factor = 1 must be at least 2"),
+        (lambda: Downsample(1), "factor = 1 must be a whole number"),
         (lambda: Digits(degrade=Downsample(3)), "factor = 3 does not divide images of 8 x 8"),
         (lambda: Digits(degrade=Grey()), "images of 1 channels have no colour"),
         (lambda: Downsample(2).shape((4,)), r"samples of shape \(4,\) are no images"),

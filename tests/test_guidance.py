@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from pfgm.analytic import EmpiricalDenoiser, PointCharge
+from pfgm.analytic import EmpiricalDenoiser, GaussianBlob, PointCharge
 from pfgm.field import posterior_mean
 from pfgm.guidance import ClassifierGuidedDenoiser, ConditionedDenoiser, GuidedDenoiser, cost
 from pfgm.kernel import StudentTKernel
+from pfgm.likelihood import log_prob
 from pfgm.sampler import Sampler
 
 F64 = torch.float64
@@ -95,6 +96,7 @@ def test_classifier_guidance_pulls_by_its_strength_inside_its_interval():
     assert torch.allclose(each, torch.tensor([[0.0], [1.0], [2.0]]) * pull(1.0))
     assert not pull(1.0, (1.1, 2.0)).any()
     assert torch.equal(pull(1.0, (1.0, 2.0)), pull(1.0))
+    assert torch.equal(pull(1.0, (0.5, 1.0)), pull(1.0))
     with pytest.raises(ValueError, match=r"N = 1, D = 1"):
         ClassifierGuidedDenoiser(PointCharge(torch.zeros(1)), lambda x, s: torch.cat([x, -x], 1), label, 1.0)(x[:, :1], 1.0)
     with pytest.raises(ValueError, match=r"classifier returned shape \(3,\)"):
@@ -126,9 +128,12 @@ def test_the_reference_is_asked_only_where_it_counts():
     own, reference = Remembering(0.0), Remembering(3.0)
     guided = GuidedDenoiser(own, ConditionedDenoiser(reference, takes_label=False), 2.0, (0.5, 1.0))
     assert guided(x, torch.tensor([0.4, 0.5, 1.1]), label)[:, 0].tolist() == [5, 3 + 2 * 3, 7]
+    assert guided(x, torch.tensor([0.4, 1.0, 1.1]), label)[:, 0].tolist() == [5, 3 + 2 * 3, 7], "both ends belong to it"
+    own.asked.clear()
+    reference.asked.clear()
     outside = torch.tensor([0.4, 0.49, 1.1])
     assert guided(x, outside, label)[:, 0].tolist() == [5, 6, 7]
-    assert (len(own.asked), len(reference.asked)) == (2, 1)
+    assert (len(own.asked), len(reference.asked)) == (1, 0)
     assert (cost(guided), cost(guided, outside), cost(guided, torch.tensor([0.4, 0.5]))) == (2, 1, 2)
     assert cost(GuidedDenoiser(own, reference, 1.0), outside) == 1
     with pytest.raises(ValueError, match=r"guidance_interval = \(2, 1\)"):
@@ -165,3 +170,23 @@ def test_a_bound_condition_reaches_the_network_in_the_dtype_of_its_samples():
     assert torch.equal(one.asked[0][2], condition.double())
     bound(torch.zeros(2, 2), 1.0, torch.tensor([1, 2]))
     assert one.asked[1][1].tolist() == [1, 2]
+
+
+def test_the_density_under_a_classifier_is_that_of_its_flow():
+    """N(0, 1) data at D = inf with the exact classifier of x_1 + noise > 0: p(x | label) = p(x) P(label | x)/P(label)."""
+    normal = torch.distributions.Normal(0.0, 1.0)
+
+    def classifier(x, sigma):
+        # P(y_1 + noise of .5 > 0 | x): y_1 | x is normal with mean x_1/(1+s²) and variance s²/(1+s²)
+        mean, variance = x[:, 0] / (1 + sigma**2), sigma**2 / (1 + sigma**2)
+        z = mean / (variance + 0.25).sqrt()
+        return torch.stack([normal.cdf(-z).log(), normal.cdf(z).log()], 1)
+
+    x, label = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(3)), torch.ones(6, dtype=torch.long)
+    denoiser = ClassifierGuidedDenoiser(GaussianBlob(1.0), classifier, label, math.inf)
+    settings = {"sigma_min": 0.05, "sigma_max": 200.0, "sigma_data": 1.0, "rtol": 1e-6, "atol": 1e-6}
+    value = log_prob(denoiser, StudentTKernel(math.inf), x, **settings)
+    spread = math.sqrt(1 + 0.05**2)
+    exact = torch.distributions.Normal(0.0, spread).log_prob(x).sum(1)
+    exact = exact + classifier(x, torch.full((6,), 0.05, dtype=F64))[:, 1] - math.log(0.5)
+    assert torch.allclose(value, exact, atol=2e-2), (value, exact)

@@ -132,6 +132,13 @@ def test_conjugate_residuals_solve_every_sample_and_stop_at_curvature():
     u = conjugate_residuals(lambda v: torch.einsum("bij,bj->bi", M, v), right, 10)
     assert torch.allclose(u[:2], torch.linalg.solve(M[:2], right[:2]), atol=1e-8)
     assert not u[2].any(), "the matrix is negative there"
+    low = conjugate_residuals(lambda v: 0.5 * v, right, 10, floor=1.0)
+    assert not low.any(), "the matrix is below its floor"
+    turn = torch.tensor([[0.3, 4.0], [-4.0, 0.3]], dtype=F64)
+    once = conjugate_residuals(lambda v: v @ turn, right[:, :2], 1)
+    many = conjugate_residuals(lambda v: v @ turn, right[:, :2], 30)
+    residuals = [(right[:, :2] - u @ turn).norm(dim=1) for u in (once, many)]
+    assert bool((residuals[1] <= residuals[0] + 1e-12).all()), "no step makes it worse, whatever the matrix"
     calls = []
     conjugate_residuals(lambda v: calls.append(1) or v, right, 10)
     assert len(calls) == 1
@@ -155,3 +162,8 @@ def test_masks_and_measurements_say_what_is_wrong():
             Measurement(mask, torch.zeros(2, 2), **options)
     with pytest.raises(ValueError, match="values: some"):
         Measurement(mask, torch.tensor([math.nan]), 1.0)
+
+
+def test_there_is_no_likelihood_under_a_measurement():
+    with pytest.raises(ValueError, match="measurement: the denoiser under it has no derivative"):
+        measured(2)(torch.zeros(2, N, dtype=F64, requires_grad=True), 1.0)
