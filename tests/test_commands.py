@@ -14,7 +14,7 @@ from test_flow import make_flow
 import pfgm
 from pfgm import commands
 from pfgm.commands import join_pair
-from pfgm.files import read_images
+from pfgm.files import read_images, read_inputs
 from pfgm.inverse import Mask, Measurement
 
 
@@ -88,6 +88,8 @@ def test_interpolation_begins_and_ends_at_its_images(here, capsys):
     drawn = pfgm.load("plain").sample(seeds=[3, 7, 9], preset="reference").x
     commands.main(["interpolate", "plain", "--seeds=3,7,9", "--points=2", "--out=ends.npz"])
     ends = torch.from_numpy(np.load("ends.npz")["x"])
+    commands.main(["interpolate", "plain", "--seeds=3,7,9", "--points=2", "--out=cold.npz", "--temperature=0.5"])
+    assert not np.allclose(np.load("cold.npz")["x"], ends, atol=1e-2)
     assert float((ends[0, 0] - drawn[0]).abs().max()) < 0.1, "up to the last denoising"
     assert torch.equal(ends[0, 1], ends[1, 0])
 
@@ -99,8 +101,10 @@ def test_variations_keep_the_image_at_low_levels(here):
     assert torch.allclose(v[0], user(here[1:2]).expand(3, -1, -1, -1), atol=1e-6)
     near, far = ((v[k] - v[0]).square().mean().sqrt() for k in (1, 2))
     assert float(near) < 0.1 < float(far)
-    expected = pfgm.load("plain").vary(user(here[1:2]).expand(3, -1, -1, -1), 30.0).x
-    assert torch.allclose(v[2], expected, atol=1e-5)
+    three = user(here[1:2]).expand(3, -1, -1, -1)
+    assert torch.allclose(v[2], pfgm.load("plain").vary(three, 30.0).x, atol=1e-5)
+    commands.main(["vary", "plain", "images/1.png", "--level=30", "--n=3", "--seed=5", "--out=v.npz"])
+    assert np.allclose(np.load("v.npz")["x"][1], pfgm.load("plain").vary(three, 30.0, seed=5).x, atol=1e-5)
 
 
 def test_inpainting_keeps_what_the_mask_leaves(here):
@@ -116,6 +120,37 @@ def test_inpainting_keeps_what_the_mask_leaves(here):
         np.save("mask.npy", array)
         commands.main(["plain", "--inpaint=[images/0.png,mask.npy]", *options])
         assert torch.allclose(torch.from_numpy(np.load("x.npz")["x"]), expected, atol=1e-3)
+
+
+def test_the_least_noise_of_a_measurement_is_the_models(here):
+    commands.main(["plain", "--inpaint", "images/0.png", "mask.png", "--n=1", "--out=x.npz"])
+    first = np.load("x.npz")["x"]
+    commands.main(["plain", "--inpaint", "images/0.png", "mask.png", "--n=1", "--out=x.npz", "--measurement_noise=0.01"])
+    assert np.array_equal(np.load("x.npz")["x"], first)
+
+
+def test_latents_of_a_conditional_model_need_its_condition_again(here):
+    np.save("one.npy", np.full((1, 4, 4), 0.5, dtype=np.float32))
+    commands.main(["encode", "superres", "images", "--condition=one.npy", "--out=latents.npz", "--rtol=1e-4", "--atol=1e-4"])
+    commands.main(["decode", "superres", "latents.npz", "--condition=one.npy", "--out=x.npz", "--rtol=1e-4", "--atol=1e-4"])
+    assert np.abs(np.load("x.npz")["x"] - user(here[:2]).numpy()).max() < 0.05
+    with pytest.raises(SystemExit, match="2"):
+        commands.main(["decode", "superres", "latents.npz", "--out=x.npz"])
+
+
+def test_latents_and_levels_are_in_the_units_of_the_data(here):
+    make_flow(scale=3.0).save_pretrained("scaled")
+    commands.main(["encode", "scaled", "images", "--out=latents.npz", "--rtol=1e-4", "--atol=1e-4"])
+    commands.main(["decode", "scaled", "latents.npz", "--out=x.npz", "--rtol=1e-4", "--atol=1e-4"])
+    assert np.abs(np.load("x.npz")["x"] - user(here[:2]).numpy()).max() < 0.05
+    commands.main(["interpolate", "scaled", "--seeds=3-4", "--points=2", "--out=ends.npz"])
+    drawn = pfgm.load("scaled").sample(seeds=[3], preset="reference").x
+    assert np.abs(np.load("ends.npz")["x"][0, 0] - drawn[0].numpy()).max() < 0.3
+
+
+def test_samples_of_one_number_are_read_as_a_column(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(5.0))
+    assert read_inputs(tmp_path / "a.npy", (1,), None, "x").flatten().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_conditions_come_from_arrays_and_images(here):
