@@ -16,7 +16,7 @@ from pfgm.guidance import cost
 from pfgm.inverse import Mask, Measurement
 from pfgm.kernel import check_positive
 from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
-from pfgm.output import ARRAYS, check_other_file, check_output, check_writable, save_arrays, write_images
+from pfgm.output import ARRAYS, check_columns, check_other_file, check_output, check_writable, save_arrays, write_images
 from pfgm.sampler import Samples, check_max_calls, seed_pairs
 from pfgm.trajectory import check_trajectory, write_trajectory
 
@@ -36,14 +36,19 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def write_samples(
-    out: Path, samples: Samples, pairs: Sequence[tuple[int, int]], labels: Any, value_range: plot.ValueRange
+    out: Path,
+    samples: Samples,
+    pairs: Sequence[tuple[int, int]],
+    labels: Any,
+    value_range: plot.ValueRange,
+    columns: int | None = None,
 ) -> None:
     """Write drawn `samples` of (seed, index) `pairs` to `out`, by its ending; see `check_output`."""
     if out.suffix in ARRAYS:
         arrays = {"x": samples.x.float(), "seeds": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)}
         save_arrays(out, arrays if labels is None else arrays | {"labels": labels})
     else:
-        write_images(out, samples.x, [f"{seed:06d}-{index:06d}" for seed, index in pairs], value_range)
+        write_images(out, samples.x, [f"{seed:06d}-{index:06d}" for seed, index in pairs], value_range, columns)
 
 
 def draw(
@@ -60,6 +65,7 @@ def draw(
     inpaint: tuple[Path, Path] | None = None,
     measurement_noise: float | None = None,
     out: Path = Path("samples.png"),
+    columns: int | None = None,
     trajectory: Path | None = None,
     preset: str | None = None,
     method: str | None = None,
@@ -92,9 +98,9 @@ def draw(
             function of (seed, i).
         seed: the seed of all n samples (default 0).
         seeds: instead of n and seed, one sample for each of these, such as 0-63 or 1,2,5-10.
-        labels: one class for all samples, or one for each ([1,7,...]).
+        labels: one class for all samples, or several ([1,7,...]) in turn, each for as many samples.
         condition: for models that take them, a .npy, .npz or .pt file of "conditions", or of a single array, or
-            images: one for all samples, or one for each.
+            images: one for all samples, or several in turn, each for as many samples.
         guidance: strength of guidance, one for all or one for each ([1,2,...]); 1 is none. Needs labels and a model trained
             with label dropout, or a guide.
         guidance_interval: noise levels (low, high), in model units, between which guidance acts (default: all).
@@ -102,6 +108,7 @@ def draw(
         inpaint: an image, and a mask that is white where the image is to be filled in: --inpaint image.png mask.png.
         measurement_noise: of the image's known part, in the units of the data (default: the model's lowest noise level).
         out: a file .png (grid, or scatter plot of 2-D data), .npz or .pt, or a folder of separate PNGs; replaced if it exists.
+        columns: of the grid in a .png file of images (default: as many as rows).
         trajectory: the way from the hemisphere: a .png (a strip for images, field lines for 2-D data), a .gif of noisy and
             denoised states, or an .npz of both.
         preset: fast (6 calls), balanced (10 calls, the default) or reference (dopri5 at tolerance 1e-4).
@@ -133,7 +140,8 @@ def draw(
     given_labels = len(labels) if isinstance(labels, list) and len(labels) > 1 else 64
     default = given_labels if c is None or len(c) == 1 else len(c)
     pairs = seed_pairs(default if n is None and seeds is None else n, seed, None if seeds is None else parse_seeds(seeds))
-    label = check_labels(flow, labels[0] if isinstance(labels, list) and len(labels) == 1 else labels, len(pairs))
+    label = check_labels(flow, in_turn("labels", labels, len(pairs)), len(pairs))
+    c = in_turn("condition", c, len(pairs))
     options: dict[str, Any] = {"preset": preset, "method": method, "coordinates": coordinates, "start": start}
     options |= {"rtol": rtol, "atol": atol, "independent": independent, "steps": steps, "grid": grid}
     options |= {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "restart": restart, "temperature": temperature}
@@ -147,6 +155,7 @@ def draw(
             raise ValueError(f"grid = 'optimized': such grids are for ab3, not {method}; leave method out")
     _ = flow.sampler(**options).plan  # its checks come before any folder is made
     check_pairs(pairs, out)
+    check_columns(columns, out, flow.shape)
     check_other_file(out, condition, *(inpaint or ()))
     check_batch_size(batch_size)
     check_max_calls(max_calls, most)
@@ -162,7 +171,7 @@ def draw(
         if one is not None:
             one.denoiser.to(getattr(torch, dtype))
     samples = flow.draw(pairs, labels=label, batch_size=batch_size, max_calls=max_calls, progress=True, **options, **given)
-    write_samples(out, samples, pairs, label, flow.value_range)
+    write_samples(out, samples, pairs, label, flow.value_range, columns)
     print(f"{len(pairs)} samples in {samples.calls} network calls and {samples.seconds:.2f} s -> {out}")
     if not samples.complete:
         print(
@@ -186,6 +195,18 @@ def optimized_grid(checkpoint: Path, flow: PoissonFlow, steps: int, condition: T
         store_grid(path, flow, levels)
         print(f"the grid -> {path}", file=sys.stderr)
     return levels
+
+
+def in_turn(name: str, values: Any, n: int) -> Any:
+    """A list or tensor of m values as one of `n`, each n/m times in turn; None and single numbers as they are.
+
+    ValueError if m does not divide n.
+    """
+    if values is None or isinstance(values, int) or len(values) == 1:
+        return values[0] if isinstance(values, list) else values
+    if not len(values) or n % len(values):
+        raise ValueError(f"{name}: {len(values)} for {n} samples, in turn; give a number that divides {n}, or another n")
+    return [*values] * (n // len(values)) if isinstance(values, list) else values[torch.arange(n) % len(values)]
 
 
 def read_condition(path: Path | None, flow: PoissonFlow) -> Tensor | None:

@@ -47,6 +47,12 @@ def check_other_file(out: Path, *inputs: Path | None) -> None:
         raise ValueError(f"out = {out} is also read; choose another name")
 
 
+def check_columns(columns: int | None, out: Path, shape: Sequence[int]) -> None:
+    """ValueError unless `columns` is None, or `out` a grid of images that can have so many."""
+    if columns is not None and (columns < 1 or out.suffix != ".png" or not plot.is_image(shape)):
+        raise ValueError(f"columns = {columns}, out = {out}: only a .png of images has columns, one at least; leave it out")
+
+
 def check_array_output(out: Path) -> None:
     """ValueError or OSError unless `out` is an .npz or .pt file that can be written."""
     if out.suffix not in ARRAYS or out.is_dir():
@@ -74,8 +80,11 @@ def save_arrays(out: Path, arrays: dict[str, Tensor]) -> None:
             np.savez(temporary, **numbers)
 
 
-def write_images(out: Path, x: Tensor, names: Sequence[str], value_range: plot.ValueRange) -> None:
+def write_images(out: Path, x: Tensor, names: Sequence[str], value_range: plot.ValueRange, columns: int | None = None) -> None:
     """Samples `x` [n, ...] as one .png, a grid or scatter plot, or in a folder of PNGs with the given names."""
+    if columns is not None:
+        plot.save_grid(out, x, value_range, columns)
+        return
     if out.suffix == ".png":
         plot.save_samples(out, x, value_range)
         return

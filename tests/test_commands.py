@@ -159,6 +159,9 @@ def test_conditions_come_from_arrays_and_images(here):
     commands.main(["superres", "--condition=training.npz", "--out=b.npz"])
     expected = pfgm.load("superres").sample(2, condition=torch.full((1, 4, 4), 0.5)).x
     assert np.allclose(np.load("b.npz")["x"], expected, atol=1e-5)
+    commands.main(["superres", "--condition=low.npy", "--n=6", "--out=grid.png", "--columns=3"])
+    with Image.open("grid.png") as grid:
+        assert grid.size == (3 * 34 + 2, 2 * 34 + 2), "conditions in turn"
     Image.fromarray(np.full((4, 4), 255, dtype=np.uint8)).save("bright.png")
     commands.main(["superres", "--condition=bright.png", "--n=2", "--out=c.npz"])
     expected = pfgm.load("superres").sample(2, condition=torch.ones(1, 4, 4)).x
@@ -225,7 +228,10 @@ def test_a_film_shows_the_first_of_many_guided_samples(here):
         (["plain", "--inpaint", "mask.png", "mask.png", "--out=mask.png"], "out = mask.png is also read"),
         (["plain", "--measurement_noise=1"], "nothing is measured; give inpaint as well"),
         (["plain", "--condition=low.npy"], "condition = low.npy: this model was trained without conditions"),
-        (["superres", "--condition=low.npy", "--n=2"], r"condition has shape \(3, 1, 4, 4\); .* 2 samples"),
+        (["superres", "--condition=low.npy", "--n=2"], "condition: 3 for 2 samples, in turn"),
+        (["labelled", "--labels=[0,1]", "--n=3"], "labels: 2 for 3 samples, in turn"),
+        (["plain", "--columns=0"], "columns = 0"),
+        (["plain", "--columns=3", "--out=x.npz"], "columns = 3, out = x.npz"),
         (["superres"], "condition = None: this model needs conditions"),
         (["plain", "--guidance=2"], "classifier-free guidance needs labels"),
         (["labelled", "--guidance=2", "--labels=1", "--max_calls=1"], "max_calls = 1 must be at least 2"),
