@@ -5,7 +5,7 @@
 
 1000 samples for each strength, 100 of each class, by the default sampler. The judge is a support vector classifier, trained on
 the real training digits; its own accuracy on held-out digits is printed. The energy distance is to the training digits of each
-class, the mean over the ten. A third column is with guidance only at levels from .1 to 2.
+class, the mean over the ten; the last column is with guidance only at levels from .1 to 2.
 """
 
 import argparse
