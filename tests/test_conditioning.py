@@ -168,7 +168,7 @@ def test_conditions_of_any_kind_reach_the_network_normalised(shape, condition_sh
     assert torch.allclose(flow.sample(4, condition=5 + 2 * c, batch_size=3, **CALLS).x, one, atol=1e-4)
     assert torch.allclose(flow.sample(4, condition=5 + 2 * c[1], **CALLS).x[1], one[1], atol=1e-4), "one for all"
     assert not torch.allclose(flow.sample(4, condition=c, **CALLS).x, one, atol=1e-2)
-    assert flow.log_prob(one, condition=5 + 2 * c, rtol=1e-2, atol=1e-2).shape == (4,)
+    assert flow.log_prob(one, condition=5 + 2 * c, exact=False, rtol=1e-2, atol=1e-2).shape == (4,)
 
 
 def test_conditions_survive_an_export(tmp_path):
