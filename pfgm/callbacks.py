@@ -1,5 +1,6 @@
 """Where training meets sampling: checkpoints, sample grids, evaluation, the progress bar."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,11 +149,10 @@ class Evaluation(Callback):
     def _bits(self, module: PFGM, data: Any) -> Iterator[Tensor]:
         """Of held-out data, by batches."""
         part = data.held_out[slice(self.likelihood)]
-        conditions = data.prepared(part).condition
+        part = dataclasses.replace(part, condition=data.prepared(part).condition)
         for k, i in enumerate(range(0, len(part), 256)):
             batch = part[slice(i, i + 256)]
-            condition = None if conditions is None else conditions[i : i + 256]
-            x, given = batch.x.to(module.device), {"labels": batch.label, "condition": condition}
+            x, given = batch.x.to(module.device), {"labels": batch.label, "condition": batch.condition}
             yield module.flow.bits_per_dim(x, seed=k, rtol=1e-3, atol=1e-3, **given)
 
 

@@ -113,8 +113,8 @@ def conjugate_residuals(
     """u with matrix(u) = `right` [B, ...], for a symmetric matrix of each sample with eigenvalues >= `floor`.
 
     What comes from a network may be neither symmetric nor bounded so, and the exact solution may then be anything. A sample
-    therefore stays where it is when the matrix turns out to be below the floor along its residual or when the residual grows,
-    which it cannot with this method otherwise, and of course when it falls below `tolerance` of the right side.
+    therefore stays where it is when the matrix turns out to be below the floor along its residual, and of course when that falls
+    below `tolerance` of the right side.
     """
     u, residual = torch.zeros_like(right), right
     direction, image = residual, torch.zeros_like(right)  # image = matrix(direction)
@@ -129,12 +129,8 @@ def conjugate_residuals(
         old = torch.where(going, curvature / before, 0.0) if k else torch.zeros_like(curvature)
         direction, image = residual + expand(old, u) * direction, product + expand(old, u) * image
         step = torch.where(going, curvature / _dot(image, image).clamp(min=1e-300), 0.0)
-        smaller = residual - expand(step, u) * image
-        new = _dot(smaller, smaller)
-        going = going & (new < size)
-        keep = expand(going, u) > 0
-        u, residual = torch.where(keep, u + expand(step, u) * direction, u), torch.where(keep, smaller, residual)
-        size = torch.where(going, new, size)
+        u, residual = u + expand(step, u) * direction, residual - expand(step, u) * image
+        size = _dot(residual, residual)
         going = going & (size > enough)
     return u
 
