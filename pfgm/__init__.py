@@ -25,7 +25,25 @@ if TYPE_CHECKING:
 __all__ = ["PFGM", "PoissonFlow", "load", "optimize_grid"]
 
 _HOMES = {"PoissonFlow": "pfgm.flow", "load": "pfgm.flow", "PFGM": "pfgm.module", "optimize_grid": "pfgm.optimal"}
-_ROOMS = ("kernel", "field", "analytic", "noise", "nn", "denoiser", "loss", "ode", "sampler", "flow", "draw", "metrics", "data")
+_ROOMS = [
+    "kernel",
+    "field",
+    "analytic",
+    "noise",
+    "nn",
+    "denoiser",
+    "guidance",
+    "inverse",
+    "loss",
+    "ode",
+    "latent",
+    "sampler",
+    "likelihood",
+    "flow",
+    "draw",
+    "metrics",
+]
+_ROOMS += ["degrade", "data"]
 
 
 def __getattr__(name: str) -> Any:

@@ -113,8 +113,8 @@ def conjugate_residuals(
     """u with matrix(u) = `right` [B, ...], for a symmetric matrix of each sample with eigenvalues >= `floor`.
 
     What comes from a network may be neither symmetric nor bounded so, and the exact solution may then be anything. A sample
-    therefore stays where it is when the matrix turns out to be below the floor along its residual, and of course when that falls
-    below `tolerance` of the right side.
+    therefore stays where it is when the matrix turns out to be below the floor along its residual, and of course when that
+    falls below `tolerance` of the right side.
     """
     u, residual = torch.zeros_like(right), right
     direction, image = residual, torch.zeros_like(right)  # image = matrix(direction)

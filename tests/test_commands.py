@@ -268,6 +268,12 @@ def test_sixteen_bits_and_colours_become_the_models_channels(here):
     assert read_images(Path("images"), (3, 8, 8)).shape == (2, 3, 8, 8)
 
 
+def test_what_the_readme_names_is_there():
+    assert pfgm.inverse.Measurement is Measurement
+    assert pfgm.degrade.Downsample(2).factor == 2
+    assert pfgm.latent.Latent is Latent
+
+
 def test_a_pair_after_inpaint_is_joined():
     assert join_pair(["c", "--inpaint", "a", "b", "--n", "2"]) == ["c", "--inpaint", '["a", "b"]', "--n", "2"]
     for words in (["c", "--n", "2"], ["c", "--inpaint", "[a,b]"], ["c", "--inpaint", "a", "--n", "2"]):
