@@ -93,8 +93,8 @@ def check_conditioning(flow: "PoissonFlow", n: int, labels: Any, options: Condit
     """`labels` and `options` for `n` samples of `flow`. ValueError for what does not fit it, is missing, or is superfluous."""
     classifier, guide = options.get("classifier"), options.get("guide")
     condition = check_condition(flow, options.get("condition"), n)
-    if classifier is not None and not flow.num_classes:
-        label: Tensor | None = _classifier_labels(labels, n, flow.mean.device)
+    if classifier is not None and labels is not None and not flow.num_classes:
+        label: Tensor | None = _integers(labels, n, 2**31, flow.mean.device)  # how many classes it has is not known here
     else:
         label = check_labels(flow, labels, n)
     guidance = _strength(options.get("guidance"), n, flow.mean.device)
@@ -172,12 +172,6 @@ def _integers(labels: Any, n: int, classes: int, device: torch.device) -> Tensor
     if label.ndim > 1 or (label.ndim == 1 and len(label) != n):
         raise ValueError(f"labels has shape {tuple(label.shape)}; give one label, or one for each of the {n} samples")
     return label.long().expand(n)
-
-
-def _classifier_labels(labels: Any, n: int, device: torch.device) -> Tensor:
-    if labels is None:
-        raise ValueError("labels = None: a classifier guides towards labels; give them")
-    return _integers(labels, n, 2**31, device)
 
 
 def _strength(guidance: Any, n: int, device: torch.device) -> Tensor | None:

@@ -94,23 +94,19 @@ def draw(
 
     Args:
         checkpoint: a .ckpt written by train.py, or a folder written by save_pretrained.
-        n: number of samples (default 64, or as many as there are conditions or labels, unless seeds are given); sample i is a
-            function of (seed, i).
+        n: number of samples (default 64, or one for each condition or label); sample i is a function of (seed, i).
         seed: the seed of all n samples (default 0).
         seeds: instead of n and seed, one sample for each of these, such as 0-63 or 1,2,5-10.
         labels: one class for all samples, or several ([1,7,...]) in turn, each for as many samples.
-        condition: for models that take them, a .npy, .npz or .pt file of "conditions", or of a single array, or
-            images: one for all samples, or several in turn, each for as many samples.
-        guidance: strength of guidance, one for all or one for each ([1,2,...]); 1 is none. Needs labels and a model trained
-            with label dropout, or a guide.
+        condition: array file ("conditions", or a single array) or images; one for all samples, or several in turn.
+        guidance: strength, or one for each sample ([1,2,...]); 1 is none. Needs labels and label dropout, or a guide.
         guidance_interval: noise levels (low, high), in model units, between which guidance acts (default: all).
         guide: checkpoint of a weaker model of the same data, for autoguidance.
         inpaint: an image, and a mask that is white where the image is to be filled in: --inpaint image.png mask.png.
         measurement_noise: of the image's known part, in the units of the data (default: the model's lowest noise level).
         out: a file .png (grid, or scatter plot of 2-D data), .npz or .pt, or a folder of separate PNGs; replaced if it exists.
         columns: of the grid in a .png file of images (default: as many as rows).
-        trajectory: the way from the hemisphere: a .png (a strip for images, field lines for 2-D data), a .gif of noisy and
-            denoised states, or an .npz of both.
+        trajectory: the way from the hemisphere: .png (strip, field lines of 2-D data), .gif or .npz (noisy and denoised).
         preset: fast (6 calls), balanced (10 calls, the default) or reference (dopri5 at tolerance 1e-4).
         method: adaptive dopri5, dopri8, bosh3, adaptive_heun, or fixed ab2, ab3, euler, midpoint, heun2, rk4, or, for
             comparison, dpmpp_2m, dpmpp_3m, edm_heun (default: bosh3 if a tolerance is given, otherwise ab3).
@@ -121,8 +117,7 @@ def draw(
         atol: absolute tolerance of adaptive methods (default .05).
         independent: adaptive steps for each sample (adaptive_heun, bosh3, dopri5), so that it does not depend on its batch.
         steps: number of steps of fixed methods.
-        grid: of fixed methods: uniform, paced (default of ab3), rho, a falling list of levels in model units, or optimized:
-            the best for ab3 with this checkpoint, found when first asked for and kept in a .json beside it.
+        grid: uniform, paced (default of ab3), rho, falling levels in model units, or optimized (for ab3; kept in a .json).
         s_churn: of one-step methods: noise added before the steps, as in EDM (default 0).
         s_tmin: lowest level at which it is added, in model units (default 0).
         s_tmax: highest level at which it is added (default inf).
@@ -137,51 +132,77 @@ def draw(
     place = check_device(device)
     flow = load(checkpoint, place, ema, trust)
     c = read_condition(condition, flow)
-    given_labels = len(labels) if isinstance(labels, list) and len(labels) > 1 else 64
-    default = given_labels if c is None or len(c) == 1 else len(c)
-    pairs = seed_pairs(default if n is None and seeds is None else n, seed, None if seeds is None else parse_seeds(seeds))
+    one_each = None if seeds is None else parse_seeds(seeds)
+    pairs = seed_pairs(default_n(labels, c) if n is None and seeds is None else n, seed, one_each)
     label = check_labels(flow, in_turn("labels", labels, len(pairs)), len(pairs))
-    c = in_turn("condition", c, len(pairs))
     options: dict[str, Any] = {"preset": preset, "method": method, "coordinates": coordinates, "start": start}
     options |= {"rtol": rtol, "atol": atol, "independent": independent, "steps": steps, "grid": grid}
     options |= {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "restart": restart, "temperature": temperature}
-    given: dict[str, Any] = {"condition": c, "guidance": guidance, "guidance_interval": guidance_interval}
-    given["guide"] = None if guide is None else load(guide, place, ema, trust)
+    given: dict[str, Any] = {"condition": in_turn("condition", c, len(pairs)), "guidance": guidance}
+    given |= {"guidance_interval": guidance_interval, "guide": guide and load(guide, place, ema, trust)}
     given["measurement"] = read_inpainting(inpaint, measurement_noise, flow)
-    most = cost(check_conditioning(flow, len(pairs), label, given).denoiser())  # type: ignore[arg-type]
-    if grid == "optimized":
-        options |= {"method": method or "ab3", "grid": "paced"}  # until all is checked
-        if options["method"] != "ab3":
-            raise ValueError(f"grid = 'optimized': such grids are for ab3, not {method}; leave method out")
-    _ = flow.sampler(**options).plan  # its checks come before any folder is made
+    check_max_calls(max_calls, cost(check_conditioning(flow, len(pairs), label, given).denoiser()))  # type: ignore[arg-type]
+    check_solver(flow, options)
     check_pairs(pairs, out)
-    check_columns(columns, out, flow.shape)
-    check_other_file(out, condition, *(inpaint or ()))
     check_batch_size(batch_size)
-    check_max_calls(max_calls, most)
-    check_output(out, flow.shape)
+    check_outputs(flow.shape, out, columns, trajectory, max_calls, [condition, *(inpaint or ())])
+    if grid == "optimized":
+        options |= {"method": "ab3", "grid": optimized_grid(checkpoint, flow, options["steps"], c), "steps": None}
+    for one in (flow, given["guide"] or flow):
+        one.denoiser.to(getattr(torch, dtype))
+    samples = flow.draw(pairs, labels=label, batch_size=batch_size, max_calls=max_calls, progress=True, **options, **given)
+    write_samples(out, samples, pairs, label, flow.value_range, columns)
+    report(samples, max_calls, out)
+    if trajectory is not None:
+        write_trajectory(trajectory, flow, pairs, label, samples, batch_size, options, given)
+        print(f"their way from the {flow.sampler(**options).start} -> {trajectory}")
+
+
+def default_n(labels: int | list[int] | None, condition: Tensor | None) -> int:
+    """As many samples as there are conditions or labels, if there are several, otherwise 64."""
+    several = [len(one) for one in (condition, labels) if one is not None and not isinstance(one, int) and len(one) > 1]
+    return several[0] if several else 64
+
+
+def check_solver(flow: PoissonFlow, options: dict[str, Any]) -> None:
+    """ValueError for options that are no solver's; for an optimized grid before it is searched."""
+    if options["grid"] == "optimized":
+        if options["method"] not in (None, "ab3"):
+            raise ValueError(f"grid = 'optimized': such grids are for ab3, not {options['method']}; leave method out")
+        options = options | {"method": "ab3", "grid": "paced"}
+    _ = flow.sampler(**options).plan
+
+
+def check_outputs(
+    shape: Sequence[int],
+    out: Path,
+    columns: int | None,
+    trajectory: Path | None,
+    max_calls: int | None,
+    inputs: Sequence[Path | None],
+) -> None:
+    """ValueError or OSError unless samples of `shape` and their trajectory can be written; makes the folders."""
+    check_columns(columns, out, shape)
+    check_other_file(out, *inputs)
     if trajectory is not None and max_calls is not None:
         raise ValueError(f"trajectory = {trajectory}, max_calls = {max_calls}: a trajectory is whole; leave one of them out")
     if trajectory is not None:
-        check_trajectory(trajectory, out, flow.shape)
+        check_other_file(trajectory, *inputs, name="trajectory")
+        check_trajectory(trajectory, out, shape)
+    check_output(out, shape)
+    if trajectory is not None:
         check_writable(trajectory.parent, "trajectory", trajectory)
-    if grid == "optimized":
-        options |= {"grid": optimized_grid(checkpoint, flow, options["steps"], c), "steps": None}
-    for one in (flow, given["guide"]):
-        if one is not None:
-            one.denoiser.to(getattr(torch, dtype))
-    samples = flow.draw(pairs, labels=label, batch_size=batch_size, max_calls=max_calls, progress=True, **options, **given)
-    write_samples(out, samples, pairs, label, flow.value_range, columns)
-    print(f"{len(pairs)} samples in {samples.calls} network calls and {samples.seconds:.2f} s -> {out}")
+
+
+def report(samples: Samples, max_calls: int | None, out: Path) -> None:
+    """Say what was drawn, and warn if it is not complete."""
+    print(f"{len(samples.x)} samples in {samples.calls} network calls and {samples.seconds:.2f} s -> {out}")
     if not samples.complete:
         print(
             f"sample.py: warning: stopped by max_calls = {max_calls}: the samples are what the network makes of states above "
             "the data; give more calls, larger tolerances or fewer steps",
             file=sys.stderr,
         )
-    if trajectory is not None:
-        write_trajectory(trajectory, flow, pairs, label, samples, batch_size, options, given)
-        print(f"their way from the {flow.sampler(**options).start} -> {trajectory}")
 
 
 def optimized_grid(checkpoint: Path, flow: PoissonFlow, steps: int, condition: Tensor | None) -> list[float]:

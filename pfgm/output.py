@@ -41,10 +41,10 @@ def check_writable(folder: Path, name: str, path: Path) -> None:
         raise OSError(f"{name} = {path} cannot be written: {error.strerror}; choose another folder") from error
 
 
-def check_other_file(out: Path, *inputs: Path | None) -> None:
-    """ValueError if `out` is one of the `inputs`."""
-    if any(path is not None and path.absolute() == out.absolute() for path in inputs):
-        raise ValueError(f"out = {out} is also read; choose another name")
+def check_other_file(path: Path, *inputs: Path | None, name: str = "out") -> None:
+    """ValueError, which calls `path` by `name`, if it is one of the `inputs`."""
+    if any(one is not None and one.absolute() == path.absolute() for one in inputs):
+        raise ValueError(f"{name} = {path} is also read; choose another name")
 
 
 def check_columns(columns: int | None, out: Path, shape: Sequence[int]) -> None:

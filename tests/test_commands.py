@@ -233,6 +233,7 @@ def test_a_film_shows_the_first_of_many_guided_samples(here):
         (["plain", "--condition=low.npy"], "condition = low.npy: this model was trained without conditions"),
         (["superres", "--condition=low.npy", "--n=2"], "condition: 3 for 2 samples, in turn"),
         (["labelled", "--labels=[0,1]", "--n=3"], "labels: 2 for 3 samples, in turn"),
+        (["plain", "--inpaint", "images/0.png", "mask.png", "--trajectory=mask.png"], "trajectory = mask.png is also read"),
         (["plain", "--columns=0"], "columns = 0"),
         (["plain", "--columns=3", "--out=x.npz"], "columns = 3, out = x.npz"),
         (["superres"], "condition = None: this model needs conditions"),
