@@ -180,7 +180,7 @@ def test_conditions_survive_an_export(tmp_path):
 
 
 def test_unet_refuses_conditions_that_are_neither_image_nor_vector():
-    with pytest.raises(ValueError, match=r"condition_shape = \(3, 4\): UNet takes images"):
+    with pytest.raises(ValueError, match=r"condition_shape = \(3, 4\): give as many dimensions"):
         UNet((1, 8, 8), condition_shape=(3, 4))
 
 

@@ -1,7 +1,8 @@
-"""Networks: `TimeMLP` for vectors, `UNet` for images. The contract is in `Network`."""
+"""Networks: `TimeMLP` for vectors, `UNet` for images, `DiffusersUNet` from elsewhere. The contract is in `Network`."""
 
+from pfgm.nn.adapter import DiffusersUNet
 from pfgm.nn.mlp import TimeMLP
 from pfgm.nn.network import Network
 from pfgm.nn.unet import UNet
 
-__all__ = ["Network", "TimeMLP", "UNet"]
+__all__ = ["DiffusersUNet", "Network", "TimeMLP", "UNet"]

@@ -27,28 +27,58 @@ def check_sizes(**sizes: int) -> None:
 
 
 class Embedding(nn.Module):
-    """Noise level, label and condition vector -> [B, width].
+    """Noise level, label, condition vector and augmentation -> [B, width].
 
     Sines and cosines of c_noise = log(sigma)/4 at geometric frequencies, so that each factor of sigma is resolved alike, from
-    the smallest noise to the horizon. `num_classes` > 0 adds a learned vector for each label and one for "no label", the last,
-    `condition_size` > 0 a linear map of a condition vector.
+    the smallest noise to the horizon; with `fourier_scale`, at frequencies of |N(0, fourier_scale²)| instead (NCSN++, arXiv
+    2011.13456). `num_classes` > 0 adds a learned vector for each label and one for "no label", the last, `condition_size` > 0
+    a linear map of a condition vector, `augmentation_size` > 0 one of a vector that is zero for a sample as it is.
     """
 
-    def __init__(self, width: int, num_classes: int = 0, features: int = 32, condition_size: int = 0):
+    def __init__(
+        self,
+        width: int,
+        num_classes: int = 0,
+        features: int = 32,
+        condition_size: int = 0,
+        *,
+        augmentation_size: int = 0,
+        fourier_scale: float | None = None,
+    ):
         super().__init__()
-        self.features = features
+        if features < 2 or features % 2:
+            raise ValueError(f"noise_features = {features} must be an even number: as many sines as cosines")
+        if fourier_scale is not None and not 0 < fourier_scale < math.inf:
+            raise ValueError(f"fourier_scale = {fourier_scale} must be a positive finite number")
+        self.features, self.fourier_scale = features, fourier_scale
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.labels = nn.Embedding(num_classes + 1, features) if num_classes else None
         self.condition = nn.Linear(condition_size, features) if condition_size else None
+        self.augmentation = nn.Linear(augmentation_size, features, bias=False) if augmentation_size else None
 
-    def forward(self, c_noise: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+    def frequencies(self, device: torch.device) -> Tensor:
+        """[features/2] in radians; of |N(0, s²)| the quantiles, so that there is nothing to draw or to store."""
         # Not a buffer: in bfloat16 the rounded frequencies would shift the highest by a third of a radian.
-        frequencies = 2 * math.pi * torch.logspace(-3, 3, self.features // 2, base=2.0, device=c_noise.device)
-        phase = c_noise[:, None] * frequencies
+        count = self.features // 2
+        if self.fourier_scale is None:
+            return 2 * math.pi * torch.logspace(-3, 3, count, base=2.0, device=device)
+        middle = (torch.arange(count, device=device) + 0.5) / count
+        return 2 * math.pi * self.fourier_scale * torch.special.ndtri((1 + middle) / 2)
+
+    def forward(
+        self,
+        c_noise: Tensor,
+        label: Tensor | None = None,
+        condition: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
+        phase = c_noise[:, None] * self.frequencies(c_noise.device)
         features = torch.cat([phase.sin(), phase.cos()], dim=1).to(next(self.mlp.parameters()).dtype)
         if self.labels is not None:
             none = self.labels.num_embeddings - 1
             features = features + self.labels(torch.full_like(c_noise, none, dtype=torch.long) if label is None else label)
         if self.condition is not None:
             features = features + self.condition(condition)
+        if self.augmentation is not None and augmentation is not None:
+            features = features + self.augmentation(augmentation.to(features.dtype))
         return self.mlp(features)

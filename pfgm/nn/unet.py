@@ -1,22 +1,39 @@
-"""UNet: the network for images of any height, width and number of channels."""
+"""UNet: the network for signals, images and volumes of any size and number of channels."""
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pfgm.nn.blocks import Attention, Block, Resample, ResampleAndConvolve, convolution, group_norm, pad, zero
 from pfgm.nn.network import Embedding, Network, check_sizes
+
+INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class UNet(Network):
-    """Convolutional U-Net after DDPM++ (arXiv 2011.13456) and EDM, at a size for small images.
+    """Convolutional U-Net for `shape` = (C, L), (C, H, W) or (C, D, H, W); see `Network` for the contract.
 
-    `shape` = (C, H, W); level i of `multipliers` has width * multipliers[i] channels at 1/2^i of the resolution, with `blocks`
-    residual blocks on the way down and up, self-attention in the middle if `attention`, and `dropout` in the blocks. Sizes
-    that do not divide are padded by repeating the border and cropped. A condition that is an image, of any size, is resized
-    and concatenated to the input; a vector joins the embedding. See `Network` for the contract.
+    Level i of `multipliers` has width * multipliers[i] channels at 1/2^i of the resolution, with `blocks` residual blocks on
+    the way down and one more on the way up, and `dropout` in them. Sizes that do not divide are padded by repeating the border
+    and cropped. A condition with the dimensions of the sample, of any size, is resized and concatenated to the input; a vector
+    joins the embedding.
+
+    `attention` puts self-attention in the middle, `attention_levels` also after each block of these levels on the way down and
+    the last on the way up, with `head_channels` channels to a head. `scale_shift`: the embedding scales and shifts, else it
+    is added. `resblock_updown` resamples inside residual blocks, by the filter `resample_filter`. `residual_input` adds the
+    filtered and convolved input again at each lower level. Noise levels are embedded by `noise_features` sines and cosines, of
+    geometric frequencies or, with a `fourier_scale`, of normal ones. `augmentation_size` numbers that describe how a sample was
+    augmented join the embedding. `glorot` draws the weights as DDPM++ does (uniform, gain 1, no biases).
+
+    The published networks for CIFAR-10: EDM's DDPM++ (arXiv 2206.00364, table 7), of 55.7 million parameters, is width=128,
+    multipliers=(2, 2, 2), blocks=4, attention_levels=(1,), head_channels=256, scale_shift=False, resblock_updown=True,
+    noise_features=128, augmentation_size=9, dropout=.13, glorot=True; its NCSN++, of 56.4 million, has besides
+    resample_filter=(1, 3, 3, 1), residual_input=True, noise_features=256, fourier_scale=16. DDPM++ of score_sde and PFGM
+    (arXiv 2011.13456), of 61.8 million, has multipliers=(1, 2, 2, 2), dropout=.1 and no augmentation.
     """
 
     def __init__(
@@ -29,118 +46,125 @@ class UNet(Network):
         width: int = 32,
         multipliers: Sequence[int] = (1, 2),
         blocks: int = 2,
-        attention: bool = True,
         dropout: float = 0.0,
+        attention: bool = True,
+        attention_levels: Sequence[int] = (),
+        head_channels: int = 32,
+        scale_shift: bool = True,
+        resblock_updown: bool = False,
+        resample_filter: Sequence[float] = (1, 1),
+        residual_input: bool = False,
+        noise_features: int = 32,
+        fourier_scale: float | None = None,
+        augmentation_size: int = 0,
+        glorot: bool = False,
     ):
         super().__init__()
-        if len(shape) != 3:
-            raise ValueError(f"shape = {tuple(shape)}: UNet needs images (channels, height, width); use TimeMLP for vectors")
-        check_sizes(width=width, blocks=blocks, multipliers=min(multipliers, default=0))
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout = {dropout} must lie in [0, 1)")
-        if condition_shape is not None and len(condition_shape) not in (1, 3):
-            raise ValueError(f"condition_shape = {tuple(condition_shape)}: UNet takes images (C, H, W) and vectors (K,)")
-        embedding, self.image_condition = 4 * width, len(condition_shape or ()) == 3
-        channels_in = shape[0] + (condition_shape[0] if condition_shape and self.image_condition else 0)
+        self.dims = len(shape) - 1
+        if self.dims not in INTERPOLATION:
+            raise ValueError(
+                f"shape = {tuple(shape)}: UNet needs (channels, length), (channels, height, width) or (channels, depth, "
+                "height, width); use TimeMLP for vectors"
+            )
+        check_sizes(width=width, blocks=blocks, multipliers=min(multipliers, default=0), head_channels=head_channels)
+        _check_options(len(multipliers), dropout, attention_levels, resample_filter)
+        if condition_shape is not None and len(condition_shape) not in (1, len(shape)):
+            raise ValueError(
+                f"condition_shape = {tuple(condition_shape)}: give as many dimensions as shape = {tuple(shape)} has, or one"
+            )
+        self.image_condition = condition_shape is not None and len(condition_shape) == len(shape)
+        vector = condition_shape[0] if condition_shape is not None and not self.image_condition else 0
         self.multiple = 2 ** (len(multipliers) - 1)
-        vector = condition_shape[0] if condition_shape and not self.image_condition else 0
-        self.embedding = Embedding(embedding, num_classes, condition_size=vector)
-        self.first = nn.Conv2d(channels_in, width, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        channels, skips = width, [width]
+        self.embedding = Embedding(
+            4 * width, num_classes, noise_features, vector, augmentation_size=augmentation_size, fourier_scale=fourier_scale
+        )
+        channels_in = shape[0] + (condition_shape[0] if condition_shape is not None and self.image_condition else 0)
+        make = partial(Block, self.dims, embedding=4 * width, dropout=dropout, scale_shift=scale_shift)
+
+        def block(channels: int, out: int, level: int | None = None) -> Block:
+            return make(channels, out, head_channels=head_channels if level in attention_levels else 0)
+
+        def between(channels: int, up: bool) -> nn.Module:
+            resample = Resample(self.dims, up, resample_filter)
+            if resblock_updown:
+                return make(channels, channels, resample=resample)
+            return ResampleAndConvolve(self.dims, channels, channels, resample)
+
+        self.first = convolution(self.dims, channels_in, width)
+        self.down, self.up, self.inputs = nn.ModuleList(), nn.ModuleList(), nn.ModuleDict()
+        channels, skips, input_channels = width, [width], channels_in
         for level, multiplier in enumerate(multipliers):
             if level:
-                self.down.append(_Resample(channels, 0.5))
+                self.down.append(between(channels, up=False))
+                if residual_input:
+                    halve = Resample(self.dims, False, resample_filter)
+                    path = ResampleAndConvolve(self.dims, input_channels, channels, halve)
+                    self.inputs[str(len(self.down) - 1)], input_channels = path, channels
                 skips.append(channels)
             for _ in range(blocks):
-                self.down.append(_Block(channels, width * multiplier, embedding, dropout))
+                self.down.append(block(channels, width * multiplier, level))
                 channels = width * multiplier
                 skips.append(channels)
-        self.middle = nn.ModuleList([_Block(channels, channels, embedding, dropout)])
+        self.middle = nn.ModuleList([block(channels, channels)])
         if attention:
-            self.middle.append(_Attention(channels))
-        self.middle.append(_Block(channels, channels, embedding, dropout))
+            self.middle.append(Attention(self.dims, channels, head_channels))
+        self.middle.append(block(channels, channels))
         for level, multiplier in reversed(list(enumerate(multipliers))):
-            for _ in range(blocks + 1):
-                self.up.append(_Block(channels + skips.pop(), width * multiplier, embedding, dropout))
+            for i in range(blocks + 1):
+                self.up.append(block(channels + skips.pop(), width * multiplier, level if i == blocks else None))
                 channels = width * multiplier
             if level:
-                self.up.append(_Resample(channels, 2.0))
-        self.last = nn.Sequential(
-            _group_norm(channels), nn.SiLU(), _zero(nn.Conv2d(channels, shape[0] + extra_channels, 3, padding=1))
-        )
+                self.up.append(between(channels, up=True))
+        last = convolution(self.dims, channels, shape[0] + extra_channels)
+        self.last = nn.Sequential(group_norm(channels), nn.SiLU(), zero(last))
+        if glorot:
+            _draw_glorot(self)
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        height, width = x.shape[-2:]
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        label: Tensor | None = None,
+        condition: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
+        size = x.shape[2:]
         if self.image_condition and condition is not None:
-            x = torch.cat([x, F.interpolate(condition, (height, width), mode="bilinear", align_corners=False)], dim=1)
-        padded = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
-        embedding = self.embedding(c_noise, label, condition)
+            resized = F.interpolate(condition, size, mode=INTERPOLATION[self.dims], align_corners=False)
+            x = torch.cat([x, resized], dim=1)
+        embedding = self.embedding(c_noise, label, None if self.image_condition else condition, augmentation)
+        padded = source = pad(x, self.multiple)
         h = self.first(padded)
         skips = [h]
-        for layer in self.down:
+        for i, layer in enumerate(self.down):
             h = layer(h, embedding)
+            if str(i) in self.inputs:
+                h = source = (h + self.inputs[str(i)](source)) * math.sqrt(0.5)
             skips.append(h)
         for layer in self.middle:
             h = layer(h, embedding)
-        for layer in self.up:
-            h = layer(h if isinstance(layer, _Resample) else torch.cat([h, skips.pop()], dim=1), embedding)
-        return self.last(h)[..., :height, :width]
+        for i, layer in enumerate(self.up):
+            h = layer(h if self._enlarges(i) else torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.last(h)[(..., *(slice(s) for s in size))]
+
+    def _enlarges(self, i: int) -> bool:
+        """Whether layer `i` of the way up leads to the next level, and takes no skip."""
+        return isinstance(getattr(self.up[i], "resample", None), Resample)
 
 
-class _Block(nn.Module):
-    """Residual block: two normalised convolutions, scaled and shifted in between by the embedding."""
-
-    def __init__(self, channels: int, out_channels: int, embedding: int, dropout: float):
-        super().__init__()
-        self.norm1, self.norm2 = _group_norm(channels), _group_norm(out_channels)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.modulation = nn.Linear(embedding, 2 * out_channels)
-        self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
-        return (self.skip(x) + self.conv2(self.dropout(h))) * math.sqrt(0.5)
+def _check_options(levels: int, dropout: float, attention_levels: Sequence[int], taps: Sequence[float]) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout = {dropout} must lie in [0, 1)")
+    if not all(isinstance(level, int) and 0 <= level < levels for level in attention_levels):
+        raise ValueError(f"attention_levels = {tuple(attention_levels)}: the levels of multipliers are 0..{levels - 1}")
+    if len(taps) < 2 or len(taps) % 2 or not sum(taps) > 0:
+        raise ValueError(f"resample_filter = {tuple(taps)}: give an even number of taps of positive sum, such as (1, 3, 3, 1)")
 
 
-class _Attention(nn.Module):
-    """Self-attention over all pixels, 32 channels to a head where they divide."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.heads = max(1, channels // 32) if channels % 32 == 0 else 1
-        self.norm = _group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = _zero(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
-        return (x + self.out(h)) * math.sqrt(0.5)
-
-
-class _Resample(nn.Module):
-    """Halve by averaging or double by repeating, then convolve."""
-
-    def __init__(self, channels: int, factor: float):
-        super().__init__()
-        self.factor = factor
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.conv(F.avg_pool2d(x, 2) if self.factor < 1 else F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels)
-
-
-def _zero(layer: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(layer.weight)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
-    return layer
+def _draw_glorot(net: nn.Module) -> None:
+    """Uniform weights of variance 2/(fan_in + fan_out) and no biases; what is zero stays zero."""
+    for name, parameter in net.named_parameters():
+        if parameter.ndim > 1 and not name.startswith("embedding.labels") and bool(parameter.any()):
+            nn.init.xavier_uniform_(parameter)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)

@@ -1,0 +1,54 @@
+"""Networks of other packages under this package's contract."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pfgm.nn.blocks import pad, zero
+from pfgm.nn.network import Network
+
+
+class DiffusersUNet(Network):
+    """`diffusers.UNet2DModel` for images, `shape` = (C, H, W): see `Network` for the contract; no conditions but labels.
+
+    `options` are arguments of UNet2DModel, without channels, sample size and classes, which follow from the data. The noise
+    level enters as the timestep 250 (c_noise + 2), within 0..1000 for levels from .0003 to 3000. Sizes that do not divide are
+    padded and cropped. ImportError without diffusers, ValueError for options it does not take.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        num_classes: int = 0,
+        extra_channels: int = 0,
+        condition_shape: Sequence[int] | None = None,
+        *,
+        options: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        try:
+            from diffusers import UNet2DModel
+        except ImportError as error:
+            raise ImportError("DiffusersUNet needs diffusers: pip install 'pfgm[diffusers]'") from error
+        if len(shape) != 3:
+            raise ValueError(f"shape = {tuple(shape)}: DiffusersUNet needs images (channels, height, width)")
+        if condition_shape is not None:
+            raise ValueError(f"condition_shape = {tuple(condition_shape)}: DiffusersUNet takes no conditions; use pfgm.nn.UNet")
+        classes = {"num_class_embeds": num_classes + 1} if num_classes else {}
+        given = {"in_channels": shape[0], "out_channels": shape[0] + extra_channels, "sample_size": tuple(shape[1:])} | classes
+        self.num_classes = num_classes
+        self.model: Any
+        try:
+            self.model = UNet2DModel(**given, **(options or {}))
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"options = {dict(options or {})}: UNet2DModel refuses them: {error}") from error
+        self.multiple = 2 ** (len(self.model.config.block_out_channels) - 1)
+        zero(self.model.conv_out)
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        height, width = x.shape[2:]
+        if self.num_classes and label is None:
+            label = c_noise.new_full(c_noise.shape, self.num_classes).long()
+        out = self.model(pad(x, self.multiple), 250 * (c_noise + 2), class_labels=label, return_dict=False)[0]
+        return out[..., :height, :width]

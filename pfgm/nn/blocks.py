@@ -1,0 +1,131 @@
+"""Parts of the U-Net, for signals, images and volumes alike: `dims` = 1, 2 or 3 spatial dimensions."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+FILTER = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+FILTER_UP = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def convolution(dims: int, channels_in: int, channels_out: int, size: int = 3) -> nn.Module:
+    """A convolution of odd `size` that keeps the spatial size."""
+    return CONVOLUTION[dims](channels_in, channels_out, size, padding=size // 2)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups of at least four channels, if they divide."""
+    return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels)
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """`layer` with its weights and bias set to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def pad(x: Tensor, multiple: int) -> Tensor:
+    """`x` [B, C, ...] with its border repeated at the far ends, until all spatial sizes are multiples of `multiple`."""
+    return F.pad(x, [n for size in reversed(x.shape[2:]) for n in (0, -size % multiple)], mode="replicate")
+
+
+class Resample(nn.Module):
+    """Halve or double every spatial dimension by a separable FIR filter with `taps`, an even number, zero beyond the border.
+
+    (1, 1) averages and repeats; (1, 3, 3, 1) is NCSN++'s (arXiv 2011.13456, section 4.1). A constant stays the same constant
+    away from the border.
+    """
+
+    def __init__(self, dims: int, up: bool, taps: Sequence[float] = (1, 1)):
+        super().__init__()
+        self.dims, self.up, self.taps = dims, up, tuple(taps)
+        self.kernel: Tensor
+        line = torch.tensor(self.taps, dtype=torch.float32)
+        kernel = line = line / line.sum() * (2 if up else 1)
+        for _ in range(dims - 1):
+            kernel = kernel[..., None] * line
+        self.register_buffer("kernel", kernel, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.taps == (1, 1):
+            return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else POOL[self.dims](x, 2)
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, *self.kernel.shape)
+        filtered = FILTER_UP[self.dims] if self.up else FILTER[self.dims]
+        return filtered(x, kernel, stride=2, padding=len(self.taps) // 2 - 1, groups=x.shape[1])
+
+
+class ResampleAndConvolve(nn.Module):
+    """Between two levels: resample, then convolve."""
+
+    def __init__(self, dims: int, channels: int, out_channels: int, resample: Resample):
+        super().__init__()
+        self.resample = resample
+        self.conv = convolution(dims, channels, out_channels)
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        return self.conv(self.resample(x))
+
+
+class Block(nn.Module):
+    """Residual block: two normalised convolutions, scaled and shifted by the embedding in between; x + F(x) over sqrt(2).
+
+    Without `scale_shift` the embedding is added before the second normalisation. With `resample` both branches are resampled
+    before the first convolution and the skip is projected; with `head_channels` > 0 self-attention follows.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        channels: int,
+        out_channels: int,
+        embedding: int,
+        *,
+        dropout: float,
+        scale_shift: bool,
+        resample: Resample | None = None,
+        head_channels: int = 0,
+    ):
+        super().__init__()
+        self.norm1, self.norm2 = group_norm(channels), group_norm(out_channels)
+        self.conv1 = convolution(dims, channels, out_channels)
+        self.conv2 = zero(convolution(dims, out_channels, out_channels))
+        self.scale_shift = scale_shift
+        self.modulation = nn.Linear(embedding, (1 + scale_shift) * out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.resample = resample or nn.Identity()
+        plain = channels == out_channels and resample is None
+        self.skip = nn.Identity() if plain else convolution(dims, channels, out_channels, 1)
+        self.attention = Attention(dims, out_channels, head_channels) if head_channels else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        modulation = self.modulation(embedding).reshape(len(x), -1, *(1 for _ in h.shape[2:]))
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + modulation)
+        x = (self.skip(self.resample(x)) + self.conv2(self.dropout(F.silu(h)))) * math.sqrt(0.5)
+        return x if self.attention is None else self.attention(x)
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, `head_channels` channels to a head if they divide, else one head."""
+
+    def __init__(self, dims: int, channels: int, head_channels: int):
+        super().__init__()
+        self.heads = channels // head_channels if channels % head_channels == 0 else 1
+        self.norm = group_norm(channels)
+        self.qkv = convolution(dims, channels, 3 * channels, 1)
+        self.out = zero(convolution(dims, channels, channels, 1))
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
+        return (x + self.out(h)) * math.sqrt(0.5)
