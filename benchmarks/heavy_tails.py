@@ -133,7 +133,7 @@ def train(name: str, D: float, levels: str, seed: int, steps: int) -> tuple[Pois
     module = PFGM(net, data.summary, VariantLoss(levels, max_rms), D=D, start=start, lr=2e-3, seed=seed)
     pl.Trainer(
         max_steps=steps,
-        callbacks=[EMA(0.998)],
+        callbacks=[EMA(warmup=0.08)],
         accelerator="cpu",
         gradient_clip_val=1.0,
         logger=False,

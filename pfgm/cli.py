@@ -11,7 +11,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from pfgm import storage
-from pfgm.callbacks import Evaluation, LastCheckpoint, SampleGrid, StepProgressBar, checkpoint_path
+from pfgm.callbacks import Evaluation, LastCheckpoint, SampleGrid, Speed, StepProgressBar, checkpoint_path
 from pfgm.data import DataModule
 from pfgm.ema import EMA
 from pfgm.flow import load
@@ -58,6 +58,7 @@ class TrainCLI(LightningCLI):
         parser.add_argument(
             "--init_from", type=str | None, default=None, help="Checkpoint or export whose weights start a new run."
         )
+        parser.add_lightning_class_args(Speed, "speed")
         parser.add_lightning_class_args(SampleGrid, "grid")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")

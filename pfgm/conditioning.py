@@ -145,7 +145,14 @@ def check_condition(flow: "PoissonFlow", condition: Any, n: int) -> Tensor | Non
         raise ValueError(
             f"condition has shape {tuple(c.shape)}; give finite numbers {shape}, one for all or one for each of {n} samples"
         )
-    return ((c - mean) / std).expand(n, *shape)
+    return normalized_condition(flow, c).expand(n, *shape)
+
+
+def normalized_condition(flow: "PoissonFlow", condition: Tensor) -> Tensor:
+    """`condition` [B, ...] in the user's units, as the network gets it; nothing is checked."""
+    assert flow.condition_mean is not None
+    assert flow.condition_std is not None
+    return (condition - flow.condition_mean) / flow.condition_std
 
 
 def _tensor(name: str, value: Any, dtype: torch.dtype | None, device: torch.device) -> Tensor:

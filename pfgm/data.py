@@ -10,7 +10,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pfgm import rng
 from pfgm.degrade import Degradation
@@ -99,12 +99,18 @@ class DataModule(Recorded, pl.LightningDataModule):
             self.preparation,
             batch_size=self.batch_size,
             seed=self.seed,
-            start=trainer.global_step * trainer.accumulate_grad_batches,
+            start=trainer.global_step,
             rank=trainer.global_rank,
             world=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
             reference_size=trainer.lightning_module.reference_size,
         )
-        return DataLoader(stream, batch_size=None)
+        return self._loader(stream)
+
+    def _loader(self, batches: Dataset) -> DataLoader:
+        """Batches as they are, in page-locked memory for an accelerator, which then need not be waited for."""
+        trainer: Any = self.trainer
+        return DataLoader(batches, batch_size=None, pin_memory=trainer.strategy.root_device.type == "cuda")
 
     def val_dataloader(self) -> DataLoader:
         """The held-out data in order."""
@@ -116,7 +122,7 @@ class DataModule(Recorded, pl.LightningDataModule):
             seed=self.seed,
             reference_size=trainer.lightning_module.reference_size,
         )
-        return DataLoader(held_out, batch_size=None)
+        return self._loader(held_out)
 
     test_dataloader = val_dataloader
 

@@ -1,35 +1,49 @@
-"""The exponential moving average of the weights."""
+"""Averages of the weights over training."""
 
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 
 class EMA(WeightAveraging):
-    """Average the weights as average += (1 - d) (weights - average), d = min(decay, (1 + n)/(10 + n)) after n steps.
+    """Exponential moving average of the weights, with a half-life of min(`half_life`, `warmup` times those seen) images.
 
-    The average lives on the device of the model, is what validation, sample grids and `state_dict` of a checkpoint hold, and
-    takes the place of the raw weights when fitting ends. Checkpoints hold the raw weights as well, so that resuming is exact.
+    So it forgets the first steps in time (EDM, arXiv 2206.00364, appendix F.2). It lives on the device of the model, is what
+    validation, sample grids and `state_dict` of a checkpoint hold, and takes the place of the raw weights when fitting ends.
+    Checkpoints hold the raw weights as well, so that resuming is exact. `half_life` = 0 averages nothing.
     """
 
-    def __init__(self, decay: float = 0.999):
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay = {decay} must lie in [0, 1)")
-        super().__init__(use_buffers=False, multi_avg_fn=self._average)
-        self.decay = decay
+    def __init__(self, half_life: float = 500_000.0, warmup: float = 0.05):
+        if not half_life >= 0 or not warmup > 0:
+            raise ValueError(f"half_life = {half_life}, warmup = {warmup}: give a number of images >= 0 and a share > 0")
+        super().__init__(use_buffers=False)
+        self.half_life, self.warmup = half_life, warmup
 
-    @torch.no_grad()
-    def _average(self, averaged: Any, current: Any, count: Tensor | int) -> None:
-        n = int(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + n) / (10 + n)))
+    def decay(self, seen: int, images: int) -> float:
+        """The share of the average that stays in a step of so many `images`, after so many were `seen`."""
+        half_life = min(self.half_life, self.warmup * seen)
+        return 0.5 ** (images / half_life) if half_life else 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Move the average to where the model is by now."""
+        """Give the average the device and the dtype that the model has by now."""
         assert self._average_model is not None
-        self._average_model.to(pl_module.device)
+        self._average_model.to(pl_module.device, next(pl_module.parameters()).dtype)
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Average, after each optimizer step."""
+        step, images = trainer.global_step, batch["rows"][1]
+        if step > self._latest_update_step:
+            assert self._average_model is not None
+            averaged: list[Tensor] = [*self._average_model.module.parameters()]
+            torch._foreach_lerp_(averaged, [*pl_module.parameters()], 1 - self.decay((step - 1) * images, images))
+            self._latest_update_step = step
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore average and raw weights for fitting; other stages have the average from `state_dict`."""

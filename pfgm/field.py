@@ -27,16 +27,19 @@ TINY = 1e-30
 """Keeps logarithms and quotients of norms finite in float64."""
 
 
-def posterior_mean(x: Tensor, sigma: float | Tensor, charges: Tensor, D: float, weights: Tensor | None = None) -> Tensor:
+def posterior_mean(
+    x: Tensor, sigma: float | Tensor, charges: Tensor, D: float, weights: Tensor | None = None, *, check: bool = True
+) -> Tensor:
     """The exact denoiser of a finite data set: E[y | x, sigma], like `x` [B, ...].
 
-    `charges` [L, ...] are the data, `weights` [L] >= 0 their probabilities up to a factor (default: equal), `sigma` > 0 a
-    float or [B]. Computed in float64, returned in the dtype of x. Differentiable in x and sigma.
-    ValueError for shapes that do not fit, sigma <= 0, D out of range, or weights that are negative or all zero.
+    `charges` [L, ...] are the data, `weights` >= 0 their probabilities up to a factor, [L] or for each x its own [B, L]
+    (default: equal), `sigma` > 0 a float or [B]. Computed in float64, returned in the dtype of x. Differentiable in x and
+    sigma. ValueError for shapes that do not fit, D out of range and, unless `check` is False, sigma <= 0 or weights that are
+    negative or all zero: on an accelerator the host has to wait for these values.
     """
     s = per_sample(sigma, x)
-    _check(x, s, charges, "sigma")
-    points, log_weights = x.flatten(1).double(), _log_weights(weights, charges)
+    _check(x, s, charges, "sigma", check)
+    points, log_weights = x.flatten(1).double(), _log_weights(weights, x, charges, check)
     w = torch.softmax(_log_posterior(points, s, charges, check_dimensions(D), log_weights), dim=1)
     return _mean(w, charges).to(x.dtype).reshape(x.shape)
 
@@ -46,8 +49,8 @@ def poisson_field(
 ) -> tuple[Tensor, Tensor]:
     """The field Σ p_i (x - y_i, r) / |(x - y_i, r)|^(N+D) of charges on the plane r = 0.
 
-    `x` [B, ...], `r` > 0 a float or [B], `charges` [L, ...], `weights` [L] normalised to 1 (default: 1/L). Returns E_x like x
-    and E_r [B], without the factor 1/(area of the unit sphere), in the dtype of x. Differentiable in x and r.
+    `x` [B, ...], `r` > 0 a float or [B], `charges` [L, ...], `weights` [L] or [B, L] normalised to 1 (default: 1/L). Returns
+    E_x like x and E_r [B], without the factor 1/(area of the unit sphere), in the dtype of x. Differentiable in x and r.
     Its strength is a power N + D - 1 of a distance: from N of about a hundred on it leaves the range of its dtype, and is 0 or
     inf there; use `normalized_field` or `posterior_mean`.
     ValueError as for `posterior_mean`, and for D = inf, where the field has no limit (its direction has: `posterior_mean`).
@@ -55,27 +58,28 @@ def poisson_field(
     if math.isinf(check_dimensions(D)):
         raise ValueError("D = inf: the Poisson field needs a finite D; for D = inf use posterior_mean")
     radius = per_sample(r, x, "r")
-    _check(x, radius, charges, "r")
+    _check(x, radius, charges, "r", True)
     points, N = x.flatten(1).double(), x[0].numel()
-    log_weights = _log_weights(weights, charges)
+    log_weights = _log_weights(weights, x, charges, True)
     log_w = _log_posterior(points, radius / math.sqrt(D), charges, D, log_weights)
-    strength = torch.exp(torch.logsumexp(log_w, 1) - torch.logsumexp(log_weights, 0) - (N + D) * radius.log())
+    strength = torch.exp(torch.logsumexp(log_w, 1) - torch.logsumexp(log_weights, -1) - (N + D) * radius.log())
     away = points - _mean(torch.softmax(log_w, dim=1), charges)
     return (strength[:, None] * away).to(x.dtype).reshape(x.shape), (strength * radius).to(x.dtype)
 
 
 def normalized_field(
-    x: Tensor, z: float | Tensor, charges: Tensor, gamma: float = 0.0, weights: Tensor | None = None
+    x: Tensor, z: float | Tensor, charges: Tensor, gamma: float = 0.0, weights: Tensor | None = None, *, check: bool = True
 ) -> tuple[Tensor, Tensor]:
     """PFGM's training target: v = -sqrt(N) (x - denoised, z) / (|(x - denoised, z)| + gamma), D = 1.
 
     `x` [B, ...], `z` > 0 a float or [B], `charges` [L, ...]; `gamma` >= 0 in the units of the data. Returns v_x like x and
-    v_z [B]. Source: PFGM section 3.2 and its official target, sign included. ValueError as for `posterior_mean`.
+    v_z [B]. Source: PFGM section 3.2 and its official target, sign included. `weights`, `check` and ValueError as for
+    `posterior_mean`.
     """
     if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma = {gamma} must be a finite number >= 0, in the units of the data")
     height = per_sample(z, x, "z")
-    away = x.double() - posterior_mean(x.double(), height, charges, 1.0, weights)
+    away = x.double() - posterior_mean(x.double(), height, charges, 1.0, weights, check=check)
     v_x, v_z = field_from_displacement(away, height, gamma)
     return v_x.to(x.dtype), v_z.to(x.dtype)
 
@@ -141,21 +145,24 @@ def _blocks(charges: Tensor) -> Iterator[Tensor]:
         yield block.double()
 
 
-def _log_weights(weights: Tensor | None, charges: Tensor) -> Tensor:
+def _log_weights(weights: Tensor | None, x: Tensor, charges: Tensor, check: bool) -> Tensor:
     if weights is None:
         return torch.zeros(len(charges), dtype=torch.float64, device=charges.device)
     w = torch.as_tensor(weights, dtype=torch.float64, device=charges.device)
-    if w.shape != (len(charges),):
-        raise ValueError(f"weights has shape {tuple(w.shape)}; give one weight for each of the {len(charges)} charges")
-    if not bool((w >= 0).all()) or not 0 < float(w.sum()) < math.inf:
+    if w.shape not in ((len(charges),), (len(x), len(charges))):
+        raise ValueError(
+            f"weights has shape {tuple(w.shape)}; give one weight for each of the {len(charges)} charges, or a row of them for "
+            f"each of the {len(x)} samples"
+        )
+    if check and not bool((w >= 0).all() & (w.sum(-1) > 0).all() & torch.isfinite(w).all()):
         raise ValueError("weights must be finite, not negative and not all zero")
     return w.log()
 
 
-def _check(x: Tensor, level: Tensor, charges: Tensor, name: str) -> None:
+def _check(x: Tensor, level: Tensor, charges: Tensor, name: str, values: bool) -> None:
     if len(charges) == 0:
         raise ValueError("charges is empty; give at least one charge [1, ...]")
     if x.shape[1:] != charges.shape[1:]:
         raise ValueError(f"x has samples of shape {tuple(x.shape[1:])}, charges of {tuple(charges.shape[1:])}; they must agree")
-    if not bool((level > 0).all()):
+    if values and not bool((level > 0).all()):
         raise ValueError(f"{name} must be > 0, got a smallest value of {float(level.min())}")

@@ -75,7 +75,7 @@ class StudentTKernel:
         n = rng.normal(shape, generator, like=like)
         if math.isinf(self.D):
             return n
-        kappa = rng.gamma(torch.full(shape[:1], self.D / 2, dtype=torch.float64, device=n.device), generator) * (2 / self.D)
+        kappa = rng.gamma(self.D / 2, shape[0], generator, device=n.device) * (2 / self.D)
         return n * expand(kappa.rsqrt(), n)
 
     def sample(self, y: Tensor, sigma: float | Tensor, generator: Generators = None) -> Tensor:
@@ -107,7 +107,7 @@ class StudentTKernel:
         if not math.isinf(self.D):
             N = x[0].numel()
             rate = (self.D + (norm(x - source) / low).square()) / 2
-            scale = scale * (rate / rng.gamma(torch.full_like(rate, (N + self.D) / 2), generator)).sqrt()
+            scale = scale * (rate / rng.gamma((N + self.D) / 2, len(x), generator, device=x.device)).sqrt()
         return x + expand(scale, x) * n
 
     def effective_level(self, distance: Tensor, sigma: Tensor, N: int) -> Tensor:

@@ -6,8 +6,6 @@ Both take clean data in centred model space and draw their own noise. `Denoising
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,11 +88,8 @@ class DenoisingLoss(Loss):
         x = denoiser.kernel.sample(y, sigma, generator)
         target = y
         if reference is not None:
-
-            def mean(x: Tensor, sigma: Tensor, charges: Tensor) -> tuple[Tensor]:
-                return (posterior_mean(x, sigma, charges, denoiser.kernel.D),)
-
-            (target,) = of_own_class(mean, x, sigma, reference, label, reference_label, data.num_classes)
+            weights = own_class(label, reference_label, data.num_classes)
+            target = posterior_mean(x, sigma, reference, denoiser.kernel.D, weights, check=False)
         given = () if condition is None else (condition,)
         denoised, scale = denoiser.denoise(x, sigma, label, *given)
         return ((denoised - target) / expand(scale, x)).square().flatten(1).mean(1)
@@ -138,35 +133,22 @@ class PoissonFieldLoss(Loss):
         if reference is None:
             raise ValueError("reference = None: PoissonFieldLoss needs charges [L, ...] that include y")
         x, z = self.noise.perturb(y, data.norm, generator)
-        field = partial(normalized_field, gamma=self.gamma)
-        t_x, t_z = of_own_class(field, x, z, reference, label, reference_label, data.num_classes)
+        weights = own_class(label, reference_label, data.num_classes)
+        t_x, t_z = normalized_field(x, z, reference, self.gamma, weights, check=False)
         v_x, v_z = denoiser.field(x, z, label)
         return ((v_x - t_x).square().flatten(1).sum(1) + (v_z - t_z).square()) / (y[0].numel() + 1)
 
 
-def of_own_class(
-    target: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
-    x: Tensor,
-    level: Tensor,
-    reference: Tensor,
-    label: Tensor | None,
-    reference_label: Tensor | None,
-    none: int,
-) -> tuple[Tensor, ...]:
-    """`target`(x, level, charges), each sample [B, ...] with the charges of its own class, or with all if its label is `none`
-    or there are no labels."""
+def own_class(label: Tensor | None, reference_label: Tensor | None, none: int) -> Tensor | None:
+    """Weights [B, L] of the charges for each sample: 1 for those of its class, for all if its label is `none`, else 0.
+
+    None without labels.
+    """
     if label is None:
-        return target(x, level, reference)
+        return None
     if reference_label is None:
         raise ValueError("reference_label = None: with labels, the charges need theirs, [L]")
-    whole: tuple[Tensor, ...] = ()
-    for one in label.unique():
-        rows = label == one
-        parts = target(x[rows], level[rows], reference if one == none else reference[reference_label == one])
-        whole = whole or tuple(part.new_empty(len(x), *part.shape[1:]) for part in parts)
-        for all_rows, part in zip(whole, parts, strict=True):
-            all_rows[rows] = part
-    return whole
+    return ((label[:, None] == reference_label) | (label[:, None] == none)).double()
 
 
 def check_reference_size(value: int, lowest: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pfgm import rng, storage
-from pfgm.conditioning import check_condition
+from pfgm.conditioning import normalized_condition
 from pfgm.flow import PoissonFlow
 from pfgm.kernel import check_dimensions, check_positive
 from pfgm.loss import DenoisingLoss, Loss
@@ -19,11 +19,14 @@ from pfgm.spec import Recorded, build
 
 
 class NonFiniteLoss(RuntimeError):
-    """The training loss became NaN or infinite."""
+    """The training loss or its gradient became NaN or infinite."""
 
 
 class PFGM(Recorded, pl.LightningModule):
     """A flow, its objective and its optimizer (Adam with linear warm-up).
+
+    A training step never waits for an accelerator: what is not finite is kept from the weights there, and noticed when the loss
+    is logged or a checkpoint saved.
 
     `net` is the network (see `pfgm.nn.Network`), `data` the summary of the training data, `loss` the objective (default
     DenoisingLoss), `D` the number of augmented dimensions, a real number from .5 to inf. `sigma_min`, `sigma_max`,
@@ -75,6 +78,8 @@ class PFGM(Recorded, pl.LightningModule):
             norm=data.norm if data_norm is None else data_norm,
         )
         self.lr, self.warmup_steps, self.label_dropout, self.seed = lr, warmup_steps, label_dropout, seed
+        self._losses: list[Tensor] = []
+        self._bad: Tensor | None = None
         self.flow = PoissonFlow(
             self.loss.make_denoiser(net, D, self.data),
             D,
@@ -111,21 +116,56 @@ class PFGM(Recorded, pl.LightningModule):
         pl.utilities.rank_zero_info(text)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean loss of a batch. NonFiniteLoss if it is not finite, before the weights change."""
+        """Mean loss of a batch."""
+        torch.manual_seed(rng.seed(self.seed, rng.UNITS, batch["step"], batch["rows"][0]))  # what dropout draws from
         loss = self._loss(batch, rng.TRAINING).mean()
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteLoss(
-                f"the training loss is {loss.item()} at step {self.global_step}; the last checkpoint was written before it and "
-                "is kept. A lower model.lr, a longer model.warmup_steps or trainer.precision=32 usually helps"
-            )
-        # Lightning counts batches of this process instead, one too many after resuming from a checkpoint of the start.
-        self.log_dict({"train_loss": loss, "step": float(self.global_step)})
+        self._losses.append(loss.detach())
         return loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the learning rate and the norm of the gradient before clipping."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log_dict({"lr": optimizer.param_groups[0]["lr"], "grad_norm": torch.nn.utils.get_total_norm(gradients)})
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient, keep one that is not finite from the weights, and log loss, learning rate and gradient's norm."""
+        trainer: Any = self.trainer
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        loss = torch.stack(self._losses).mean()
+        self._losses.clear()
+        self._guard(loss, norm, optimizer)
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        logs = (self.global_step + 1) % trainer.log_every_n_steps == 0
+        if logs or self.device.type == "cpu":
+            self.check_finite()
+        if logs:
+            values = {"train_loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
+            self.log_dict(values, logger=False)
+            for logger in self.loggers:
+                logger.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
+
+    def _guard(self, loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Remember, on the device, the first step that was not finite; a fused optimizer then leaves the weights alone."""
+        fused = optimizer.defaults.get("fused", False)
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm)) if fused else ~torch.isfinite(loss)
+        if fused:
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as a gradient scaler does
+        now = torch.stack([torch.full_like(loss, self.global_step), loss, norm.to(loss.dtype)])
+        before = torch.full_like(now, -1) if self._bad is None else self._bad
+        self._bad = torch.where(bad & (before[0] < 0), now, before)
+
+    def check_finite(self) -> None:
+        """NonFiniteLoss if the loss or the gradient of any step so far was not finite."""
+        step, loss, norm = (-1.0, 0.0, 0.0) if self._bad is None else self._bad.tolist()
+        if step >= 0:
+            raise NonFiniteLoss(
+                f"the training loss is {loss} at step {step:.0f} (norm of its gradient {norm}); the last checkpoint is from "
+                "before it and is kept. A lower model.lr, a longer model.warmup_steps or trainer.precision=32 usually helps"
+            )
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Mean loss on held-out data, with the same noise for each sample every time."""
@@ -139,8 +179,10 @@ class PFGM(Recorded, pl.LightningModule):
         self.log("test_loss", loss.mean(), batch_size=len(loss), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """Adam and a linear warm-up."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, betas=(0.9, 0.99))
+        """Adam, in one kernel for all weights, and a linear warm-up."""
+        # The scaler of float16 would hide the size of the gradient from a fused Adam's clipping.
+        fused = self._trainer is None or self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, betas=(0.9, 0.99), fused=fused)
         warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / (self.warmup_steps + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
 
@@ -155,21 +197,24 @@ class PFGM(Recorded, pl.LightningModule):
 
     def _loss(self, batch: dict[str, Any], stream: int) -> Tensor:
         y = self.flow.to_model(batch["x"].float())
-        reference, counters = batch.get("reference"), [*map(int, batch["counters"])]
-        label = batch.get("label")
+        reference, label, condition = (batch.get(name) for name in ("reference", "label", "condition"))
         if label is not None and self.label_dropout and stream == rng.TRAINING:
-            u = rng.uniform(len(y), rng.generator(self.seed, rng.DROPOUT, *counters), device=y.device)
+            u = rng.uniform(len(y), self._generator(rng.DROPOUT, batch, y.device), device=y.device)
             label = torch.where(u < self.label_dropout, self.data.num_classes, label)
         return self.loss(
             self.flow.denoiser,
             y,
             label,
             data=self.data,
-            condition=check_condition(self.flow, batch.get("condition"), len(y)),
+            condition=None if condition is None else normalized_condition(self.flow, condition.float()),
             reference=None if reference is None else self.flow.to_model(reference.float()),
             reference_label=batch.get("reference_label"),
-            generator=rng.generator(self.seed, stream, *counters, device=y.device),
+            generator=self._generator(stream, batch, y.device),
         )
+
+    def _generator(self, stream: int, batch: dict[str, Any], device: torch.device) -> rng.Rows:
+        """Of what is drawn for all samples of an optimizer step, the part for `batch`."""
+        return rng.Rows(rng.generator(self.seed, stream, batch["step"], device=device), *batch["rows"])
 
 
 def _made(value: Any) -> Any:

@@ -1,31 +1,47 @@
 """Random numbers as functions of counters.
 
-The noise of training step k on rank j and the latent of sample i of seed s are functions of (seed, k, j) and (s, i), not
-of how many numbers were drawn before. Resuming, the batch size and the number of devices then cannot change a result, and
-no generator state has to be saved.
+The noise of training step k and the latent of sample i of seed s are functions of (seed, k) and (s, i), not of how many
+numbers were drawn before, nor of the parts in which a batch is worked off. Resuming, the number of devices and gradient
+accumulation then cannot change a result, and no generator state has to be saved.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-PERMUTATION, REFERENCE, TRAINING, VALIDATION, DROPOUT, PREPARATION, HELD_OUT, WHOLE = range(8)
+PERMUTATION, REFERENCE, TRAINING, VALIDATION, DROPOUT, PREPARATION, HELD_OUT, WHOLE, UNITS = range(9)
 """Second counters, after a run's seed: order of the data, choice of charges, noise of training and of validation, dropped
-labels, preparation of batches of training, of validation, and of all data at once."""
+labels, preparation of batches of training, of validation, and of all data at once, dropped units of the network."""
 RENOISING, PROBES, DEQUANTIZATION = 1, 2, 3
 """Last of five counters, after a sample's seed and index: noise added on its way, probes of its likelihood, noise that fills
 the gaps between levels."""
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
-"""One generator for a whole batch, one for each sample, or None for torch's global one."""
+
+@dataclass(frozen=True)
+class Rows:
+    """A part of a batch: of the numbers that `generator` draws for `total` samples, those from row `first` on."""
+
+    generator: torch.Generator
+    first: int
+    total: int
+
+
+Generators = torch.Generator | Sequence[torch.Generator] | Rows | None
+"""One generator for a whole batch or for a part of it, one for each sample, or None for torch's global one."""
+
+
+def seed(*counters: int) -> int:
+    """An integer that is a function of the non-negative integers `counters` alone."""
+    high, low = (int(word) for word in np.random.SeedSequence(counters).generate_state(2, np.uint32))
+    return (high << 31) ^ low
 
 
 def generator(*counters: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator on `device` whose stream is a function of the non-negative integers `counters` alone."""
-    high, low = (int(word) for word in np.random.SeedSequence(counters).generate_state(2, np.uint32))
-    return torch.Generator(device).manual_seed((high << 31) ^ low)
+    return torch.Generator(device).manual_seed(seed(*counters))
 
 
 def normal(shape: Sequence[int], generator: Generators = None, *, like: Tensor) -> Tensor:
@@ -48,18 +64,24 @@ def uniform(count: int, generator: Generators = None, *, device: torch.device | 
     return _by_sample(draw, count, generator).to(device)
 
 
-def gamma(alpha: Tensor, generator: Generators = None) -> Tensor:
-    """Gamma-distributed float64 numbers [B] of rate 1 and shape parameters `alpha` [B] > 0."""
+def gamma(alpha: float, count: int, generator: Generators = None, *, device: torch.device | str = "cpu") -> Tensor:
+    """`count` gamma-distributed float64 numbers [B] of rate 1 and shape parameter `alpha` > 0."""
 
     def draw(rows: slice, g: torch.Generator | None) -> Tensor:
+        place = device if g is None else g.device
         # torch.distributions takes no generator; this is the function it calls.
-        return torch._standard_gamma(alpha[rows].double().to(alpha.device if g is None else g.device), generator=g)
+        shape = torch.full((rows.stop - rows.start,), alpha, dtype=torch.float64, device=place)
+        return torch._standard_gamma(shape, generator=g)
 
-    return _by_sample(draw, len(alpha), generator).to(alpha.device)
+    return _by_sample(draw, count, generator).to(device)
 
 
 def _by_sample(draw: Callable[[slice, torch.Generator | None], Tensor], count: int, generator: Generators) -> Tensor:
-    """All rows from one generator at once, or each row from its own."""
+    """All rows from one generator at once, the rows of a part, or each row from its own."""
+    if isinstance(generator, Rows):
+        if generator.first + count > generator.total:
+            raise ValueError(f"{generator}: has no rows for {count} samples")
+        return draw(slice(0, generator.total), generator.generator)[generator.first : generator.first + count]
     if not isinstance(generator, Sequence):
         return draw(slice(0, count), generator)
     if len(generator) != count:

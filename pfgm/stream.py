@@ -1,7 +1,8 @@
 """Batches of samples in memory.
 
-The stream of training batches is a function of (seed, step, rank): each pass over the data is a permutation drawn from the
-seed and the number of the pass, and step k takes the next samples of it.
+The stream of training samples is a function of the seed: each pass over the data is a permutation drawn from the seed and the
+number of the pass, and an optimizer step takes the next samples of it. Devices and accumulated batches share out the samples of
+a step and have its charges in common, so that the gradient is the one of a single large batch.
 """
 
 from collections.abc import Iterator
@@ -17,9 +18,9 @@ from pfgm import rng
 from pfgm.degrade import Degradation
 
 Batch = dict[str, Any]
-""""x" [B, *shape]; "label" [B] and "condition" [B, ...] if there are any; "counters" (k, j) of the stream or first index of
-the held-out batch; and "reference" [L, *shape], with "reference_label" [L] if there are labels, if the objective asks for
-charges."""
+""""x" [B, *shape]; "label" [B] and "condition" [B, ...] if there are any; "step", the number of the optimizer step or of the
+first held-out sample, and "rows" (first, total), the place of the batch among all samples of that step; and "reference"
+[L, *shape], with "reference_label" [L] if there are labels, if the objective asks for charges."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Preparation:
 
 
 class Stream(IterableDataset):
-    """The training batches from step `start` on, without end."""
+    """The training batches from optimizer step `start` on, without end: `accumulate` a step on each of `world` ranks."""
 
     def __init__(
         self,
@@ -76,26 +77,30 @@ class Stream(IterableDataset):
         batch_size: int,
         seed: int,
         start: int,
-        rank: int,
-        world: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
         reference_size: int,
     ):
         self.part, self.preparation, self.batch_size, self.seed = part, preparation, batch_size, seed
         self.start, self.rank, self.world, self.reference_size = start, rank, world, reference_size
+        self.accumulate, self.total = accumulate, batch_size * world * accumulate
 
     def __iter__(self) -> Iterator[Batch]:
         step = self.start
         while True:
-            yield self.batch(step)
+            for i in range(self.accumulate):
+                yield self.batch(step, i)
             step += 1
 
-    def batch(self, step: int) -> Batch:
-        """The batch of training step `step` on this rank."""
-        first = (step * self.world + self.rank) * self.batch_size
-        index = stream_indices(first, self.batch_size, len(self.part), self.seed)
+    def batch(self, step: int, i: int = 0) -> Batch:
+        """Batch `i` of optimizer step `step` on this rank."""
+        index = stream_indices(step * self.total, self.total, len(self.part), self.seed)
         charges, position = self._charges(index, step)
-        prepared = self.preparation(self.part[charges], rng.generator(self.seed, rng.PREPARATION, step, self.rank))
-        batch = prepared[position].batch() | {"counters": (step, self.rank)}
+        prepared = self.preparation(self.part[charges], rng.generator(self.seed, rng.PREPARATION, step))
+        first = (i * self.world + self.rank) * self.batch_size
+        mine = prepared[position[first : first + self.batch_size]]
+        batch = mine.batch() | {"step": step, "rows": (first, self.total)}
         return batch | _reference(prepared) if self.reference_size else batch
 
     def _charges(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -109,7 +114,7 @@ class Stream(IterableDataset):
         own, position = index.unique(return_inverse=True)
         if self.reference_size <= len(own):
             return own, position
-        order = torch.randperm(n, generator=rng.generator(self.seed, rng.REFERENCE, step, self.rank))
+        order = torch.randperm(n, generator=rng.generator(self.seed, rng.REFERENCE, step))
         return torch.cat([own, order[~torch.isin(order, own)]])[: self.reference_size], position
 
 
@@ -135,7 +140,7 @@ def _permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 
 class HeldOut(Dataset):
-    """Held-out batches, each with the index of its first sample, which fixes its noise."""
+    """Held-out batches; the index of the first sample fixes the noise."""
 
     def __init__(
         self,
@@ -158,5 +163,5 @@ class HeldOut(Dataset):
         size = min(self.batch_size, n - first)
         rows = order[: max(size, min(n, self.reference_size))]
         prepared = self.preparation(self.part[rows], rng.generator(self.seed, rng.HELD_OUT, first))
-        batch = prepared[slice(size)].batch() | {"counters": (first,)}
+        batch = prepared[slice(size)].batch() | {"step": first, "rows": (0, size)}
         return batch | _reference(prepared) if self.reference_size else batch

@@ -176,9 +176,9 @@ def test_labels_are_dropped_in_training_only_and_in_their_share():
     data = DataSummary.of(torch.randn(50, 2), num_classes=3)
     module = PFGM(TimeMLP((2,), 3, width=8), data, Spy(), label_dropout=0.25)
     label = torch.arange(2000) % 3
-    batch = {"x": torch.randn(2000, 2), "label": label, "counters": (0, 0)}
+    batch = {"x": torch.randn(2000, 2), "label": label, "step": 0, "rows": (0, 2000)}
     module._loss(batch, rng.TRAINING)
-    module._loss(batch | {"counters": (1, 0)}, rng.TRAINING)
+    module._loss(batch | {"step": 1}, rng.TRAINING)
     module._loss(batch, rng.VALIDATION)
     kept = seen[0] == label
     assert float(kept.double().mean()) == pytest.approx(0.75, abs=0.03)
@@ -247,7 +247,7 @@ def test_a_vector_condition_is_learned(tmp_path):
     c = g.normal(50.0, 8.0, size=(2000, 1))
     np.savez(tmp_path / "a.npz", x=(c - 50) / 4 + 0.1 * g.normal(size=(2000, 1)), conditions=c)
     base = ["--data=pfgm.data.Arrays", f"--data.path={tmp_path}/a.npz", "--data.conditions=true", "--model.net=pfgm.nn.TimeMLP"]
-    base += ["--model.net.init_args.width=32", "--model.net.init_args.depth=2", "--model.lr=3e-3", "--ema.decay=0.99", *SMALL]
+    base += ["--model.net.init_args.width=32", "--model.net.init_args.depth=2", "--model.lr=3e-3", "--ema.warmup=0.08", *SMALL]
     fit(tmp_path / "run", "--trainer.max_steps=400", "--trainer.log_every_n_steps=100", base=base)
     flow = pfgm.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
     for value in (-1.0, 1.0):

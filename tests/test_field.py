@@ -223,3 +223,23 @@ def test_normalised_field_of_weighted_charges():
     R = math.hypot(away, z)
     assert float(v_x) == pytest.approx(-away / (R + 0.5))
     assert float(v_z) == pytest.approx(-z / (R + 0.5))
+
+
+def test_each_point_may_weigh_the_charges_by_itself():
+    """A row of weights for each point, as one call for each; and a point of which all but one charge have no weight."""
+    x, sigma = torch.randn(3, 3, dtype=F64), torch.tensor([0.2, 1.0, 5.0], dtype=F64)
+    rows = torch.rand(3, len(CHARGES), dtype=F64)
+    rows[2] = 0
+    rows[2, 4] = 7.0
+    alone = torch.cat([posterior_mean(x[i : i + 1], float(sigma[i]), CHARGES, 2.0, rows[i]) for i in range(3)])
+    for check in (True, False):
+        assert torch.allclose(posterior_mean(x, sigma, CHARGES, 2.0, rows, check=check), alone, rtol=1e-12)
+    assert torch.allclose(alone[2], CHARGES[4])
+    E_x, E_r = poisson_field(x, sigma, CHARGES, 2.0, rows)
+    for i in range(3):
+        single = poisson_field(x[i : i + 1], float(sigma[i]), CHARGES, 2.0, rows[i])
+        assert torch.allclose(E_x[i], single[0][0], rtol=1e-12)
+        assert torch.allclose(E_r[i], single[1][0], rtol=1e-12)
+    with pytest.raises(ValueError, match="weights must be"):
+        posterior_mean(x, sigma, CHARGES, 2.0, rows * torch.tensor([1.0, 0.0, 1.0])[:, None])
+    assert bool(torch.isnan(posterior_mean(x, 1.0, CHARGES, 2.0, 0 * rows, check=False)).all()), "not checked, as asked"

@@ -145,14 +145,14 @@ def test_checkpoints_hold_the_average_and_the_raw_weights(tmp_path):
     model = PFGM(TimeMLP((2,), 0, 1, width=8, depth=1), data.summary, PoissonFieldLoss(0.5, 100), D=1, lr=0.05, warmup_steps=0)
     from pfgm.callbacks import LastCheckpoint
 
-    callbacks = [EMA(0.5), Record(), LastCheckpoint()]
+    callbacks = [EMA(half_life=40, warmup=0.5), Record(), LastCheckpoint()]
     settings = {"max_epochs": -1, "max_steps": 6, "logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
     pl.Trainer(**settings, callbacks=callbacks, default_root_dir=tmp_path, accelerator="cpu", enable_model_summary=False).fit(
         model, data
     )
     average = dict(raws[0])
     for n, raw in enumerate(raws[1:], 1):
-        decay = min(0.5, (1 + n) / (10 + n))
+        decay = 0.5 ** (16 / min(40, 0.5 * 16 * n))
         average = {k: decay * average[k] + (1 - decay) * v for k, v in raw.items()}
     checkpoint, name = last(tmp_path), f"{PREFIX}denoiser.net.last.weight"
     assert torch.allclose(checkpoint["state_dict"][name], average[name], atol=1e-6)
@@ -172,7 +172,7 @@ class Spy(DenoisingLoss):
         self.seen = []
 
     def __call__(self, denoiser, y, label=None, *, data, condition=None, reference=None, reference_label=None, generator=None):
-        self.seen.append((y, label, reference, reference_label, generator.initial_seed()))
+        self.seen.append((y, label, reference, reference_label, (generator.generator.initial_seed(), generator.first)))
         return y.sum(1)
 
 
@@ -180,8 +180,8 @@ def test_the_objective_gets_centred_data_labels_and_noise_of_its_own():
     x, label, spy = 100 + 10 * torch.randn(40, 2), torch.arange(40) % 3, Spy()
     model = PFGM(TimeMLP((2,), 3, width=8, depth=1), DataSummary.of(x, scale=20.0, num_classes=3), spy, D=2, seed=4)
     batch = {"x": x[:8], "label": label[:8], "reference": x, "reference_label": label}
-    for stream, counters in ((2, (0, 0)), (2, (1, 0)), (2, (0, 1)), (3, (0,)), (3, (8,)), (2, (0, 0))):
-        model._loss(batch | {"counters": counters}, stream)
+    for stream, step, first in ((2, 0, 0), (2, 1, 0), (2, 0, 8), (3, 0, 0), (3, 8, 0), (2, 0, 0)):
+        model._loss(batch | {"step": step, "rows": (first, 16)}, stream)
     centred = (x - x.mean(0)) / 20
     for y, y_label, reference, reference_label, _ in spy.seen:
         assert torch.allclose(y, centred[:8], atol=1e-5)
@@ -219,18 +219,21 @@ def test_classes_are_trained_drawn_and_evaluated(config, tmp_path):
 def test_held_out_batches_and_steps_have_their_own_randomness():
     x = torch.arange(100.0)[:, None]
     held_out = HeldOut(Part(x), batch_size=30, seed=0, reference_size=0)
-    assert [held_out[i]["counters"] for i in range(4)] == [(0,), (30,), (60,), (90,)]
+    assert [held_out[i]["step"] for i in range(4)] == [0, 30, 60, 90]
+    assert [held_out[i]["rows"] for i in range(4)] == [(0, 30), (0, 30), (0, 30), (0, 10)]
     stream = Stream(Part(x), batch_size=8, seed=0, start=0, rank=0, world=1, reference_size=50)
     batches = [stream.batch(step) for step in (0, 13)]
     a, b = (set(v["reference"].flatten().tolist()) - set(v["x"].flatten().tolist()) for v in batches)
     assert len(a & b) < 40
 
 
-def test_the_average_stops_warming_up_at_its_decay():
-    for n, decay in ((1, 2 / 11), (5, 0.4), (80, 0.9), (10**6, 0.9)):
-        average = [torch.tensor([1.0], dtype=torch.float64)]
-        EMA(0.9)._average(average, [torch.tensor([3.0], dtype=torch.float64)], torch.tensor(n))
-        assert float(average[0]) == pytest.approx(decay * 1 + (1 - decay) * 3)
+def test_the_average_halves_in_its_half_life():
+    """After the warm-up, `half_life` images halve a weight, in steps of any size; before, a share of the images seen does."""
+    ema = EMA(half_life=1000, warmup=0.1)
+    for images in (1, 10, 250):
+        assert math.prod(ema.decay(50_000 + i, images) for i in range(0, 1000, images)) == pytest.approx(0.5)
+    assert ema.decay(4000, 40) ** 10 == pytest.approx(0.5)
+    assert ema.decay(0, 64) == EMA(half_life=0).decay(10**6, 64) == 0
 
 
 def test_resuming_with_other_settings_is_refused_and_names_them(tmp_path):
@@ -351,7 +354,8 @@ def test_infinite_D_may_be_written_in_each_usual_way(text, tmp_path):
         (["--model.sigma_min=50"], "sigma_min = 50"),
         (["--model.lr=-1"], "lr = -1"),
         (["--trainer.max_steps=-1"], "max_steps = -1"),
-        (["--ema.decay=1.5"], "decay = 1.5"),
+        (["--ema.half_life=-1"], "half_life = -1"),
+        (["--ema.warmup=0"], "warmup = 0"),
         (["--data.init_args.batch_size=0"], "batch_size = 0"),
         (["--init_from=none.ckpt"], r"none\.ckpt does not exist"),
         (["--model.start=sphere"], "start = 'sphere'"),

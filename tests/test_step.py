@@ -1,0 +1,291 @@
+"""The training step: the same gradient in any parts, nothing waited for, nothing not finite let into the weights."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pfgm import rng
+from pfgm.callbacks import LastCheckpoint, Speed
+from pfgm.data import DataModule, Digits
+from pfgm.degrade import AddNoise
+from pfgm.ema import EMA
+from pfgm.kernel import StudentTKernel
+from pfgm.loss import DenoisingLoss, PoissonFieldLoss
+from pfgm.module import PFGM, NonFiniteLoss
+from pfgm.nn import TimeMLP, UNet
+from pfgm.stream import Part, Stream
+
+OBJECTIVES = {
+    "PFGM": {"loss": PoissonFieldLoss(0.5, 100), "D": 1.0},
+    "PFGM++": {"loss": DenoisingLoss(), "D": 128.0},
+    "stable targets": {"loss": DenoisingLoss(reference_size=64), "D": 2.0},
+}
+
+
+def digits(**options):
+    return Digits(**{"batch_size": 32, "labels": True, **options})
+
+
+def model(data, objective="PFGM++", **options):
+    torch.manual_seed(0)
+    settings = OBJECTIVES[objective]
+    extra = settings["loss"].extra_channels
+    net = UNet(data.shape, data.num_classes, extra, data.condition_shape, width=8, blocks=1, **options.pop("net", {}))
+    return PFGM(net, data.summary, **settings, **{"lr": 1e-3, "warmup_steps": 0, **options})
+
+
+def train(data, module, steps, *callbacks, folder, **options):
+    settings = {"max_epochs": -1, "max_steps": steps, "logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    settings |= {"accelerator": "cpu", "enable_model_summary": False, "gradient_clip_val": 1.0, "log_every_n_steps": 1}
+    trainer = pl.Trainer(**(settings | options), callbacks=[*callbacks], default_root_dir=folder, enable_checkpointing=False)
+    trainer.fit(module, data)
+    return [p.detach().clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_accumulated_batches_have_the_gradient_of_a_large_one(objective, tmp_path):
+    """Data, noise, dropped labels, charges, clipping and average: in four parts of 8 as in one of 32."""
+    weights = []
+    for size, parts in ((32, 1), (8, 4)):
+        data = digits(batch_size=size, dequantize=True)
+        module, ema = model(data, objective, label_dropout=0.3), EMA(half_life=100)
+        weights.append(train(data, module, 4, ema, folder=tmp_path, accumulate_grad_batches=parts, precision="64-true"))
+    before = [p.detach() for p in model(data, objective, label_dropout=0.3).double().parameters()]
+    moved = max(float((a - b).abs().max()) for a, b in zip(weights[0], before, strict=True))
+    differ = max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True))
+    assert moved > 1e-3
+    assert differ < 1e-6, "Adam's first steps divide by the gradient and show its rounding"
+
+
+def test_ranks_share_out_what_a_large_batch_has():
+    """Samples, conditions and charges of two ranks with two batches each are those of one process."""
+    part = Part(torch.randn(300, 1, 2, 2), torch.arange(300) % 3)
+    data = DataModule(part, part, batch_size=8, seed=5, degrade=AddNoise(std=0.5))
+    common = {"part": part, "preparation": data.preparation, "seed": 5, "start": 0}
+    for size in (0, 100):
+        whole = Stream(**common, batch_size=32, reference_size=size).batch(7)
+        parts = [
+            Stream(**common, batch_size=8, reference_size=size, rank=rank, world=2, accumulate=2).batch(7, i)
+            for i in (0, 1)
+            for rank in (0, 1)
+        ]
+        for name in ("x", "label", "condition"):
+            assert torch.equal(whole[name], torch.cat([p[name] for p in parts]))
+        assert [p["rows"] for p in parts] == [(0, 32), (8, 32), (16, 32), (24, 32)]
+        if size:
+            assert all(torch.equal(p["reference"], whole["reference"]) for p in parts)
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+def test_parts_of_a_batch_get_their_rows_of_its_noise(D):
+    y, kernel = torch.zeros(12, 5), StudentTKernel(D)
+    whole = kernel.sample(y, 1.0, rng.generator(3))
+    parts = [kernel.sample(y[:4], 1.0, rng.Rows(rng.generator(3), first, 12)) for first in (0, 4, 8)]
+    assert torch.equal(whole, torch.cat(parts))
+    with pytest.raises(ValueError, match="no rows for 4 samples"):
+        kernel.sample(y[:4], 1.0, rng.Rows(rng.generator(3), 10, 12))
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations for whose result a host would have to wait for its accelerator."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "unique2", "_unique2", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.total = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.total += 1
+        if name in self.NAMES:
+            self.seen.append(name)
+        if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.seen.append("index by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_training_step_waits_for_nothing(objective):
+    """Noise, target, loss, gradient, clipping, optimizer and average read no value back."""
+    data = digits()
+    module, ema = model(data, objective, label_dropout=0.1), EMA()
+    stream = Stream(data.train, batch_size=32, seed=0, start=0, reference_size=module.reference_size)
+    module._trainer = trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    optimizer = module.configure_optimizers()["optimizer"]
+    trainer.strategy._lightning_module = module
+    ema.setup(trainer, module, "fit")
+    for step in (0, 1):
+        batch = stream.batch(step)
+        with Waits() as waits:
+            module.training_step(batch, step).backward()
+            module.check_finite = lambda: None  # which a CPU, where nothing is to be waited for, calls each time
+            module.configure_gradient_clipping(optimizer, 1.0)
+            optimizer.step()
+            trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed += 1
+            ema.on_train_batch_end(trainer, module, None, batch, step)
+        assert waits.total > 100
+        assert waits.seen == [], step
+    with Waits() as waits:
+        bool(torch.ones(3).sum() > 0)
+        torch.arange(3)[torch.tensor([True, False, True])]
+    assert waits.seen == ["_local_scalar_dense", "index by a mask"]
+
+
+def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, monkeypatch):
+    """Neither does its gradient alone; the error names the first such step."""
+    for which in ("loss", "gradient"):
+        data, whole, weights = digits(), PFGM._loss, []
+        module = model(data)
+
+        def loss(self, batch, stream, which=which, whole=whole):
+            value = whole(self, batch, stream)
+            if batch["step"] not in (2, 3):
+                return value
+            bias = self.flow.denoiser.net.last[-1].bias
+            return value + (math.nan if which == "loss" else (bias - bias.detach()).sum().abs().sqrt())
+
+        class Record(pl.Callback):
+            def on_train_batch_end(self, trainer, module, *args, seen=weights):
+                seen.append([p.detach().clone() for p in module.parameters()])
+
+        monkeypatch.setattr(PFGM, "_loss", loss)
+        monkeypatch.setattr(PFGM, "check_finite", lambda self: None)
+        train(data, module, 6, Record(), folder=tmp_path)
+        monkeypatch.undo()
+        same = [all(torch.equal(a, b) for a, b in zip(x, y, strict=True)) for x, y in itertools.pairwise(weights)]
+        assert same == [False, True, True, False, False]
+        with pytest.raises(NonFiniteLoss, match="at step 2"):
+            module.check_finite()
+
+
+def test_gradients_are_clipped_and_their_norm_is_logged(tmp_path):
+    """Against torch's own functions, by norm and by value."""
+    data = digits()
+    rows = {}
+
+    class Log(pl.loggers.Logger):
+        name, version = "log", ""
+
+        def log_hyperparams(self, *args):
+            pass
+
+        def log_metrics(self, metrics, step=None):
+            rows[step] = metrics
+
+    class Check(pl.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            self.raw = [p.grad.clone() for p in module.parameters()]
+
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            if hasattr(self, "raw"):
+                parameters = [nn.Parameter(g) for g in self.raw]
+                for p, g in zip(parameters, self.raw, strict=True):
+                    p.grad = g.clone()
+                norm = nn.utils.clip_grad_norm_(parameters, 0.01)
+                assert float(norm) > 0.01
+                if trainer.gradient_clip_algorithm == "value":
+                    for p, g in zip(parameters, self.raw, strict=True):
+                        p.grad = g.clamp(-0.01, 0.01)
+                for p, q in zip(parameters, module.parameters(), strict=True):
+                    assert torch.allclose(p.grad, q.grad, rtol=1e-5, atol=1e-9)
+                self.norm = float(norm)
+
+    for algorithm in ("norm", "value"):
+        check = Check()
+        options = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm, "logger": Log(), "log_every_n_steps": 2}
+        train(data, model(data), 5, check, folder=tmp_path, **options)
+        assert sorted(rows) == [1, 3]
+        assert set(rows[3]) == {"train_loss", "lr", "grad_norm"}
+        assert rows[3]["grad_norm"] > 0.01
+
+
+def test_dropout_is_a_function_of_the_step(tmp_path):
+    """A run that is stopped and resumed drops the same units as one that is not."""
+    data, weights = digits(), []
+    for stops in ((6,), (3, 6)):
+        folder = tmp_path / str(len(stops))
+        for steps in stops:
+            module = model(data, net={"dropout": 0.3})
+            path = folder / "checkpoints" / "last.ckpt"
+            trainer_options = {"max_epochs": -1, "max_steps": steps, "logger": False, "enable_progress_bar": False}
+            trainer = pl.Trainer(
+                **trainer_options,
+                accelerator="cpu",
+                enable_model_summary=False,
+                limit_val_batches=0,
+                callbacks=[EMA(), LastCheckpoint()],
+                default_root_dir=folder,
+            )
+            torch.rand(len(stops) * 7)
+            trainer.fit(module, data, ckpt_path=path if path.exists() else None, weights_only=True)
+        weights.append([p.detach().clone() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("objective", ["PFGM", "PFGM++"])
+def test_bfloat16_training_is_finite_and_as_good_as_float32(objective, tmp_path):
+    """100 steps on the same data and noise: the losses of the last 50 within 2 %."""
+    data, losses = digits(), {}
+
+    class Record(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, *args):
+            losses.setdefault(trainer.precision, []).append(float(outputs["loss"]))
+
+    for precision in ("32-true", "bf16-mixed"):
+        module = model(data, objective)
+        weights = train(data, module, 100, EMA(), Record(), folder=tmp_path, precision=precision)
+        assert all(bool(torch.isfinite(w).all()) and w.dtype == torch.float32 for w in weights)
+    full, low = (sum(losses[precision][50:]) for precision in ("32-true", "bf16-mixed"))
+    assert abs(low / full - 1) < 0.02
+    assert losses["bf16-mixed"] != losses["32-true"]
+
+
+def test_the_network_runs_in_bfloat16_and_the_rest_does_not(monkeypatch):
+    seen = {}
+
+    class Net(TimeMLP):
+        def forward(self, x, c_noise, label=None):
+            out = super().forward(x, c_noise, label)
+            seen.update(x=x.dtype, c_noise=c_noise.dtype, out=out.dtype)
+            return out
+
+    data = DataModule(Part(torch.randn(40, 3)), Part(torch.randn(9, 3)), batch_size=8, seed=0)
+    module = PFGM(Net((3,), width=8, depth=1), data.summary)
+    whole = PFGM._loss
+    monkeypatch.setattr(PFGM, "_loss", lambda *args: seen.setdefault("loss", whole(*args)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module.training_step(data.train[slice(8)].batch() | {"step": 0, "rows": (0, 8)}, 0)
+    assert seen["loss"].dtype == torch.float32
+    assert seen["c_noise"] == seen["x"] == torch.float32
+    assert seen["out"] == torch.bfloat16
+
+
+def test_a_compiled_run_is_the_same_run(tmp_path, monkeypatch):
+    """Compiled and in channels_last: the same weights, under the same names, laid out otherwise; validated uncompiled."""
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
+    data, weights, stances = digits(batch_size=8), [], []
+
+    class Stance(pl.Callback):
+        def on_validation_epoch_start(self, trainer, module):
+            stances.append(torch._dynamo.eval_frame._stance.stance)
+
+    for speed in (Speed(), Speed(compile=True, channels_last=True)):
+        module = model(data)
+        names = list(module.state_dict())
+        options = {"limit_val_batches": 1, "val_check_interval": 1, "num_sanity_val_steps": 0, "check_val_every_n_epoch": None}
+        weights.append(train(data, module, 3, speed, EMA(half_life=0), Stance(), folder=tmp_path, **options))
+        assert list(module.state_dict()) == names
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*weights, strict=True))
+    assert stances[0] == "default"
+    assert stances[-1] == "force_eager"
+    assert module.flow.denoiser.net.first.weight.is_contiguous(memory_format=torch.channels_last)
+    flat = DataModule(Part(torch.randn(40, 3)), Part(torch.randn(9, 3)), batch_size=8, seed=0)
+    with pytest.raises(ValueError, match=r"speed.channels_last = True: .* not for samples of shape \(3,\)"):
+        train(flat, PFGM(TimeMLP((3,), width=8), flat.summary), 1, Speed(channels_last=True), folder=tmp_path)
