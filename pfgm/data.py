@@ -3,6 +3,7 @@
 All data is held in memory, in the user's units; `pfgm.stream` makes the batches.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,8 @@ class DataModule(Recorded, pl.LightningDataModule):
     user / `scale` - mean; `mean` (default: of the training data) is in the user's units; `value_range` (low, high) is what
     pictures map to black and white. Discrete data has so many `levels`, low and high among them (0: continuous); with
     `dequantize` uniform noise fills the gaps between them in training, without which it has no likelihood. `degrade` makes
-    conditions of the samples themselves. ValueError for data that is empty, not finite or of different shapes.
+    conditions of the samples themselves; `flip` mirrors images left to right in training, each with probability 1/2. ValueError
+    for data that is empty, not finite or of different shapes.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class DataModule(Recorded, pl.LightningDataModule):
         levels: int = 0,
         dequantize: bool = False,
         degrade: Degradation | None = None,
+        flip: bool = False,
     ):
         super().__init__()
         if batch_size < 1:
@@ -59,7 +62,12 @@ class DataModule(Recorded, pl.LightningDataModule):
             raise ValueError(f"labels go up to {num_classes - 1} for {len(train)} samples; number the classes from 0")
         if degrade is not None:
             degrade.shape(train.x.shape[1:])
+        if flip and train.x.ndim != 4:
+            raise ValueError(f"flip = True: it mirrors images, not samples of shape {tuple(train.x.shape[1:])}; leave it out")
+        if flip and train.condition is not None:
+            raise ValueError("flip = True: the conditions of the file would not be mirrored; leave it out, or use degrade")
         self.preparation = Preparation(degrade, level_spacing(value_range, levels) if dequantize else 0.0)
+        self.augmentation = replace(self.preparation, flip=flip)
         prepared = self.prepared(train)
         self.summary = DataSummary.of(
             prepared.x,
@@ -96,7 +104,7 @@ class DataModule(Recorded, pl.LightningDataModule):
         trainer: Any = self.trainer
         stream = Stream(
             self.train,
-            self.preparation,
+            self.augmentation,
             batch_size=self.batch_size,
             seed=self.seed,
             start=trainer.global_step,
@@ -190,7 +198,8 @@ class Arrays(DataModule):
     An .npz or a .pt with several arrays holds the samples under "x", with `labels` integer classes under "labels", and with
     `conditions` numbers of any shape under "conditions"; `degrade` makes the conditions of images instead. 8-bit
     integers have the range 0..255; for other integers give `value_range` (low, high), which maps to [-1, 1] in model space.
-    Other data is scaled to an RMS of .5 there. `held_out` is the part kept for validation; `dequantize` is for integers.
+    Other data is scaled to an RMS of .5 there. `held_out` is the part kept for validation; `dequantize` is for integers, `flip`
+    for images, which it mirrors left to right in training, each with probability 1/2.
     """
 
     def __init__(
@@ -203,6 +212,7 @@ class Arrays(DataModule):
         degrade: Degradation | None = None,
         value_range: tuple[float, float] | None = None,
         dequantize: bool = False,
+        flip: bool = False,
         mean: float | None = None,
         seed: int = 0,
     ):
@@ -228,6 +238,7 @@ class Arrays(DataModule):
             levels=integer_levels(whole.x, value_range),
             dequantize=dequantize,
             degrade=degrade,
+            flip=flip,
         )
 
 

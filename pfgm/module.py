@@ -29,11 +29,11 @@ class PFGM(Recorded, pl.LightningModule):
     is logged or a checkpoint saved.
 
     `net` is the network (see `pfgm.nn.Network`), `data` the summary of the training data, `loss` the objective (default
-    DenoisingLoss), `D` the number of augmented dimensions, a real number from .5 to inf. `sigma_min`, `sigma_max`,
-    `sigma_data` and `data_norm`, in model units, come from the data unless given. `lr` is reached after `warmup_steps`;
-    `seed` fixes the noise. Stored specs are accepted in place of net, loss and data, which is how `load_from_checkpoint`
-    makes the module without arguments. A share `label_dropout` of the labels is dropped in training, for classifier-free
-    guidance (arXiv 2207.12598).
+    DenoisingLoss), `D` the number of augmented dimensions, a real number from .5 to inf. `sigma_min`, `sigma_max`, `sigma_data`
+    and `data_norm`, in model units, come from the data unless given. Adam with `betas` reaches `lr` after `warmup_steps`;
+    `seed` fixes the noise. Stored specs are accepted in place of net, loss and data, which is how `load_from_checkpoint` makes
+    the module without arguments. A share `label_dropout` of the labels is dropped in training, for classifier-free guidance
+    (arXiv 2207.12598).
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class PFGM(Recorded, pl.LightningModule):
         data_norm: float | None = None,
         start: str = "hemisphere",
         lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
         warmup_steps: int = 100,
         label_dropout: float = 0.0,
         seed: int = 0,
@@ -59,6 +60,8 @@ class PFGM(Recorded, pl.LightningModule):
         D = self._arguments["D"] = check_dimensions(D)  # "inf" and "Infinity" come as text from a command line
         if not 0 < lr < math.inf or warmup_steps < 0:
             raise ValueError(f"lr = {lr}, warmup_steps = {warmup_steps}: lr must be positive and finite, warmup_steps >= 0")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas = {betas}: Adam needs two numbers in [0, 1)")
         for name, value in (("sigma_data", sigma_data), ("data_norm", data_norm)):
             if value is not None:
                 check_positive(name, value)
@@ -77,7 +80,7 @@ class PFGM(Recorded, pl.LightningModule):
             sigma_data=data.sigma_data if sigma_data is None else sigma_data,
             norm=data.norm if data_norm is None else data_norm,
         )
-        self.lr, self.warmup_steps, self.label_dropout, self.seed = lr, warmup_steps, label_dropout, seed
+        self.lr, self.betas, self.warmup_steps, self.label_dropout, self.seed = lr, betas, warmup_steps, label_dropout, seed
         self._losses: list[Tensor] = []
         self._bad: Tensor | None = None
         self.flow = PoissonFlow(
@@ -182,7 +185,7 @@ class PFGM(Recorded, pl.LightningModule):
         """Adam, in one kernel for all weights, and a linear warm-up."""
         # The scaler of float16 would hide the size of the gradient from a fused Adam's clipping.
         fused = self._trainer is None or self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, betas=(0.9, 0.99), fused=fused)
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, betas=self.betas, fused=fused)
         warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / (self.warmup_steps + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
 

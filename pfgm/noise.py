@@ -17,6 +17,9 @@ from pfgm.kernel import check_positive, expand, norm
 from pfgm.rng import Generators
 from pfgm.spec import Recorded, to_json
 
+BLOCK_BYTES = 2**25
+"""Size of the float64 copy of a block of data."""
+
 
 @dataclass(frozen=True)
 class DataSummary(Recorded):
@@ -68,12 +71,15 @@ class DataSummary(Recorded):
 
         ValueError if all samples are equal.
         """
-        model = data.double() / scale
-        centre = model.mean(0) if mean is None else torch.full_like(model[0], mean / scale)
-        norms = norm(model - centre)
-        power = norms.square() / centre.numel()
-        if bool((model == model[0]).all()):
+        rows = data.split(max(1, BLOCK_BYTES // (8 * data[0].numel())))
+        if all(bool((block == data[0]).all()) for block in rows):
             raise ValueError(f"data: all {len(data)} samples are equal; there is no distribution to learn")
+        if mean is None:
+            centre = torch.stack([block.double().sum(0) for block in rows]).sum(0) / (len(data) * scale)
+        else:
+            centre = torch.full_like(data[0], mean / scale, dtype=torch.float64)
+        norms = torch.cat([norm(block.double() / scale - centre) for block in rows])
+        power = norms.square() / centre.numel()
         c_mean, c_std = (None, None) if condition is None else _channel_statistics(condition)
         return cls(
             tuple(centre.shape),

@@ -6,7 +6,7 @@ a step and have its charges in common, so that the gradient is the one of a sing
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -48,15 +48,19 @@ class Part:
 class Preparation:
     """What is done to clean samples before the network sees them.
 
-    The condition is made by `degrade`, if given; uniform noise of `width` in all fills the gaps between the levels of discrete
-    data (dequantisation, arXiv 1511.01844).
+    With `flip` each image is mirrored left to right with probability 1/2. The condition is made by `degrade`, if given; uniform
+    noise of `width` in all fills the gaps between the levels of discrete data (dequantisation, arXiv 1511.01844).
     """
 
     degrade: Degradation | None = None
     width: float = 0.0
+    flip: bool = False
 
     def __call__(self, part: Part, generator: torch.Generator) -> Part:
-        """`part` with condition and noise."""
+        """`part` mirrored, with condition and noise."""
+        if self.flip:
+            mirrored = torch.rand(len(part), generator=generator) < 0.5
+            part = replace(part, x=torch.where(mirrored.reshape(-1, *[1] * (part.x.ndim - 1)), part.x.flip(-1), part.x))
         if not (self.degrade or self.width):
             return part
         x = part.x if part.x.is_floating_point() else part.x.float()

@@ -254,3 +254,36 @@ def test_a_vector_condition_is_learned(tmp_path):
         x = flow.sample(400, condition=torch.tensor([50 + 8 * value])).x
         assert float(x.median()) == pytest.approx(2 * value, abs=0.1)
         assert float((x.quantile(0.84) - x.quantile(0.16)) / 2) < 0.3
+
+
+def test_flipped_images_are_mirrored_half_of_the_time_in_training_only(tmp_path):
+    x = torch.randint(0, 256, (400, 3, 2, 4), dtype=torch.uint8)
+    np.save(tmp_path / "x.npy", x.numpy())
+    data = Arrays(tmp_path / "x.npy", batch_size=400, flip=True)
+    out = Preparation(flip=True)(Part(data.train.x), rng.generator(2)).x
+    same, mirrored = ((out == other).flatten(1).all(1) for other in (data.train.x, data.train.x.flip(3)))
+    assert bool((same ^ mirrored).all())
+    assert 0.4 < float(mirrored.double().mean()) < 0.6
+    assert out.dtype == torch.uint8
+    assert data.augmentation.flip
+    assert not data.preparation.flip
+    assert torch.equal(data.prepared(data.held_out).x, data.held_out.x)
+    np.save(tmp_path / "v.npy", x.flatten(1).numpy())
+    with pytest.raises(ValueError, match=r"flip = True: it mirrors images, not samples of shape \(24,\)"):
+        Arrays(tmp_path / "v.npy", flip=True)
+    np.savez(tmp_path / "c.npz", x=x.numpy(), conditions=np.ones((400, 2)))
+    with pytest.raises(ValueError, match="flip = True: the conditions of the file"):
+        Arrays(tmp_path / "c.npz", conditions=True, flip=True)
+
+
+def test_summaries_of_large_data_are_made_in_blocks(monkeypatch):
+    x = 3 + torch.randn(50, 2, 3, 4)
+    whole = DataSummary.of(x, scale=2.0)
+    monkeypatch.setattr("pfgm.noise.BLOCK_BYTES", 8 * 24 * 7)
+    blocks = DataSummary.of(x, scale=2.0)
+    assert torch.allclose(blocks.mean, (x / 2).mean(0), atol=1e-6)
+    for name in ("sigma_data", "norm", "power_std"):
+        assert getattr(blocks, name) == pytest.approx(getattr(whole, name), rel=1e-12)
+    centred = (x.double() / 2 - (x.double() / 2).mean(0)).flatten(1).numpy()
+    assert blocks.sigma_data == pytest.approx(centred.std(), rel=1e-6)
+    assert blocks.power_std == pytest.approx((centred**2).mean(1).std(), rel=1e-6)

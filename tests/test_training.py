@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 
 import pfgm
-from pfgm import cli, storage
+from pfgm import cli, rng, storage
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.ema import EMA
 from pfgm.flow import PREFIX
@@ -52,9 +53,28 @@ def same_tensors(a, b):
     return not isinstance(a, (list, tuple)) or all(same_tensors(x, y) for x, y in zip(a, b, strict=True))
 
 
+def tiny_cifar10(folder):
+    """A file like that of CIFAR-10, and options for a run on it that a CPU can do."""
+    x = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=rng.generator(0))
+    np.savez(folder / "cifar10.npz", x=x.numpy(), labels=np.arange(40) % 10)
+    options = ["--model.net.init_args.width=8", "--model.net.init_args.blocks=1", "--data.init_args.held_out=0.1"]
+    options += ["--data.init_args.batch_size=4", "--trainer.precision=32-true", "--speed.compile=false"]
+    return [f"--data.init_args.path={folder / 'cifar10.npz'}", *options]
+
+
+@pytest.mark.parametrize(("config", "millions"), [("cifar10_pfgmpp.yaml", 55.7), ("cifar10_pfgm.yaml", 61.8)])
+def test_configs_of_published_networks_have_their_size(config, millions):
+    arguments = yaml.safe_load((ROOT / "configs" / config).read_text())["model"]["net"]["init_args"]
+    with torch.device("meta"):
+        net = UNet((3, 32, 32), **arguments)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == millions
+
+
 @pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
 def test_every_config_fits_two_steps_and_samples(config, tmp_path):
     base = ["--config", str(ROOT / "configs" / config), *SMALL]
+    if "cifar10" in config:
+        base += tiny_cifar10(tmp_path)
     trained = fit(tmp_path, "--trainer.max_steps=2", "--trainer.val_check_interval=2", base=base)
     assert trained.trainer.global_step == 2
     flow = pfgm.load(tmp_path / "checkpoints" / "last.ckpt")

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfgm.nn.blocks import Attention, Block, Resample, ResampleAndConvolve, convolution, group_norm, pad, zero
+from pfgm.nn.blocks import CONVOLUTION, Attention, Block, Resample, ResampleAndConvolve, convolution, group_norm, pad, zero
 from pfgm.nn.network import Embedding, Network, check_sizes
 
+BRANCHES = (Block, Attention)
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -115,10 +116,10 @@ class UNet(Network):
                 channels = width * multiplier
             if level:
                 self.up.append(between(channels, up=True))
-        last = convolution(self.dims, channels, shape[0] + extra_channels)
-        self.last = nn.Sequential(group_norm(channels), nn.SiLU(), zero(last))
         if glorot:
             _draw_glorot(self)
+        last = convolution(self.dims, channels, shape[0] + extra_channels)
+        self.last = nn.Sequential(group_norm(channels), nn.SiLU(), zero(last))
 
     def forward(
         self,
@@ -162,9 +163,12 @@ def _check_options(levels: int, dropout: float, attention_levels: Sequence[int],
 
 
 def _draw_glorot(net: nn.Module) -> None:
-    """Uniform weights of variance 2/(fan_in + fan_out) and no biases; what is zero stays zero."""
-    for name, parameter in net.named_parameters():
-        if parameter.ndim > 1 and not name.startswith("embedding.labels") and bool(parameter.any()):
-            nn.init.xavier_uniform_(parameter)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
+    """Uniform weights of variance 2/(fan_in + fan_out) and no biases, but for outputs that start at zero."""
+    last = {
+        module.conv2 if isinstance(module, Block) else module.out for module in net.modules() if isinstance(module, BRANCHES)
+    }
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, *CONVOLUTION.values())) and module not in last:
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
