@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfgm.nn.blocks import CONVOLUTION, Attention, Block, Resample, ResampleAndConvolve, convolution, group_norm, pad, zero
+from pfgm.nn.blocks import Attention, Block, Resample, ResampleAndConvolve, convolution, group_norm, pad, zero
 from pfgm.nn.network import Embedding, Network, check_sizes
 
-BRANCHES = (Block, Attention)
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -164,11 +163,9 @@ def _check_options(levels: int, dropout: float, attention_levels: Sequence[int],
 
 def _draw_glorot(net: nn.Module) -> None:
     """Uniform weights of variance 2/(fan_in + fan_out) and no biases, but for outputs that start at zero."""
-    last = {
-        module.conv2 if isinstance(module, Block) else module.out for module in net.modules() if isinstance(module, BRANCHES)
-    }
-    for module in net.modules():
-        if isinstance(module, (nn.Linear, *CONVOLUTION.values())) and module not in last:
+    for name, module in net.named_modules():
+        outputs = name.endswith((".conv2", ".out"))
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not outputs:
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
