@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pfgm import storage
 from pfgm.callbacks import Evaluation, LastCheckpoint, SampleGrid, Speed, StepProgressBar, checkpoint_path
 from pfgm.data import DataModule
-from pfgm.ema import EMA
+from pfgm.ema import EMA, PowerAverages
 from pfgm.flow import load
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.module import PFGM, NonFiniteLoss
@@ -61,6 +61,7 @@ class TrainCLI(LightningCLI):
         parser.add_lightning_class_args(Speed, "speed")
         parser.add_lightning_class_args(SampleGrid, "grid")
         parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(PowerAverages, "averages")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
@@ -124,7 +125,11 @@ def check_trainer(config: Any) -> None:
 
 def check_no_other_files(run_dir: Path) -> None:
     """FileExistsError if a run would write over files of others; those of a run come after its first checkpoint."""
-    found = [name for name in ("config.yaml", "metrics.csv", "loss.png", "grids", "checkpoints") if (run_dir / name).exists()]
+    found = [
+        name
+        for name in ("config.yaml", "metrics.csv", "loss.png", "grids", "averages", "checkpoints")
+        if (run_dir / name).exists()
+    ]
     if found and found != ["checkpoints"]:
         raise FileExistsError(
             f"run_dir = {run_dir} has {', '.join(found)} but no checkpoints/last.ckpt; restore that, or give another --run_dir"

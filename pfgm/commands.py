@@ -7,8 +7,15 @@ from collections.abc import Callable, Sequence
 from pfgm.draw import draw
 from pfgm.edit import decode, encode, interpolate, vary
 from pfgm.ode import SolverError
+from pfgm.posthoc import average
 
-COMMANDS: dict[str, Callable[..., None]] = {"encode": encode, "decode": decode, "interpolate": interpolate, "vary": vary}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "encode": encode,
+    "decode": decode,
+    "interpolate": interpolate,
+    "vary": vary,
+    "average": average,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,12 +1,16 @@
 """Averages of the weights over training."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.callbacks import Callback, WeightAveraging
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor
+
+from pfgm import posthoc
 
 
 class EMA(WeightAveraging):
@@ -60,3 +64,68 @@ class EMA(WeightAveraging):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget the average: the next stage starts anew."""
         self._average_model = None
+
+
+class PowerAverages(Callback):
+    """Power-function averages of the flow's weights at the widths `sigma_rel`, for `sample.py average` (arXiv 2312.02696).
+
+    Every `every_n_steps` optimizer steps and at the end, snapshots of them go to `<run_dir>/averages`, each as large as as many
+    networks; 0 keeps no averages. They are part of the checkpoint, so that a resumed run continues them.
+    """
+
+    def __init__(self, every_n_steps: int = 0, sigma_rel: Sequence[float] = (0.05, 0.1)):
+        if every_n_steps < 0 or len(set(sigma_rel)) != len(sigma_rel) or not sigma_rel:
+            raise ValueError(
+                f"every_n_steps = {every_n_steps}, sigma_rel = {sigma_rel}: give a number >= 0 and widths that differ"
+            )
+        self.gammas = {float(width): posthoc.exponent(width) for width in sigma_rel}
+        self.every_n_steps, self.step, self.saved = every_n_steps, 0, 0
+        self.averages: dict[float, dict[str, Tensor]] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copies of the weights, or the averages of a resumed run; ValueError if it had none, or others."""
+        if not self.every_n_steps:
+            return
+        weights = self._weights(pl_module)
+        if trainer.global_step == 0:
+            self.averages = {width: {name: p.detach().clone() for name, p in weights.items()} for width in self.gammas}
+        elif set(self.averages) != set(self.gammas) or self.step != trainer.global_step:
+            raise ValueError(
+                f"averages: the run so far kept widths {sorted(self.averages)}, asked for are {sorted(self.gammas)}; averages "
+                "of a part of a run have no meaning. Leave the options as they were, or give another --run_dir"
+            )
+        for part in self.averages.values():
+            part.update({name: part[name].to(p) for name, p in weights.items()})
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Average, after each optimizer step."""
+        if not self.every_n_steps or trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        weights: list[Tensor] = [*self._weights(pl_module).values()]
+        for width, gamma in self.gammas.items():
+            torch._foreach_lerp_([*self.averages[width].values()], weights, 1 - posthoc.decay(gamma, self.step))
+        if self.step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A last snapshot."""
+        if self.every_n_steps and self.step > self.saved:
+            self._save(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages and the step that they have reached."""
+        return {"step": self.step, "averages": self.averages}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Those of a run that is resumed."""
+        self.step, self.averages = state_dict["step"], state_dict["averages"]
+
+    def _weights(self, module: Any) -> dict[str, torch.nn.Parameter]:
+        return dict(module.flow.named_parameters())
+
+    @rank_zero_only
+    def _save(self, trainer: pl.Trainer) -> None:
+        self.saved = self.step
+        posthoc.write_snapshot(trainer.default_root_dir, self.step, self.averages)

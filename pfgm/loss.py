@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
@@ -18,8 +19,11 @@ from pfgm.rng import Generators
 from pfgm.spec import Recorded
 
 
-class Loss(Recorded, ABC):
-    """An objective: compares a denoiser with data. Subclasses say how many charges and network outputs they need."""
+class Loss(Recorded, nn.Module, ABC):
+    """An objective: compares a denoiser with data. Subclasses say how many charges and network outputs they need.
+
+    A module, since it may have weights of its own, which are trained along and are no part of the flow.
+    """
 
     reference_size: int
     extra_channels: int
@@ -33,7 +37,7 @@ class Loss(Recorded, ABC):
         """Where the flow should start, in model units."""
 
     @abstractmethod
-    def __call__(
+    def forward(
         self,
         denoiser: Any,
         y: Tensor,
@@ -59,12 +63,17 @@ class DenoisingLoss(Loss):
 
     With `reference_size` L > 0 the target is not y but the posterior mean over L charges that include y, which has the same
     minimiser and less variance (stable target field, arXiv 2302.00670).
+
+    With `log_variance`, training divides the loss by e^u and adds u for a u(sigma) that is learned along: u tends to the log of
+    the loss to expect at sigma, so that all noise levels pull alike (EDM2, arXiv 2312.02696, section 2.2). Not in evaluation.
     """
 
     extra_channels = 0
 
-    def __init__(self, noise: LogNormal | LogUniform | None = None, reference_size: int = 0):
+    def __init__(self, noise: LogNormal | LogUniform | None = None, reference_size: int = 0, log_variance: bool = False):
+        super().__init__()
         self.noise, self.reference_size = noise or LogNormal(), check_reference_size(reference_size, 0)
+        self.log_variance = LogVariance() if log_variance else None
 
     def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> PreconditionedDenoiser:
         return PreconditionedDenoiser(net, D, data.sigma_data, data.power_std)
@@ -72,7 +81,7 @@ class DenoisingLoss(Loss):
     def recommended_sigma_max(self, data: DataSummary) -> float:
         return recommended_sigma_max(data.sigma_data)
 
-    def __call__(
+    def forward(
         self,
         denoiser: PreconditionedDenoiser,
         y: Tensor,
@@ -92,7 +101,25 @@ class DenoisingLoss(Loss):
             target = posterior_mean(x, sigma, reference, denoiser.kernel.D, weights, check=False)
         given = () if condition is None else (condition,)
         denoised, scale = denoiser.denoise(x, sigma, label, *given)
-        return ((denoised - target) / expand(scale, x)).square().flatten(1).mean(1)
+        value = ((denoised - target) / expand(scale, x)).square().flatten(1).mean(1)
+        if self.log_variance is None or not self.training:
+            return value
+        u = self.log_variance(sigma)
+        return value / u.exp() + u
+
+
+class LogVariance(nn.Module):
+    """u(sigma) [B], a constant and `waves` sines and cosines of log(sigma), of at most 3 radians for a factor e; 0 at first."""
+
+    def __init__(self, waves: int = 32):
+        super().__init__()
+        self.constant, self.weight = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2, waves))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        waves = self.weight.shape[1]
+        frequencies = torch.arange(1, waves + 1, device=sigma.device) * (3 / waves)
+        phase = sigma.log().to(self.weight.dtype)[:, None] * frequencies
+        return self.constant + (phase.cos() * self.weight[0] + phase.sin() * self.weight[1]).sum(1)  # float32 in autocast
 
 
 class PoissonFieldLoss(Loss):
@@ -105,6 +132,7 @@ class PoissonFieldLoss(Loss):
     extra_channels = 1
 
     def __init__(self, gamma: float = 5.0, reference_size: int = 4096, noise: PoissonFlowNoise | None = None):
+        super().__init__()
         if not 0 < gamma < math.inf:
             raise ValueError(f"gamma = {gamma} must be a positive finite number, in model units")
         self.gamma, self.noise = gamma, noise or PoissonFlowNoise()
@@ -118,7 +146,7 @@ class PoissonFieldLoss(Loss):
     def recommended_sigma_max(self, data: DataSummary) -> float:
         return self.noise.z_max(data.norm, math.prod(data.shape))
 
-    def __call__(
+    def forward(
         self,
         denoiser: FieldDenoiser,
         y: Tensor,

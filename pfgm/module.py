@@ -30,10 +30,10 @@ class PFGM(Recorded, pl.LightningModule):
 
     `net` is the network (see `pfgm.nn.Network`), `data` the summary of the training data, `loss` the objective (default
     DenoisingLoss), `D` the number of augmented dimensions, a real number from .5 to inf. `sigma_min`, `sigma_max`, `sigma_data`
-    and `data_norm`, in model units, come from the data unless given. Adam with `betas` reaches `lr` after `warmup_steps`;
-    `seed` fixes the noise. Stored specs are accepted in place of net, loss and data, which is how `load_from_checkpoint` makes
-    the module without arguments. A share `label_dropout` of the labels is dropped in training, for classifier-free guidance
-    (arXiv 2207.12598).
+    and `data_norm`, in model units, come from the data unless given. Adam with `betas` reaches `lr` after `warmup_steps`; with
+    `decay_steps` it falls as sqrt(decay_steps / step) after these (EDM2, arXiv 2312.02696). `seed` fixes the noise. Stored
+    specs are accepted in place of net, loss and data, which is how `load_from_checkpoint` makes the module without arguments. A
+    share `label_dropout` of the labels is dropped in training, for classifier-free guidance (arXiv 2207.12598).
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class PFGM(Recorded, pl.LightningModule):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         warmup_steps: int = 100,
+        decay_steps: int | None = None,
         label_dropout: float = 0.0,
         seed: int = 0,
     ):
@@ -58,8 +59,11 @@ class PFGM(Recorded, pl.LightningModule):
         net, data = _made(net), _made(data)
         self.loss: Loss = _made(loss) or DenoisingLoss()
         D = self._arguments["D"] = check_dimensions(D)  # "inf" and "Infinity" come as text from a command line
-        if not 0 < lr < math.inf or warmup_steps < 0:
-            raise ValueError(f"lr = {lr}, warmup_steps = {warmup_steps}: lr must be positive and finite, warmup_steps >= 0")
+        if not 0 < lr < math.inf or warmup_steps < 0 or (decay_steps is not None and decay_steps < 1):
+            raise ValueError(
+                f"lr = {lr}, warmup_steps = {warmup_steps}, decay_steps = {decay_steps}: lr must be positive and finite, "
+                "warmup_steps >= 0, decay_steps >= 1 or null"
+            )
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas = {betas}: Adam needs two numbers in [0, 1)")
         for name, value in (("sigma_data", sigma_data), ("data_norm", data_norm)):
@@ -80,7 +84,8 @@ class PFGM(Recorded, pl.LightningModule):
             sigma_data=data.sigma_data if sigma_data is None else sigma_data,
             norm=data.norm if data_norm is None else data_norm,
         )
-        self.lr, self.betas, self.warmup_steps, self.label_dropout, self.seed = lr, betas, warmup_steps, label_dropout, seed
+        self.lr, self.betas, self.warmup_steps, self.decay_steps = lr, betas, warmup_steps, decay_steps
+        self.label_dropout, self.seed = label_dropout, seed
         self._losses: list[Tensor] = []
         self._bad: Tensor | None = None
         self.flow = PoissonFlow(
@@ -182,12 +187,17 @@ class PFGM(Recorded, pl.LightningModule):
         self.log("test_loss", loss.mean(), batch_size=len(loss), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """Adam, in one kernel for all weights, and a linear warm-up."""
+        """Adam, in one kernel for all weights, and its learning rate."""
         # The scaler of float16 would hide the size of the gradient from a fused Adam's clipping.
         fused = self._trainer is None or self.trainer.precision != "16-mixed"
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, betas=self.betas, fused=fused)
-        warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / (self.warmup_steps + 1)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        """Learning rate of optimizer step 0, 1, ..., as a share of lr."""
+        decayed = 1.0 if self.decay_steps is None else math.sqrt(self.decay_steps / max(step, self.decay_steps))
+        return min(1.0, (step + 1) / (self.warmup_steps + 1)) * decayed
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what loading needs, and a digest of the weights."""

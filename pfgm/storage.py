@@ -116,6 +116,47 @@ def write_export(folder: str | Path, flow: Mapping[str, Any], state: Mapping[str
         temporary.write_text(config + "\n")
 
 
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write `tensors` to a safetensors file, as a whole, with a JSON `header` and a digest of both."""
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    parts = {"format": FORMAT} | dict(header)
+    parts["digest"] = digest(parts | {"tensors": plain})
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata={KEY: json.dumps(parts)})
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The header of a file of `write_tensors`. CheckpointError if it is none, or of another format."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[KEY])
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: truncated or altered ({type(error).__name__}); delete it") from error
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {header.get('format')!r}, this version reads {FORMAT}")
+    return header
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file of `write_tensors`. CheckpointError if it is damaged or altered."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    header = read_header(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read: truncated or altered; delete it") from error
+    found = digest({name: value for name, value in header.items() if name != "digest"} | {"tensors": tensors})
+    if header.get("digest") != found:
+        raise CheckpointError(f"{path} has been altered: its content does not have the digest in it; delete it")
+    return tensors
+
+
 def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description of the flow and its tensors from an exported `folder`. Errors as for `read_checkpoint`."""
     from safetensors import SafetensorError

@@ -5,7 +5,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "pfgm"
 ORDER = "rng spec kernel field analytic noise nn denoiser guidance inverse loss coordinates grid multistep adaptive solver "
-ORDER += "ode stochastic latent sampler likelihood conditioning progress storage flow optimal plot trajectory files output "
+ORDER += (
+    "ode stochastic latent sampler likelihood conditioning progress storage flow posthoc optimal plot trajectory files output "
+)
 ORDER += "draw edit commands metrics toys degrade stream data ema module runlog callbacks cli"
 
 

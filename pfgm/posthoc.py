@@ -1,0 +1,120 @@
+"""Averages of the weights whose width is chosen after training (arXiv 2312.02696, section 3).
+
+A power-function average at step t weighs the weights of step tau by tau^gamma, 0 < tau <= t. Its width sigma_rel is the
+standard deviation of that profile over t. Training keeps the averages of two widths and saves snapshots of both
+(`pfgm.ema.PowerAverages`); the profile of any other width and step is nearly a combination of theirs, and so is the average.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from pfgm import storage
+from pfgm.flow import load
+
+FOLDER = "averages"
+WIDEST = 12**-0.5
+"""sigma_rel of gamma = 0, at which all steps weigh the same."""
+
+
+def exponent(sigma_rel: float) -> float:
+    """gamma of the profile of width `sigma_rel`: (gamma+1) = sigma_rel² (gamma+2)² (gamma+3). ValueError unless gamma >= 0."""
+    if not 0.001 <= sigma_rel <= WIDEST:
+        raise ValueError(f"sigma_rel = {sigma_rel} must lie between .001 and 12^-1/2 = .2887, the width of the plain mean")
+    t = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max().clip(min=0))
+
+
+def decay(gamma: float, step: int) -> float:
+    """The share of the average that stays in step 1, 2, ...: (1 - 1/step)^(gamma+1)."""
+    return (1 - 1 / step) ** (gamma + 1)
+
+
+def overlap(gamma: np.ndarray, step: np.ndarray, other_gamma: np.ndarray, other_step: np.ndarray) -> np.ndarray:
+    """∫ p q dtau of the normalised profiles p = (gamma+1) tau^gamma / step^(gamma+1) and q, for arrays that broadcast."""
+    later = np.maximum(step, other_step)
+    power = np.where(step < other_step, other_gamma, gamma)
+    return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) / later * (np.minimum(step, other_step) / later) ** power
+
+
+def combination(gammas: Sequence[float], steps: Sequence[int], gamma: float, step: int) -> tuple[np.ndarray, float]:
+    """Coefficients of the snapshots of `gammas` and `steps` for the average (gamma, step), and its profile's relative error.
+
+    They are those of least squares over tau, since the profiles are known.
+    """
+    g, t = np.array(gammas, dtype=float), np.array(steps, dtype=float)
+    one = np.array([float(gamma)]), np.array([float(step)])
+    gram, target, power = overlap(g[:, None], t[:, None], g, t), overlap(g, t, *one), overlap(*one, *one)[0]
+    x = np.linalg.lstsq(gram, target, rcond=1e-13)[0]
+    return x, float(np.sqrt(max(0.0, power - 2 * x @ target + x @ gram @ x) / power))
+
+
+def write_snapshot(run_dir: str | Path, step: int, averages: dict[float, dict[str, Tensor]]) -> None:
+    """Save the averages {sigma_rel: {name: tensor}} of a run at `step`."""
+    path = Path(run_dir) / FOLDER / f"{step:08d}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{width!r}/{name}": tensor for width, part in averages.items() for name, tensor in part.items()}
+    storage.write_tensors(path, tensors, {"step": step, "sigma_rel": list(averages)})
+
+
+def reconstruct(run_dir: str | Path, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], int, float]:
+    """The average of width `sigma_rel` at `step` (default: the last saved) of a run: weights, step, relative error of the
+    profile.
+
+    FileNotFoundError without snapshots, ValueError for a step at which none was saved or a profile missed by over 20 %.
+    """
+    gamma = exponent(sigma_rel)
+    files = sorted((Path(run_dir) / FOLDER).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"run_dir = {run_dir} has no snapshots of averages; train with --averages.every_n_steps")
+    headers = {path: storage.read_header(path) for path in files}
+    saved = [header["step"] for header in headers.values()]
+    step = saved[-1] if step is None else step
+    if step not in saved:
+        raise ValueError(f"step = {step}: there are snapshots of steps {', '.join(map(str, saved))}; give one of them")
+    used = [(path, h["step"], width) for path, h in headers.items() for width in h["sigma_rel"] if h["step"] <= step]
+    x, error = combination([exponent(width) for _, _, width in used], [t for _, t, _ in used], gamma, step)
+    if error > 0.2:
+        raise ValueError(
+            f"sigma_rel = {sigma_rel}: the {len(used)} snapshots up to step {step} miss its profile by {100 * error:.0f} %; take "
+            "a width nearer to theirs, a later step, or save them more often"
+        )
+    total: dict[str, Tensor] = {}
+    for factor, (path, _, width) in zip(x.tolist(), used, strict=True):
+        for key, tensor in storage.read_tensors(path).items():
+            prefix, _, name = key.partition("/")
+            if prefix == repr(width):
+                total[name] = total.get(name, 0) + factor * tensor.double()
+    return total, step, error
+
+
+def average(
+    run_dir: Path,
+    sigma_rel: float,
+    *,
+    out: Path,
+    step: int | None = None,
+    trust: list[str] = [],  # noqa: B006 (read only; jsonargparse shows it as the default)
+) -> None:
+    """Export a model whose weights are averaged over training with a width chosen now.
+
+    Args:
+        run_dir: of a run that was trained with --averages.every_n_steps.
+        sigma_rel: width of the average, as a share of the training so far: from half the smallest to twice the largest width
+            that was kept.
+        out: a new folder for the export; sample.py and pfgm.load read it.
+        step: of which training step (default: of the last snapshot).
+        trust: modules outside pfgm whose networks the run's checkpoint may name.
+    """
+    if out.exists():
+        raise FileExistsError(f"out = {out} exists; give a new folder")
+    flow = load(run_dir / "checkpoints" / "last.ckpt", trust=trust)
+    weights, step, error = reconstruct(run_dir, sigma_rel, step)
+    state = flow.state_dict()
+    if set(weights) != {name for name, _ in flow.named_parameters()}:
+        raise storage.CheckpointError(f"run_dir = {run_dir}: its snapshots are of another network than its checkpoint")
+    flow.load_state_dict(state | {name: value.to(state[name].dtype) for name, value in weights.items()})
+    flow.save_pretrained(out)
+    print(f"average of width {sigma_rel:g} at step {step} -> {out} (its profile is met within {100 * error:.2g} %)")
