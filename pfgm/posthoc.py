@@ -78,7 +78,7 @@ def reconstruct(run_dir: str | Path, sigma_rel: float, step: int | None = None) 
     x, error = combination([exponent(width) for _, _, width in used], [t for _, t, _ in used], gamma, step)
     if error > 0.2:
         raise ValueError(
-            f"sigma_rel = {sigma_rel}: the {len(used)} snapshots up to step {step} miss its profile by {100 * error:.0f} %; take "
+            f"sigma_rel = {sigma_rel}: the {len(used)} snapshots to step {step} miss its profile by {100 * error:.0f} %; take "
             "a width nearer to theirs, a later step, or save them more often"
         )
     total: dict[str, Tensor] = {}

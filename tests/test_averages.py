@@ -117,7 +117,7 @@ def test_what_cannot_be_averaged_is_named(tmp_path, capsys):
         ([run, "0.3", "--out", out], "sigma_rel = 0.3 must lie between"),
         ([run, "0.1", "--out", out, "--step", "7"], "step = 7: there are snapshots of steps 10"),
         ([run, "0.1", "--out", run], "exists; give a new folder"),
-        ([run, "0.01", "--out", out], "sigma_rel = 0.01: the 2 snapshots up to step 10 miss its profile"),
+        ([run, "0.01", "--out", out], "sigma_rel = 0.01: the 2 snapshots to step 10 miss its profile"),
         ([str(tmp_path), "0.1", "--out", out], "checkpoints"),
     ]:
         with pytest.raises(SystemExit):
