@@ -44,7 +44,7 @@ class Speed(Callback):
                 raise ValueError(f"speed.channels_last = True: it is for images and volumes, not for samples of shape {shape}")
             net.to(memory_format=torch.channels_last if len(shape) == 3 else torch.channels_last_3d)
         if self.compile and stage == "fit":
-            net.compile()
+            net.compile(dynamic=False)  # one size of batches and images, whatever else this process compiled before
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Uncompiled from here on."""
@@ -134,23 +134,24 @@ class SampleGrid(Callback):
 class Evaluation(Callback):
     """In `test`: distances of `sets` disjoint sets of `n` samples to training and held-out data, printed and in test.json.
 
-    Samples are drawn with the labels and under the conditions of training samples, if there are any. Held-out data,
-    `likelihood` of them at most, get their bits/dim with its standard error, if they are discrete and the model has such a
-    likelihood.
+    Samples are drawn with the labels and under the conditions of training samples, if there are any. Of larger data sets,
+    `reference` samples chosen at random stand for all, since distances between all pairs are taken. Held-out data, `likelihood`
+    of them at most, get their bits/dim with its standard error, if they are discrete and the model has such a likelihood.
     """
 
-    def __init__(self, n: int = 1000, sets: int = 3, likelihood: int = 1000):
-        if n < 2 or sets < 1 or likelihood < 0 or likelihood == 1:
+    def __init__(self, n: int = 1000, sets: int = 3, likelihood: int = 1000, reference: int = 10_000):
+        if n < 2 or sets < 1 or likelihood < 0 or likelihood == 1 or reference < 2:
             raise ValueError(
-                f"n = {n}, sets = {sets}, likelihood = {likelihood}: give n >= 2, at least one set, likelihood 0 or >= 2"
+                f"n = {n}, sets = {sets}, likelihood = {likelihood}, reference = {reference}: give n >= 2, at least one set, "
+                "likelihood 0 or >= 2, reference >= 2"
             )
-        self.n, self.sets, self.likelihood = n, sets, likelihood
+        self.n, self.sets, self.likelihood, self.reference = n, sets, likelihood, reference
 
     @rank_zero_only
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PFGM)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        train, held_out = data.train.x.to(pl_module.device), data.held_out.x.to(pl_module.device)
+        train, held_out = (self._some(part.x).to(pl_module.device) for part in (data.train, data.held_out))
         given = data.prepared(data.train)[torch.arange(self.n) % len(data.train)]  # so that the classes have their shares
         draws = [
             pl_module.flow.sample(self.n, seed=seed, labels=given.label, condition=given.condition) for seed in range(self.sets)
@@ -168,6 +169,12 @@ class Evaluation(Callback):
         with replacing(Path(trainer.default_root_dir) / "test.json") as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
         print(table(result))
+
+    def _some(self, x: Tensor) -> Tensor:
+        """All samples `x` [n, ...], or `reference` of them."""
+        if len(x) <= self.reference:
+            return x
+        return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: self.reference]]
 
     def _bits_per_dim(self, module: PFGM, data: Any) -> list[float] | str:
         """Mean over held-out data and its standard error, or why there is none."""

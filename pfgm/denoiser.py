@@ -49,12 +49,18 @@ class PreconditionedDenoiser(Recorded, nn.Module):
         return self.denoise(x, sigma, label, condition)[0]
 
     def denoise(
-        self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        label: Tensor | None = None,
+        condition: Tensor | None = None,
+        augmentation: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The denoised point and c_out [B], which is the size of y - c_skip x to expect, for the loss."""
         level = noise_level(x, per_sample(sigma, x), self.kernel, self.statistics)
         skip, out = preconditioning(level, self.sigma_data)
-        return expand(skip, x) * x + expand(out, x) * _call(self.net, x, level, self.sigma_data, 0, label, condition), out
+        F = _call(self.net, x, level, self.sigma_data, 0, label, condition, augmentation)
+        return expand(skip, x) * x + expand(out, x) * F, out
 
 
 class FieldDenoiser(Recorded, nn.Module):
@@ -142,12 +148,14 @@ def _call(
     extra: int,
     label: Tensor | None,
     condition: Tensor | None = None,
+    augmentation: Tensor | None = None,
 ) -> Tensor:
     """The raw network at c_in x and c_noise = log(level)/4, in the dtype of its parameters; returned in that of x."""
     dtype = _parameter_dtype(net)
     c_in = (level.square() + sigma_data**2).rsqrt()
     given = (label,) if condition is None else (label, condition.to(dtype))
-    F = net((expand(c_in, x) * x).to(dtype), (level.log() / 4).to(torch.float32), *given)
+    named = {} if augmentation is None else {"augmentation": augmentation}
+    F = net((expand(c_in, x) * x).to(dtype), (level.log() / 4).to(torch.float32), *given, **named)
     expected = (len(x), x.shape[1] + extra, *x.shape[2:])
     if F.shape != expected:
         raise ValueError(

@@ -32,6 +32,11 @@ class EMA(WeightAveraging):
         half_life = min(self.half_life, self.warmup * seen)
         return 0.5 ** (images / half_life) if half_life else 0.0
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """A copy of the model, if it is to be trained."""
+        super().setup(trainer, pl_module, stage)
+        self._latest_update_step = 0
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the average the device and the dtype that the model has by now."""
         assert self._average_model is not None
@@ -88,6 +93,7 @@ class PowerAverages(Callback):
             return
         weights = self._weights(pl_module)
         if trainer.global_step == 0:
+            self.step = self.saved = 0
             self.averages = {width: {name: p.detach().clone() for name, p in weights.items()} for width in self.gammas}
         elif set(self.averages) != set(self.gammas) or self.step != trainer.global_step:
             raise ValueError(

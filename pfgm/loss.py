@@ -45,13 +45,15 @@ class Loss(Recorded, nn.Module, ABC):
         *,
         data: DataSummary,
         condition: Tensor | None = None,
+        augmentation: Tensor | None = None,
         reference: Tensor | None = None,
         reference_label: Tensor | None = None,
         generator: Generators = None,
     ) -> Tensor:
-        """Loss [B] for clean `y` [B, ...] in centred model space, `label` [B] (data.num_classes: none), `condition` [B, ...]
-        and charges `reference` [L, ...] that include y (needed if reference_size > 0), whose `reference_label` [L] is needed
-        if there are labels: the target of a sample comes from the charges of its own class, or from all if it has none."""
+        """Loss [B] for clean `y` [B, ...] in centred model space, `label` [B] (data.num_classes: none), `condition` [B, ...],
+        `augmentation` [B, K] that says how y was changed, and charges `reference` [L, ...] that include y (needed if
+        reference_size > 0), whose `reference_label` [L] is needed if there are labels: the target of a sample comes from the
+        charges of its own class, or from all if it has none."""
 
 
 class DenoisingLoss(Loss):
@@ -89,6 +91,7 @@ class DenoisingLoss(Loss):
         *,
         data: DataSummary,
         condition: Tensor | None = None,
+        augmentation: Tensor | None = None,
         reference: Tensor | None = None,
         reference_label: Tensor | None = None,
         generator: Generators = None,
@@ -99,8 +102,7 @@ class DenoisingLoss(Loss):
         if reference is not None:
             weights = own_class(label, reference_label, data.num_classes)
             target = posterior_mean(x, sigma, reference, denoiser.kernel.D, weights, check=False)
-        given = () if condition is None else (condition,)
-        denoised, scale = denoiser.denoise(x, sigma, label, *given)
+        denoised, scale = denoiser.denoise(x, sigma, label, condition, augmentation)
         value = ((denoised - target) / expand(scale, x)).square().flatten(1).mean(1)
         if self.log_variance is None or not self.training:
             return value
@@ -154,6 +156,7 @@ class PoissonFieldLoss(Loss):
         *,
         data: DataSummary,
         condition: Tensor | None = None,
+        augmentation: Tensor | None = None,
         reference: Tensor | None = None,
         reference_label: Tensor | None = None,
         generator: Generators = None,

@@ -9,7 +9,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from pfgm import rng, storage
+from pfgm import augment, rng, storage
+from pfgm.augment import Augment
 from pfgm.conditioning import normalized_condition
 from pfgm.flow import PoissonFlow
 from pfgm.kernel import check_dimensions, check_positive
@@ -53,11 +54,13 @@ class PFGM(Recorded, pl.LightningModule):
         warmup_steps: int = 100,
         decay_steps: int | None = None,
         label_dropout: float = 0.0,
+        augment: Augment | None = None,
         seed: int = 0,
     ):
         super().__init__()
         net, data = _made(net), _made(data)
         self.loss: Loss = _made(loss) or DenoisingLoss()
+        self.augment: Augment | None = _made(augment)
         D = self._arguments["D"] = check_dimensions(D)  # "inf" and "Infinity" come as text from a command line
         if not 0 < lr < math.inf or warmup_steps < 0 or (decay_steps is not None and decay_steps < 1):
             raise ValueError(
@@ -79,6 +82,8 @@ class PFGM(Recorded, pl.LightningModule):
                 f"{type(self.loss).__name__} with reference_size = {self.loss.reference_size} takes its target from many "
                 "charges, but no two samples share a condition; use DenoisingLoss with reference_size = 0, for D = 1 as well"
             )
+        if self.augment is not None:
+            check_augment(net, data, self.loss)
         self.data = dataclasses.replace(
             data,
             sigma_data=data.sigma_data if sigma_data is None else sigma_data,
@@ -115,7 +120,8 @@ class PFGM(Recorded, pl.LightningModule):
         return self.loss.reference_size
 
     def on_fit_start(self) -> None:
-        """Say what the flow took from the data."""
+        """Forget an earlier fit, and say what the flow took from the data."""
+        self._losses, self._bad = [], None
         flow, data, noise = self.flow, self.data, getattr(self.loss, "noise", None)
         text = f"D = {flow.kernel.D:g}, N = {math.prod(flow.shape)}, scale {data.scale:.4g}, sigma_data {data.sigma_data:.4g}, "
         text += f"data norm {data.norm:.4g}, sigma {flow.sigma_min:.4g} .. {flow.sigma_max:.4g}"
@@ -209,7 +215,10 @@ class PFGM(Recorded, pl.LightningModule):
         storage.check_seal(checkpoint)
 
     def _loss(self, batch: dict[str, Any], stream: int) -> Tensor:
-        y = self.flow.to_model(batch["x"].float())
+        x, augmentation = batch["x"].float(), None
+        if self.augment is not None and stream == rng.TRAINING:
+            x, augmentation = self.augment(x, self._generator(rng.AUGMENTATION, batch, x.device))
+        y = self.flow.to_model(x)
         reference, label, condition = (batch.get(name) for name in ("reference", "label", "condition"))
         if label is not None and self.label_dropout and stream == rng.TRAINING:
             u = rng.uniform(len(y), self._generator(rng.DROPOUT, batch, y.device), device=y.device)
@@ -220,6 +229,7 @@ class PFGM(Recorded, pl.LightningModule):
             label,
             data=self.data,
             condition=None if condition is None else normalized_condition(self.flow, condition.float()),
+            augmentation=augmentation,
             reference=None if reference is None else self.flow.to_model(reference.float()),
             reference_label=batch.get("reference_label"),
             generator=self._generator(stream, batch, y.device),
@@ -228,6 +238,20 @@ class PFGM(Recorded, pl.LightningModule):
     def _generator(self, stream: int, batch: dict[str, Any], device: torch.device) -> rng.Rows:
         """Of what is drawn for all samples of an optimizer step, the part for `batch`."""
         return rng.Rows(rng.generator(self.seed, stream, batch["step"], device=device), *batch["rows"])
+
+
+def check_augment(net: nn.Module, data: DataSummary, loss: Loss) -> None:
+    """ValueError unless augmented images can be told from others by `net`, and neither condition nor charges belong to them."""
+    if getattr(net, "augmentation_size", 0) != augment.SIZE or len(data.shape) != 3:
+        raise ValueError(
+            f"augment: it changes images {data.shape} and tells the network how, in {augment.SIZE} numbers; give a UNet with "
+            f"augmentation_size = {augment.SIZE}"
+        )
+    if data.condition_shape is not None or loss.reference_size:
+        raise ValueError(
+            f"augment: conditions (shape {data.condition_shape}) and charges (reference_size = {loss.reference_size}) would "
+            "not be changed with the images; leave it out, or data.flip instead"
+        )
 
 
 def _made(value: Any) -> Any:

@@ -8,7 +8,7 @@ ORDER = "rng spec kernel field analytic noise nn denoiser guidance inverse loss 
 ORDER += (
     "ode stochastic latent sampler likelihood conditioning progress storage flow posthoc optimal plot trajectory files output "
 )
-ORDER += "draw edit commands metrics toys degrade stream data ema module runlog callbacks cli"
+ORDER += "draw edit commands metrics toys degrade augment stream data ema module runlog callbacks cli"
 
 
 def room(module):

@@ -3,12 +3,14 @@
 import itertools
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.signal
 import scipy.stats
 import torch
+import yaml
 from torch import nn
 
 from pfgm.nn import DiffusersUNet, TimeMLP, UNet
@@ -125,6 +127,16 @@ def test_published_networks_have_their_size(multipliers, augmentation, millions)
     assert round(count / 1e6, 1) == millions
 
 
+@pytest.mark.parametrize("config", ["cifar10_pfgmpp.yaml", "cifar10_pfgm.yaml"])
+def test_gradients_reach_every_parameter_of_the_published_networks(config):
+    """At a sixteenth of their width."""
+    path = Path(__file__).parent.parent / "configs" / config
+    arguments = yaml.safe_load(path.read_text())["model"]["net"]["init_args"] | {"width": 8, "dropout": 0.0}
+    net = randomized(UNet((3, 32, 32), **arguments))
+    net(torch.randn(2, 3, 32, 32), torch.tensor([-1.0, 0.5])).square().mean().backward()
+    assert all(p.grad is not None and bool((p.grad != 0).any()) for p in net.parameters())
+
+
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1), (1, 2, 5, 5, 2, 1)])
 @pytest.mark.parametrize("shape", [(12,), (8, 10), (4, 6, 8)])
 def test_resampling_is_scipys(taps, shape):
@@ -232,7 +244,7 @@ def test_glorot_weights_have_its_variance():
     ],
 )
 def test_compiled_networks_are_the_same_function(backend):
-    """The same outputs, gradients and names of parameters, without a break in the graph."""
+    """The same outputs, gradients and names of parameters, without a break in the graph, at a second size too."""
     net = randomized(UNet((1, 7, 9), 2, width=8, blocks=1, attention_levels=(1,), **NCSNPP))
     x, c_noise, label = torch.randn(2, 1, 7, 9), torch.tensor([-1.0, 0.5]), torch.tensor([0, 2])
     eager, names = net(x, c_noise, label), list(net.state_dict())
@@ -243,6 +255,11 @@ def test_compiled_networks_are_the_same_function(backend):
     for a, b in zip(torch.autograd.grad(compiled.square().sum(), list(net.parameters())), gradient, strict=True):
         assert float((a - b).abs().max() / b.abs().max()) < 1e-3
     assert list(net.state_dict()) == names
+    other = torch.randn(3, 1, 6, 11), torch.zeros(3)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        eager = net(*other)
+    with torch.no_grad():
+        assert float((net(*other) - eager).abs().max() / eager.abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 16)])

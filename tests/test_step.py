@@ -14,7 +14,7 @@ from pfgm import rng
 from pfgm.callbacks import LastCheckpoint, Speed
 from pfgm.data import DataModule, Digits
 from pfgm.degrade import AddNoise
-from pfgm.ema import EMA
+from pfgm.ema import EMA, PowerAverages
 from pfgm.kernel import StudentTKernel
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM, NonFiniteLoss
@@ -204,6 +204,20 @@ def test_gradients_are_clipped_and_their_norm_is_logged(tmp_path):
         assert sorted(rows) == [1, 3]
         assert set(rows[3]) == {"train_loss", "lr", "grad_norm"}
         assert rows[3]["grad_norm"] > 0.01
+
+
+def test_callbacks_and_models_may_be_used_for_a_second_fit(tmp_path):
+    """Nothing is left of the first: averages start anew, and a step that was not finite is forgotten."""
+    data = digits()
+    ema, averages = EMA(half_life=0), PowerAverages(every_n_steps=100)
+    train(data, model(data), 5, ema, averages, folder=tmp_path)
+    module = model(data)
+    module._bad = torch.tensor([3.0, math.nan, 1.0])
+    before = [p.detach().clone() for p in module.parameters()]
+    after = train(data, module, 3, ema, averages, folder=tmp_path)
+    assert max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)) > 1e-4
+    assert averages.step == 3
+    assert sorted(p.name for p in (tmp_path / "averages").iterdir()) == ["00000003.safetensors", "00000005.safetensors"]
 
 
 def test_dropout_is_a_function_of_the_step(tmp_path):

@@ -191,7 +191,7 @@ class Spy(DenoisingLoss):
         super().__init__()
         self.seen = []
 
-    def __call__(self, denoiser, y, label=None, *, data, condition=None, reference=None, reference_label=None, generator=None):
+    def __call__(self, denoiser, y, label=None, *, reference=None, reference_label=None, generator=None, **others):
         self.seen.append((y, label, reference, reference_label, (generator.generator.initial_seed(), generator.first)))
         return y.sum(1)
 

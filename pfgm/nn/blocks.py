@@ -32,7 +32,9 @@ def zero(layer: nn.Module) -> nn.Module:
 
 def pad(x: Tensor, multiple: int) -> Tensor:
     """`x` [B, C, ...] with its border repeated at the far ends, until all spatial sizes are multiples of `multiple`."""
-    return F.pad(x, [n for size in reversed(x.shape[2:]) for n in (0, -size % multiple)], mode="replicate")
+    # Not -size % multiple: torch.compile has no remainder of negative sizes that it does not know.
+    missing = [(multiple - size % multiple) % multiple for size in reversed(x.shape[2:])]
+    return F.pad(x, [n for far in missing for n in (0, far)], mode="replicate")
 
 
 class Resample(nn.Module):

@@ -13,7 +13,8 @@ class Network(Recorded, nn.Module):
 
     The contract is `net(x, c_noise, label=None)`: `x` [B, C, ...] of about unit variance, `c_noise` [B] (log of the noise
     level, over 4), `label` [B] in 0..num_classes-1, or num_classes or None for no label -> [B, C + extra_channels, ...].
-    Networks of models with conditions get a fourth argument, `condition` [B, *condition_shape] of about unit variance.
+    Networks of models with conditions get a fourth argument, `condition` [B, *condition_shape] of about unit variance; those
+    with an `augmentation_size` take `augmentation` [B, augmentation_size], how samples were augmented (None: not at all).
     Constructors take `shape` = (C, ...), `num_classes` (0: no labels), `extra_channels` (further outputs; PFGM's v_z needs
     one) and `condition_shape` (None: no conditions).
     """

@@ -60,7 +60,7 @@ class UNet(Network):
         glorot: bool = False,
     ):
         super().__init__()
-        self.dims = len(shape) - 1
+        self.dims, self.augmentation_size = len(shape) - 1, augmentation_size
         if self.dims not in INTERPOLATION:
             raise ValueError(
                 f"shape = {tuple(shape)}: UNet needs (channels, length), (channels, height, width) or (channels, depth, "
