@@ -3,11 +3,12 @@
     python benchmarks/train_step.py                                     # two minutes on two CPU cores
     python benchmarks/train_step.py --size cifar10 --batch 512 --precision bf16-mixed --compile --channels_last
 
-The whole step is what `train.py fit` runs: data, noise, target, loss, backward, clipping, optimizer, average and logging, by
-Lightning. The bare one is a copy of the same network, in the same precision, compiled alike: forward on a constant input,
-backward and Adam. Both run in turn in one process, `--group` steps at a time; the median over `--pairs` of the ratios is
-printed, for PFGM++ (D = 128) and PFGM (2048 charges), with images per second and the peak memory of the whole step (of the
-process on a CPU). `--plain` puts the same network in float32, uncompiled, beside it: the way research code runs.
+The whole step is what `train.py fit` runs between two checkpoints: data, flips, noise, target, loss, backward, clipping,
+optimizer, average and logging, by Lightning. The bare one is a copy of the same network, in the same precision, compiled alike:
+forward on a constant input, backward and Adam. Both run in turn in one process, `--group` steps at a time; the median over
+`--pairs` of the ratios is printed, for PFGM++ (D = 128) and PFGM (2048 charges), with images per second and the peak memory of
+the whole step (of the process on a CPU).
+`--plain` puts the same network in float32, uncompiled, beside it: the way research code runs.
 """
 
 import argparse
@@ -118,8 +119,8 @@ def measure(row: Row) -> str:
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.manual_seed(0)
-    images = Part(torch.randint(0, 256, (10_000, 3, 32, 32), dtype=torch.uint8))
-    data = DataModule(images, images, batch_size=row.batch, seed=0, scale=127.5, value_range=(0.0, 255.0))
+    images = Part(torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8))
+    data = DataModule(images, images, batch_size=row.batch, seed=0, scale=127.5, value_range=(0.0, 255.0), flip=True)
     loss, D = OBJECTIVES[row.objective]
     net = UNet(data.shape, extra_channels=loss.extra_channels, **SIZES[row.size])
     pairs = Pairs(row)

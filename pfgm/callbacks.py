@@ -56,6 +56,10 @@ class Speed(Callback):
         if self.compile:
             torch.compiler.set_stance("default")
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """As if nothing had been validated."""
+        self.on_validation_end(trainer, pl_module)
+
 
 class LastCheckpoint(Checkpoint):
     """Writes `<run_dir>/checkpoints/last.ckpt` at the start, every `every_n_steps` optimizer steps, and at the end.

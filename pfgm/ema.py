@@ -13,6 +13,11 @@ from torch import Tensor
 from pfgm import posthoc
 
 
+def lerp_(averages: list[Tensor], weights: Sequence[Tensor], share: float) -> None:
+    """averages += share (weights - averages), in the dtype of the averages."""
+    torch._foreach_lerp_(averages, [w.to(a.dtype) for a, w in zip(averages, weights, strict=True)], share)
+
+
 class EMA(WeightAveraging):
     """Exponential moving average of the weights, with a half-life of min(`half_life`, `warmup` times those seen) images.
 
@@ -38,9 +43,10 @@ class EMA(WeightAveraging):
         self._latest_update_step = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the average the device and the dtype that the model has by now."""
+        """Give the average the device and the dtype that the model has by now, but no less than float32."""
         assert self._average_model is not None
-        self._average_model.to(pl_module.device, next(pl_module.parameters()).dtype)
+        dtype = torch.promote_types(next(pl_module.parameters()).dtype, torch.float32)
+        self._average_model.to(pl_module.device, dtype)
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -51,7 +57,7 @@ class EMA(WeightAveraging):
         if step > self._latest_update_step:
             assert self._average_model is not None
             averaged: list[Tensor] = [*self._average_model.module.parameters()]
-            torch._foreach_lerp_(averaged, [*pl_module.parameters()], 1 - self.decay((step - 1) * images, images))
+            lerp_(averaged, [*pl_module.parameters()], 1 - self.decay((step - 1) * images, images))
             self._latest_update_step = step
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -94,14 +100,17 @@ class PowerAverages(Callback):
         weights = self._weights(pl_module)
         if trainer.global_step == 0:
             self.step = self.saved = 0
-            self.averages = {width: {name: p.detach().clone() for name, p in weights.items()} for width in self.gammas}
+            self.averages = {width: dict(weights) for width in self.gammas}
         elif set(self.averages) != set(self.gammas) or self.step != trainer.global_step:
             raise ValueError(
-                f"averages: the run so far kept widths {sorted(self.averages)}, asked for are {sorted(self.gammas)}; averages "
-                "of a part of a run have no meaning. Leave the options as they were, or give another --run_dir"
+                f"averages: this run kept widths {sorted(self.averages)} up to step {self.step} of {trainer.global_step}, "
+                f"asked for are {sorted(self.gammas)}; averages of a part of a run have no meaning. Leave the options as they "
+                "were, or give another --run_dir"
             )
         for part in self.averages.values():
-            part.update({name: part[name].to(p) for name, p in weights.items()})
+            for name, p in weights.items():
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                part[name] = part[name].detach().to(p.device, dtype, copy=True)
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -111,7 +120,7 @@ class PowerAverages(Callback):
         self.step = trainer.global_step
         weights: list[Tensor] = [*self._weights(pl_module).values()]
         for width, gamma in self.gammas.items():
-            torch._foreach_lerp_([*self.averages[width].values()], weights, 1 - posthoc.decay(gamma, self.step))
+            lerp_([*self.averages[width].values()], weights, 1 - posthoc.decay(gamma, self.step))
         if self.step % self.every_n_steps == 0:
             self._save(trainer)
 

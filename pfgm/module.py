@@ -129,6 +129,16 @@ class PFGM(Recorded, pl.LightningModule):
             text += f", M = {noise.exponent(data.norm, math.prod(flow.shape)):.1f}"
         pl.utilities.rank_zero_info(text)
 
+    def on_train_start(self) -> None:
+        """Take up the batches of a resumed run at an optimizer step, where the stream does.
+
+        A run may have been stopped between two batches of a step, or accumulated another number of them.
+        """
+        trainer: Any = self.trainer
+        progress, batches = trainer.fit_loop.epoch_loop.batch_progress, trainer.global_step * trainer.accumulate_grad_batches
+        for part in (progress.total, progress.current):
+            part.ready = part.started = part.processed = part.completed = batches
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean loss of a batch."""
         torch.manual_seed(rng.seed(self.seed, rng.UNITS, batch["step"], batch["rows"][0]))  # what dropout draws from
@@ -164,10 +174,11 @@ class PFGM(Recorded, pl.LightningModule):
 
     def _guard(self, loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Remember, on the device, the first step that was not finite; a fused optimizer then leaves the weights alone."""
-        fused = optimizer.defaults.get("fused", False)
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm)) if fused else ~torch.isfinite(loss)
-        if fused:
-            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as a gradient scaler does
+        bad = ~torch.isfinite(loss)
+        if optimizer.defaults.get("fused", False):
+            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # as a gradient scaler does
+        if self.trainer.precision != "16-mixed":  # whose scaler tries gradients that are not finite, and skips them
+            bad = bad | ~torch.isfinite(norm)
         now = torch.stack([torch.full_like(loss, self.global_step), loss, norm.to(loss.dtype)])
         before = torch.full_like(now, -1) if self._bad is None else self._bad
         self._bad = torch.where(bad & (before[0] < 0), now, before)

@@ -135,7 +135,7 @@ def test_what_cannot_be_averaged_is_named(tmp_path, capsys):
     snapshot.unlink()
     with pytest.raises(FileNotFoundError, match=r"averages\.every_n_steps"):
         posthoc.reconstruct(run, 0.1)
-    with pytest.raises(ValueError, match=r"kept widths \[0.05, 0.1\], asked for are \[0.2\]"):
+    with pytest.raises(ValueError, match=r"kept widths \[0.05, 0.1\] up to step 10 of 10, asked for are \[0.2\]"):
         fit(tmp_path / "a", "--trainer.max_steps=12", "--averages.every_n_steps=5", "--averages.sigma_rel=[0.2]")
     fit(tmp_path / "b", "--trainer.max_steps=5")
     with pytest.raises(ValueError, match=r"kept widths \[\]"):
@@ -190,6 +190,10 @@ def test_the_learned_log_variance_weighs_training_only():
     assert torch.allclose(values[1], values[0] * np.exp(-2) + 2)
     assert torch.equal(values[2], values[0])
     assert LogVariance()(torch.tensor([0.1, 5.0], dtype=torch.float64)).tolist() == [0, 0]
+    waves, sigma = LogVariance(4), torch.tensor([0.3, 2.0])
+    torch.nn.init.ones_(waves.weight)
+    expected = sum(np.cos(k * sigma.log() * 0.75) + np.sin(k * sigma.log() * 0.75) for k in (1, 2, 3, 4))
+    assert torch.allclose(waves(sigma).detach(), expected, atol=1e-5)
 
 
 def test_a_run_with_learned_weights_of_the_loss_resumes_and_samples(tmp_path):

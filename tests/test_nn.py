@@ -12,9 +12,10 @@ import scipy.stats
 import torch
 import yaml
 from torch import nn
+from torch.nn import functional as F
 
 from pfgm.nn import DiffusersUNet, TimeMLP, UNet
-from pfgm.nn.blocks import Attention, Block, Resample
+from pfgm.nn.blocks import Attention, Block, Resample, group_norm
 from pfgm.nn.network import Embedding
 
 NCSNPP = {"resblock_updown": True, "resample_filter": (1, 3, 3, 1), "residual_input": True, "fourier_scale": 16.0}
@@ -198,6 +199,80 @@ def test_scaling_by_the_embedding_is_not_adding_it():
         assert not torch.allclose(block[True](x, one), scaled, atol=0.1)
 
 
+def reference_block(block, x, embedding):
+    """A residual block from its weights, as its description says."""
+    weight = dict(block.named_parameters())
+
+    def norm(h, name):
+        groups = math.gcd(h.shape[1], min(32, h.shape[1] // 4))
+        return F.group_norm(h, groups, weight[f"{name}.weight"], weight[f"{name}.bias"], eps=1e-6)
+
+    def conv(h, name):
+        return F.conv2d(h, weight[f"{name}.weight"], weight[f"{name}.bias"], padding=weight[f"{name}.weight"].shape[-1] // 2)
+
+    h = conv(block.resample(F.silu(norm(x, "norm1"))), "conv1")
+    m = F.linear(embedding, weight["modulation.weight"], weight["modulation.bias"])[:, :, None, None]
+    width = h.shape[1]
+    scaled = m.shape[1] == 2 * width
+    h = norm(h, "norm2") * (1 + m[:, :width]) + m[:, width:] if scaled else norm(h + m, "norm2")
+    x = block.resample(x)
+    x = (conv(x, "skip") if "skip.weight" in weight else x) + conv(F.silu(h), "conv2")
+    return x / math.sqrt(2) if block.attention is None else block.attention(x / math.sqrt(2))
+
+
+@pytest.mark.parametrize("options", [{}, NCSNPP | {"scale_shift": False, "attention_levels": (1,)}])
+def test_the_network_is_its_description(options):
+    """Forward pass written out: padded by the border, embedded, down with the input added again, middle, up with skips."""
+    net = randomized(UNet((2, 7, 13), 3, width=8, multipliers=(1, 2, 3), blocks=2, **options)).double().requires_grad_(False)
+    x, c_noise, label = torch.randn(2, 2, 7, 13).double(), torch.tensor([-1.0, 0.7]).double(), torch.tensor([2, 0])
+    count = net.embedding.features // 2
+    if "fourier_scale" in options:
+        frequencies = scipy.stats.halfnorm(scale=16).ppf((np.arange(count) + 0.5) / count)
+    else:
+        frequencies = np.geomspace(1 / 8, 8, count)
+    phase = c_noise.numpy()[:, None] * 2 * np.pi * frequencies
+    e = torch.tensor(np.concatenate([np.sin(phase), np.cos(phase)], axis=1)) + net.embedding.labels.weight[label]
+    for i in (0, 2):
+        e = F.silu(e @ net.embedding.mlp[i].weight.T + net.embedding.mlp[i].bias)
+    rows, columns = [min(i, 6) for i in range(8)], [min(i, 12) for i in range(16)]
+    padded = x[:, :, rows][:, :, :, columns]
+
+    def between(layer, h):
+        if isinstance(layer, Block):
+            return reference_block(layer, h, e)
+        return F.conv2d(layer.resample(h), layer.conv.weight, layer.conv.bias, padding=1)
+
+    h = source = F.conv2d(padded, net.first.weight, net.first.bias, padding=1)
+    source, skips, layers = padded, [h], list(net.down)
+    for level in range(3):
+        if level:
+            h = between(layers.pop(0), h)
+            if "residual_input" in options:
+                path = net.inputs[str(3 * level - 1)]
+                h = source = (h + path[1](F.conv2d(source, path[0].weight, path[0].bias, padding=1))) / math.sqrt(2)
+            skips.append(h)
+        for _ in range(2):
+            assert (layers[0].attention is not None) == (level in options.get("attention_levels", ()))
+            h = reference_block(layers.pop(0), h, e)
+            skips.append(h)
+    h = reference_block(net.middle[2], net.middle[1](reference_block(net.middle[0], h, e)), e)
+    layers = list(net.up)
+    for level in (2, 1, 0):
+        for i in range(3):
+            assert (layers[0].attention is not None) == (i == 2 and level in options.get("attention_levels", ()))
+            h = reference_block(layers.pop(0), torch.cat([h, skips.pop()], dim=1), e)
+        if level:
+            h = between(layers.pop(0), h)
+    groups = math.gcd(8, 2)
+    h = F.silu(F.group_norm(h, groups, net.last[0].weight, net.last[0].bias, eps=1e-6))
+    out = F.conv2d(h, net.last[2].weight, net.last[2].bias, padding=1)[:, :, :7, :13]
+    assert torch.allclose(net(x, c_noise, label), out, rtol=1e-4, atol=1e-4 * float(out.abs().max()))
+
+
+def test_groups_have_four_channels_at_least():
+    assert [group_norm(channels).num_groups for channels in (2, 6, 8, 96, 128, 384)] == [1, 1, 2, 24, 32, 32]
+
+
 def test_residual_input_reaches_the_lower_levels():
     """With the first convolution cut off, the input still arrives one level down, filtered."""
     for residual_input, arrives in ((True, True), (False, False)):
@@ -232,7 +307,9 @@ def test_glorot_weights_have_its_variance():
         scipy.stats.kstest(weight.detach().flatten(), scipy.stats.uniform(-(c := math.sqrt(6 / 576)), 2 * c).cdf).pvalue > 1e-3
     )
     assert not bool(net.down[0].conv2.weight.any()), "residual branches start at zero"
-    assert all(not bool(p.any()) for name, p in net.named_parameters() if name.endswith("bias"))
+    assert all(not bool(p.any()) for name, p in net.named_parameters() if name.endswith("bias") and "norm" not in name)
+    qkv = net.middle[1].qkv.weight
+    assert torch.isclose(qkv.var(), torch.tensor(0.2 * 2 / (64 + 3 * 64)), rtol=0.05), "EDM's smaller attention"
     assert torch.isclose(net.embedding.labels.weight.std(), torch.tensor(1.0), rtol=0.2), "labels keep their own law"
 
 

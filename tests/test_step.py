@@ -48,19 +48,40 @@ def train(data, module, steps, *callbacks, folder, **options):
     return [p.detach().clone() for p in module.parameters()]
 
 
+class Log(pl.loggers.Logger):
+    """Puts (step, values) into a list."""
+
+    name, version = "log", ""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def log_hyperparams(self, *args):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, metrics))
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_accumulated_batches_have_the_gradient_of_a_large_one(objective, tmp_path):
-    """Data, noise, dropped labels, charges, clipping and average: in four parts of 8 as in one of 32."""
-    weights = []
+    """Data, noise, dropped labels, charges, clipping, average and what is logged: in four parts of 8 as in one of 32."""
+    weights, rows = [], []
     for size, parts in ((32, 1), (8, 4)):
         data = digits(batch_size=size, dequantize=True)
-        module, ema = model(data, objective, label_dropout=0.3), EMA(half_life=100)
-        weights.append(train(data, module, 4, ema, folder=tmp_path, accumulate_grad_batches=parts, precision="64-true"))
+        module, ema = model(data, objective, label_dropout=0.3), EMA(half_life=40, warmup=10)
+        rows.append([])
+        options = {"accumulate_grad_batches": parts, "precision": "64-true", "logger": Log(rows[-1])}
+        weights.append(train(data, module, 4, ema, folder=tmp_path, **options))
     before = [p.detach() for p in model(data, objective, label_dropout=0.3).double().parameters()]
     moved = max(float((a - b).abs().max()) for a, b in zip(weights[0], before, strict=True))
     differ = max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True))
     assert moved > 1e-3
     assert differ < 1e-6, "Adam's first steps divide by the gradient and show its rounding"
+    for (step, one), (other, many) in zip(*rows, strict=True):
+        assert step == other
+        assert many == pytest.approx(one, rel=1e-5)
 
 
 def test_ranks_share_out_what_a_large_batch_has():
@@ -149,7 +170,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, monkeypatch):
             if batch["step"] not in (2, 3):
                 return value
             bias = self.flow.denoiser.net.last[-1].bias
-            return value + (math.nan if which == "loss" else (bias - bias.detach()).sum().abs().sqrt())
+            return value * math.nan if which == "loss" else value + (bias - bias.detach()).sum().abs().sqrt()
 
         class Record(pl.Callback):
             def on_train_batch_end(self, trainer, module, *args, seen=weights):
@@ -163,21 +184,16 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, monkeypatch):
         assert same == [False, True, True, False, False]
         with pytest.raises(NonFiniteLoss, match="at step 2"):
             module.check_finite()
+        monkeypatch.setattr(PFGM, "_loss", loss)
+        with pytest.raises(NonFiniteLoss, match="at step 2"):
+            train(data, module, 3, folder=tmp_path, log_every_n_steps=50)
+        assert module.global_step == 2, "a CPU is asked at every step"
+        monkeypatch.undo()
 
 
 def test_gradients_are_clipped_and_their_norm_is_logged(tmp_path):
     """Against torch's own functions, by norm and by value."""
     data = digits()
-    rows = {}
-
-    class Log(pl.loggers.Logger):
-        name, version = "log", ""
-
-        def log_hyperparams(self, *args):
-            pass
-
-        def log_metrics(self, metrics, step=None):
-            rows[step] = metrics
 
     class Check(pl.Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
@@ -195,15 +211,19 @@ def test_gradients_are_clipped_and_their_norm_is_logged(tmp_path):
                         p.grad = g.clamp(-0.01, 0.01)
                 for p, q in zip(parameters, module.parameters(), strict=True):
                     assert torch.allclose(p.grad, q.grad, rtol=1e-5, atol=1e-9)
-                self.norm = float(norm)
+                self.norms.append(float(norm))
+
+        def on_train_batch_end(self, trainer, module, outputs, *args):
+            self.losses.append(float(outputs["loss"]))
 
     for algorithm in ("norm", "value"):
-        check = Check()
-        options = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm, "logger": Log(), "log_every_n_steps": 2}
-        train(data, model(data), 5, check, folder=tmp_path, **options)
-        assert sorted(rows) == [1, 3]
-        assert set(rows[3]) == {"train_loss", "lr", "grad_norm"}
-        assert rows[3]["grad_norm"] > 0.01
+        check, rows = Check(), []
+        check.norms, check.losses = [], []
+        options = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm, "logger": Log(rows), "log_every_n_steps": 2}
+        train(data, model(data, lr=0.5), 5, check, folder=tmp_path, **options)
+        assert [step for step, _ in rows] == [1, 3]
+        for step, values in rows:
+            assert values == pytest.approx({"train_loss": check.losses[step], "lr": 0.5, "grad_norm": check.norms[step]})
 
 
 def test_callbacks_and_models_may_be_used_for_a_second_fit(tmp_path):
@@ -218,6 +238,58 @@ def test_callbacks_and_models_may_be_used_for_a_second_fit(tmp_path):
     assert max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)) > 1e-4
     assert averages.step == 3
     assert sorted(p.name for p in (tmp_path / "averages").iterdir()) == ["00000003.safetensors", "00000005.safetensors"]
+
+
+def test_parts_of_a_batch_drop_units_of_their_own():
+    data = digits(batch_size=8)
+    module = model(data, net={"dropout": 0.5})
+    seeds = []
+    stream = Stream(data.train, batch_size=8, seed=0, start=0, accumulate=2, reference_size=0)
+    for step, i in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        module.training_step(stream.batch(step, i), 0)
+        seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 3
+    assert seeds[0] == seeds[3]
+
+
+@pytest.mark.parametrize("parts", [(4, 4), (4, 2)])
+def test_a_run_stopped_between_two_parts_of_a_batch_is_resumed_at_a_step(parts, tmp_path):
+    """Batches are taken up where the last optimizer step left them, also if a step has another number of them then."""
+    seen, path = [], tmp_path / "checkpoints" / "last.ckpt"
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append((batch["step"], batch["rows"][0] // 8, trainer.global_step))
+            trainer.should_stop = len(seen) == 14
+
+    for accumulate in parts:
+        data = digits(batch_size=8)
+        options = {"max_epochs": -1, "max_steps": 5, "logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
+        options |= {"accelerator": "cpu", "enable_model_summary": False, "accumulate_grad_batches": accumulate}
+        trainer = pl.Trainer(**options, callbacks=[EMA(), LastCheckpoint(2), Stop()], default_root_dir=tmp_path)
+        trainer.fit(model(data), data, ckpt_path=path if path.exists() else None, weights_only=True)
+    first = [(step, i, step + (i == 3)) for step in range(4) for i in range(4)][:14]
+    rest = [(step, i, step + (i == parts[1] - 1)) for step in (3, 4) for i in range(parts[1])]
+    assert seen == first + rest
+
+
+def test_averages_of_a_bfloat16_model_are_in_float32(tmp_path):
+    """In bfloat16 small steps of an average would be rounded away."""
+    seen, averages = [], PowerAverages(every_n_steps=100)
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            seen.append(
+                (
+                    module.flow.denoiser.net.first.weight.dtype,
+                    {p.dtype for p in trainer.callbacks[0]._average_model.parameters()},
+                )
+            )
+
+    data = digits()
+    train(data, model(data), 2, EMA(), averages, Look(), folder=tmp_path, precision="bf16-true")
+    assert seen[-1] == (torch.bfloat16, {torch.float32})
+    assert {p.dtype for part in averages.averages.values() for p in part.values()} == {torch.float32}
 
 
 def test_dropout_is_a_function_of_the_step(tmp_path):

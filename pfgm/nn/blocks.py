@@ -20,7 +20,7 @@ def convolution(dims: int, channels_in: int, channels_out: int, size: int = 3) -
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """At most 32 groups of at least four channels, if they divide."""
-    return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels)
+    return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=1e-6)
 
 
 def zero(layer: nn.Module) -> nn.Module:

@@ -25,15 +25,15 @@ class UNet(Network):
     `attention` puts self-attention in the middle, `attention_levels` also after each block of these levels on the way down and
     the last on the way up, with `head_channels` channels to a head. `scale_shift`: the embedding scales and shifts, else it
     is added. `resblock_updown` resamples inside residual blocks, by the filter `resample_filter`. `residual_input` adds the
-    filtered and convolved input again at each lower level. Noise levels are embedded by `noise_features` sines and cosines, of
+    convolved and filtered input again at each lower level. Noise levels are embedded by `noise_features` sines and cosines, of
     geometric frequencies or, with a `fourier_scale`, of normal ones. `augmentation_size` numbers that describe how a sample was
-    augmented join the embedding. `glorot` draws the weights as DDPM++ does (uniform, gain 1, no biases).
+    augmented join the embedding. `glorot` draws the weights as EDM does (Glorot's uniform law, no biases).
 
-    The published networks for CIFAR-10: EDM's DDPM++ (arXiv 2206.00364, table 7), of 55.7 million parameters, is width=128,
-    multipliers=(2, 2, 2), blocks=4, attention_levels=(1,), head_channels=256, scale_shift=False, resblock_updown=True,
-    noise_features=128, augmentation_size=9, dropout=.13, glorot=True; its NCSN++, of 56.4 million, has besides
-    resample_filter=(1, 3, 3, 1), residual_input=True, noise_features=256, fourier_scale=16. DDPM++ of score_sde and PFGM
-    (arXiv 2011.13456), of 61.8 million, has multipliers=(1, 2, 2, 2), dropout=.1 and no augmentation.
+    The published networks for CIFAR-10, but for the frequencies of the noise embedding: EDM's DDPM++ (arXiv 2206.00364, table
+    7), of 55.7 million parameters, is width=128, multipliers=(2, 2, 2), blocks=4, attention_levels=(1,), head_channels=256,
+    scale_shift=False, resblock_updown=True, noise_features=128, augmentation_size=9, dropout=.13, glorot=True; its NCSN++, of
+    56.4 million, has besides resample_filter=(1, 3, 3, 1), residual_input=True, noise_features=256, fourier_scale=16. DDPM++ of
+    score_sde and PFGM (arXiv 2011.13456), of 61.8 million, has multipliers=(1, 2, 2, 2), dropout=.1 and no augmentation.
     """
 
     def __init__(
@@ -97,9 +97,8 @@ class UNet(Network):
             if level:
                 self.down.append(between(channels, up=False))
                 if residual_input:
-                    halve = Resample(self.dims, False, resample_filter)
-                    path = ResampleAndConvolve(self.dims, input_channels, channels, halve)
-                    self.inputs[str(len(self.down) - 1)], input_channels = path, channels
+                    path = convolution(self.dims, input_channels, channels), Resample(self.dims, False, resample_filter)
+                    self.inputs[str(len(self.down) - 1)], input_channels = nn.Sequential(*path), channels
                 skips.append(channels)
             for _ in range(blocks):
                 self.down.append(block(channels, width * multiplier, level))
@@ -162,10 +161,13 @@ def _check_options(levels: int, dropout: float, attention_levels: Sequence[int],
 
 
 def _draw_glorot(net: nn.Module) -> None:
-    """Uniform weights of variance 2/(fan_in + fan_out) and no biases, but for outputs that start at zero."""
+    """Uniform weights of variance 2/(fan_in + fan_out), .2 of that for queries, keys and values, and no biases.
+
+    Outputs that start at zero stay so.
+    """
     for name, module in net.named_modules():
         outputs = name.endswith((".conv2", ".out"))
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not outputs:
-            nn.init.xavier_uniform_(module.weight)
+            nn.init.xavier_uniform_(module.weight, math.sqrt(0.2) if name.endswith(".qkv") else 1.0)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
