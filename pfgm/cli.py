@@ -34,6 +34,9 @@ TRAINER_DEFAULTS = {
 }
 
 
+SMALLEST = {"max_steps": 0, "val_check_interval": 1, "accumulate_grad_batches": 1, "gradient_clip_val": 0}
+
+
 class SaveConfig(SaveConfigCallback):
     """Writes config.yaml when training starts, after the first checkpoint; other stages leave it alone."""
 
@@ -114,9 +117,9 @@ class TrainCLI(LightningCLI):
 
 def check_trainer(config: Any) -> None:
     """ValueError for settings of the trainer that Lightning would stumble over, or worse, later."""
-    for name, lowest in (("max_steps", 0), ("val_check_interval", 1), ("accumulate_grad_batches", 1)):
+    for name, lowest in SMALLEST.items():
         if config[name] is not None and not config[name] >= lowest:
-            raise ValueError(f"trainer.{name} = {config[name]}: training counts steps; give a number >= {lowest}")
+            raise ValueError(f"trainer.{name} = {config[name]}: give a number >= {lowest}")
     devices, cores = config["devices"], os.cpu_count() or 1
     on_cpu = config["accelerator"] == "cpu" or (config["accelerator"] == "auto" and not torch.cuda.is_available())
     if on_cpu and str(devices).isdigit() and int(devices) > cores:

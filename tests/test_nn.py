@@ -361,6 +361,7 @@ def test_wrong_arguments_of_networks_are_named():
         ({"resample_filter": (1, -1)}, "of positive sum"),
         ({"noise_features": 31}, "noise_features = 31 must be an even number"),
         ({"fourier_scale": 0.0}, "fourier_scale = 0.0 must be"),
+        ({"augmentation_size": -1}, "augmentation_size = -1 must not be negative"),
         ({"head_channels": 0}, "head_channels = 0"),
         ({"dropout": 1.0}, "dropout = 1.0"),
         ({"multipliers": ()}, "multipliers = 0"),

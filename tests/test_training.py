@@ -375,6 +375,7 @@ def test_infinite_D_may_be_written_in_each_usual_way(text, tmp_path):
         (["--model.lr=-1"], "lr = -1"),
         (["--trainer.max_steps=-1"], "max_steps = -1"),
         (["--ema.half_life=-1"], "half_life = -1"),
+        (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val = -1"),
         (["--ema.warmup=0"], "warmup = 0"),
         (["--data.init_args.batch_size=0"], "batch_size = 0"),
         (["--init_from=none.ckpt"], r"none\.ckpt does not exist"),
