@@ -179,7 +179,7 @@ class PFGM(Recorded, pl.LightningModule):
             optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # as a gradient scaler does
         if self.trainer.precision != "16-mixed":  # whose scaler tries gradients that are not finite, and skips them
             bad = bad | ~torch.isfinite(norm)
-        now = torch.stack([torch.full_like(loss, self.global_step), loss, norm.to(loss.dtype)])
+        now = torch.stack([torch.full_like(loss, self.global_step, dtype=torch.float64), loss.double(), norm.double()])
         before = torch.full_like(now, -1) if self._bad is None else self._bad
         self._bad = torch.where(bad & (before[0] < 0), now, before)
 
