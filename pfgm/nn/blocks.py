@@ -65,10 +65,10 @@ class Resample(nn.Module):
 class ResampleAndConvolve(nn.Module):
     """Between two levels: resample, then convolve."""
 
-    def __init__(self, dims: int, channels: int, out_channels: int, resample: Resample):
+    def __init__(self, dims: int, channels: int, resample: Resample):
         super().__init__()
         self.resample = resample
-        self.conv = convolution(dims, channels, out_channels)
+        self.conv = convolution(dims, channels, channels)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         return self.conv(self.resample(x))

@@ -60,25 +60,16 @@ class UNet(Network):
         glorot: bool = False,
     ):
         super().__init__()
-        self.dims, self.augmentation_size = len(shape) - 1, augmentation_size
-        if self.dims not in INTERPOLATION:
-            raise ValueError(
-                f"shape = {tuple(shape)}: UNet needs (channels, length), (channels, height, width) or (channels, depth, "
-                "height, width); use TimeMLP for vectors"
-            )
+        _check_shapes(shape, condition_shape)
         check_sizes(width=width, blocks=blocks, multipliers=min(multipliers, default=0), head_channels=head_channels)
         _check_options(len(multipliers), dropout, attention_levels, resample_filter)
-        if condition_shape is not None and len(condition_shape) not in (1, len(shape)):
-            raise ValueError(
-                f"condition_shape = {tuple(condition_shape)}: give as many dimensions as shape = {tuple(shape)} has, or one"
-            )
-        self.image_condition = condition_shape is not None and len(condition_shape) == len(shape)
-        vector = condition_shape[0] if condition_shape is not None and not self.image_condition else 0
-        self.multiple = 2 ** (len(multipliers) - 1)
+        self.dims, self.augmentation_size, self.multiple = len(shape) - 1, augmentation_size, 2 ** (len(multipliers) - 1)
+        given = condition_shape or (0,)
+        self.image_condition = len(given) == len(shape)
+        vector, channels_in = (0, shape[0] + given[0]) if self.image_condition else (given[0], shape[0])
         self.embedding = Embedding(
             4 * width, num_classes, noise_features, vector, augmentation_size=augmentation_size, fourier_scale=fourier_scale
         )
-        channels_in = shape[0] + (condition_shape[0] if condition_shape is not None and self.image_condition else 0)
         make = partial(Block, self.dims, embedding=4 * width, dropout=dropout, scale_shift=scale_shift)
 
         def block(channels: int, out: int, level: int | None = None) -> Block:
@@ -88,7 +79,7 @@ class UNet(Network):
             resample = Resample(self.dims, up, resample_filter)
             if resblock_updown:
                 return make(channels, channels, resample=resample)
-            return ResampleAndConvolve(self.dims, channels, channels, resample)
+            return ResampleAndConvolve(self.dims, channels, resample)
 
         self.first = convolution(self.dims, channels_in, width)
         self.down, self.up, self.inputs = nn.ModuleList(), nn.ModuleList(), nn.ModuleDict()
@@ -149,6 +140,18 @@ class UNet(Network):
     def _enlarges(self, i: int) -> bool:
         """Whether layer `i` of the way up leads to the next level, and takes no skip."""
         return isinstance(getattr(self.up[i], "resample", None), Resample)
+
+
+def _check_shapes(shape: Sequence[int], condition_shape: Sequence[int] | None) -> None:
+    if len(shape) - 1 not in INTERPOLATION:
+        raise ValueError(
+            f"shape = {tuple(shape)}: UNet needs (channels, length), (channels, height, width) or (channels, depth, height, "
+            "width); use TimeMLP for vectors"
+        )
+    if condition_shape is not None and len(condition_shape) not in (1, len(shape)):
+        raise ValueError(
+            f"condition_shape = {tuple(condition_shape)}: give as many dimensions as shape = {tuple(shape)} has, or one"
+        )
 
 
 def _check_options(levels: int, dropout: float, attention_levels: Sequence[int], taps: Sequence[float]) -> None:
