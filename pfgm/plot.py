@@ -143,7 +143,10 @@ def save_field_lines(path: Path, states: Tensor, heights: Tensor, charges: Tenso
 
 
 def save_loss_curve(path: Path, log: Path) -> None:
-    """Training and validation loss over steps, from a run's metrics.csv."""
+    """Training and validation loss over steps, from a run's metrics.csv; on a logarithmic scale unless one is negative.
+
+    A learned log-variance makes training losses negative.
+    """
     figure = _figure(6, 4)
     axes = figure.add_subplot()
     with log.open(newline="") as file:
@@ -152,7 +155,8 @@ def save_loss_curve(path: Path, log: Path) -> None:
         points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, **style)
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    positive = all(float(row[name]) > 0 for row in rows for name in ("train_loss", "val_loss") if row.get(name))
+    axes.set(xlabel="step", ylabel="loss", yscale="log" if positive else "linear")
     if axes.lines:
         axes.legend()
     _save(figure, path)

@@ -190,7 +190,7 @@ class Clairvoyant(nn.Module):
     def forward(self, x, sigma, label):
         return (2.0 * label - 1)[:, None].to(x.dtype)
 
-    def denoise(self, x, sigma, label):
+    def denoise(self, x, sigma, label, condition=None, augmentation=None):
         return self(x, sigma, label), torch.ones(len(x), dtype=F64)
 
     def field(self, x, z, label):
