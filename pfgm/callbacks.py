@@ -12,8 +12,8 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from pfgm import metrics, plot
-from pfgm.data import DataModule
+from pfgm import metrics, plot, rng
+from pfgm.datamodule import DataModule
 from pfgm.module import PFGM
 from pfgm.ode import SolverError
 from pfgm.storage import replacing
@@ -156,7 +156,7 @@ class Evaluation(Callback):
         assert isinstance(pl_module, PFGM)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         train, held_out = (self._some(part.x).to(pl_module.device) for part in (data.train, data.held_out))
-        given = data.prepared(data.train)[torch.arange(self.n) % len(data.train)]  # so that the classes have their shares
+        given = data.prepared(data.train[torch.arange(self.n) % len(data.train)])  # so that the classes have their shares
         draws = [
             pl_module.flow.sample(self.n, seed=seed, labels=given.label, condition=given.condition) for seed in range(self.sets)
         ]
@@ -177,8 +177,8 @@ class Evaluation(Callback):
     def _some(self, x: Tensor) -> Tensor:
         """All samples `x` [n, ...], or `reference` of them."""
         if len(x) <= self.reference:
-            return x
-        return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: self.reference]]
+            return x[:]
+        return x[torch.randperm(len(x), generator=rng.generator(0))[: self.reference]]
 
     def _bits_per_dim(self, module: PFGM, data: Any) -> list[float] | str:
         """Mean over held-out data and its standard error, or why there is none."""
@@ -205,8 +205,9 @@ class Evaluation(Callback):
 def _conditions(trainer: pl.Trainer, n: int) -> Tensor | None:
     """Those of `n` held-out samples, if the trainer's data module is one of this package's."""
     data: Any = getattr(trainer, "datamodule", None)
-    condition = data.prepared(data.held_out).condition if isinstance(data, DataModule) else None
-    return None if condition is None else condition[torch.arange(n) % len(condition)]
+    if not isinstance(data, DataModule):
+        return None
+    return data.prepared(data.held_out[torch.arange(n) % len(data.held_out)]).condition
 
 
 def compare(sets: list[Tensor], reference: Tensor) -> dict[str, list[float]]:

@@ -1,5 +1,6 @@
 """train.py: LightningCLI with a run directory that the same command starts and resumes."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,14 +13,14 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from pfgm import storage
 from pfgm.callbacks import Evaluation, LastCheckpoint, SampleGrid, Speed, StepProgressBar, checkpoint_path
-from pfgm.data import DataModule
+from pfgm.datamodule import DataModule
 from pfgm.ema import EMA, PowerAverages
 from pfgm.flow import load
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.module import PFGM, NonFiniteLoss
 from pfgm.ode import SolverError
 from pfgm.runlog import RunLog
-from pfgm.spec import with_defaults
+from pfgm.spec import cause, with_defaults
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -151,14 +152,21 @@ def check_same_run(checkpoint: dict[str, Any], model: PFGM, data: DataModule, ru
     now = flatten({"model": model.spec["init_args"], "data": data.spec})
     changes = [
         f"{name}: {before.get(name)} -> {now.get(name)}"
-        for name in sorted({*before, *now})
-        if before.get(name, "absent") != now.get(name, "absent")
+        for name in sorted({*before, *now} - {f"data.{place}" for place in data.PLACES})
+        if not same(before.get(name, "absent"), now.get(name, "absent"))
     ]
     if changes:
         raise ValueError(
             f"run_dir = {run_dir} holds a run with other settings ({'; '.join(changes)}). Repeat its command to resume it, or "
             "give another --run_dir (with --init_from to start from its weights)"
         )
+
+
+def same(before: Any, now: Any) -> bool:
+    """Equality, of floating point but for rounding: another machine adds the same data up in another order."""
+    if isinstance(before, float) and isinstance(now, float):
+        return math.isclose(before, now, rel_tol=1e-6)
+    return bool(before == now)
 
 
 def _extra_channels(loss: Loss | None) -> int:
@@ -205,6 +213,6 @@ def run() -> None:
     """train.py: an error of the user's making is one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, OSError, NonFiniteLoss, SolverError, MisconfigurationException) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, NonFiniteLoss, SolverError, MisconfigurationException) as error:
+        print(f"train.py: error: {cause(error)}", file=sys.stderr)
         sys.exit(2)

@@ -8,6 +8,7 @@ from pfgm.draw import draw
 from pfgm.edit import decode, encode, interpolate, vary
 from pfgm.ode import SolverError
 from pfgm.posthoc import average
+from pfgm.spec import cause
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "encode": encode,
@@ -27,8 +28,8 @@ def main(args: Sequence[str] | None = None) -> None:
     prog = "sample.py" if command is None else f"sample.py {words.pop(0)}"
     try:
         auto_cli(command or draw, args=join_pair(words), as_positional=True, prog=prog)
-    except (ValueError, OSError, SolverError) as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, SolverError) as error:
+        print(f"sample.py: error: {cause(error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,138 +1,23 @@
-"""Data modules: they know what the data is, its units and levels, and what samples are conditioned on.
+"""Data modules: they know what the data is, its units and levels, and what samples are conditioned on."""
 
-All data is held in memory, in the user's units; `pfgm.stream` makes the batches.
-"""
-
-from dataclasses import replace
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import pytorch_lightning as pl
+import psutil
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from pfgm import rng
+from pfgm.collect import Wanted, collect
+from pfgm.datamodule import DataModule
 from pfgm.degrade import Degradation
 from pfgm.files import check_values, read_samples
-from pfgm.noise import DataSummary, level_spacing
-from pfgm.spec import Recorded
-from pfgm.stream import HeldOut, Part, Preparation, Stream
+from pfgm.images import Resize
+from pfgm.noise import DataSummary
+from pfgm.stream import Part, split
 from pfgm.toys import TOYS
-
-
-class DataModule(Recorded, pl.LightningDataModule):
-    """Samples in memory with their units, split into training and held-out data.
-
-    `train` and `held_out` have samples [n, *shape] in the user's units, with labels and conditions if there are any. model =
-    user / `scale` - mean; `mean` (default: of the training data) is in the user's units; `value_range` (low, high) is what
-    pictures map to black and white. Discrete data has so many `levels`, low and high among them (0: continuous); with
-    `dequantize` uniform noise fills the gaps between them in training, without which it has no likelihood. `degrade` makes
-    conditions of the samples themselves; `flip` mirrors images left to right in training, each with probability 1/2. ValueError
-    for data that is empty, not finite or of different shapes.
-    """
-
-    def __init__(
-        self,
-        train: Part,
-        held_out: Part,
-        *,
-        batch_size: int,
-        seed: int,
-        scale: float = 1.0,
-        mean: float | None = None,
-        value_range: tuple[float, float] | None = None,
-        levels: int = 0,
-        dequantize: bool = False,
-        degrade: Degradation | None = None,
-        flip: bool = False,
-    ):
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size} must be at least 1")
-        for name, part in (("training", train), ("held-out", held_out)):
-            if len(part) == 0 or part.x.ndim < 2:
-                raise ValueError(f"the {name} data has shape {tuple(part.x.shape)}; it needs at least one sample, [n, ...]")
-        if dequantize and not levels:
-            raise ValueError("dequantize = True: this data is continuous, it has no levels; leave dequantize out")
-        self.train, self.held_out, self.batch_size, self.seed = train, held_out, batch_size, seed
-        num_classes = 0 if train.label is None else int(train.label.max()) + 1
-        if num_classes > len(train):
-            raise ValueError(f"labels go up to {num_classes - 1} for {len(train)} samples; number the classes from 0")
-        if degrade is not None:
-            degrade.shape(train.x.shape[1:])
-        if flip and train.x.ndim != 4:
-            raise ValueError(f"flip = True: it mirrors images, not samples of shape {tuple(train.x.shape[1:])}; leave it out")
-        if flip and train.condition is not None:
-            raise ValueError("flip = True: the conditions of the file would not be mirrored; leave it out, or use degrade")
-        self.preparation = Preparation(degrade, level_spacing(value_range, levels) if dequantize else 0.0)
-        self.augmentation = replace(self.preparation, flip=flip)
-        prepared = self.prepared(train)
-        self.summary = DataSummary.of(
-            prepared.x,
-            condition=prepared.condition,
-            scale=scale,
-            value_range=value_range,
-            num_classes=num_classes,
-            mean=mean,
-            levels=levels,
-            dequantized=dequantize,
-        )
-
-    def prepared(self, part: Part) -> Part:
-        """All of `part` with its conditions, and noise if dequantised, the same each time."""
-        return self.preparation(part, rng.generator(self.seed, rng.WHOLE))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one sample."""
-        return self.summary.shape
-
-    @property
-    def num_classes(self) -> int:
-        """Number of labels, 0 if there are none."""
-        return self.summary.num_classes
-
-    @property
-    def condition_shape(self) -> tuple[int, ...] | None:
-        """Of the condition of one sample, None if there are none."""
-        return self.summary.condition_shape
-
-    def train_dataloader(self) -> DataLoader:
-        """The stream from the trainer's present step on, so that a resumed run continues it."""
-        trainer: Any = self.trainer
-        stream = Stream(
-            self.train,
-            self.augmentation,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            start=trainer.global_step,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-            accumulate=trainer.accumulate_grad_batches,
-            reference_size=trainer.lightning_module.reference_size,
-        )
-        return self._loader(stream)
-
-    def _loader(self, batches: Dataset) -> DataLoader:
-        """Batches as they are, in page-locked memory for an accelerator, which then need not be waited for."""
-        trainer: Any = self.trainer
-        return DataLoader(batches, batch_size=None, pin_memory=trainer.strategy.root_device.type == "cuda")
-
-    def val_dataloader(self) -> DataLoader:
-        """The held-out data in order."""
-        trainer: Any = self.trainer
-        held_out = HeldOut(
-            self.held_out,
-            self.preparation,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            reference_size=trainer.lightning_module.reference_size,
-        )
-        return self._loader(held_out)
-
-    test_dataloader = val_dataloader
 
 
 class Digits(DataModule):
@@ -202,6 +87,8 @@ class Arrays(DataModule):
     for images, which it mirrors left to right in training, each with probability 1/2.
     """
 
+    PLACES = ("path",)
+
     def __init__(
         self,
         path: Path,
@@ -252,19 +139,79 @@ def integer_levels(x: Tensor, value_range: tuple[float, float] | None) -> int:
     return int(high - low) + 1
 
 
-def split(part: Part, held_out: float, seed: int) -> tuple[Part, Part]:
-    """Training and held-out samples at random, each class in proportion. ValueError unless 0 < held_out < 1."""
-    from sklearn.model_selection import train_test_split
+class ImageDataModule(DataModule):
+    """Images of any size and kind, in units of 0..255, or 0..65535 if all are grey of 16 bits: [1 or 3, height, width].
 
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out = {held_out} must lie between 0 and 1: the part of the data kept for validation")
-    if len(part) < 2:
-        raise ValueError(f"the data has {len(part)} samples; it needs at least two, one of them held out")
-    try:
-        rows = train_test_split(np.arange(len(part)), test_size=held_out, random_state=seed, stratify=part.label)
-    except ValueError as error:
-        raise ValueError(
-            f"held_out = {held_out}: {len(part)} samples cannot be split so, each class in proportion: {error}"
-        ) from error
-    train, rest = (part[torch.from_numpy(index)] for index in rows)
-    return train, rest
+    `path` is a folder (with its sub-folders), a .zip, read in place, a .npy, .npz or .pt file, torchvision:NAME[:split], which
+    is downloaded to `root` (default: data), or huggingface:ID[:split]. Images get `size`, one number or (height, width), by
+    `resize`: "crop" scales and cuts out the middle, "stretch" scales both sides, "none" cuts out the middle unscaled; without
+    `size` they must all have one. They are grey if all are, or have so many `channels`; what is transparent becomes white.
+
+    `labels` are taken from dataset.json (EDM's zips), the first level of sub-folders, the array or the set, if true, or from a
+    CSV of files and labels. `held_out` is a share, or the path of other images. Damaged images are named and end the run,
+    unless `skip_damaged`. All are kept in memory, as bytes, if they take no more than `memory` GB (default: half of what is
+    free), else read from the disk each time by so many `workers` (default: the cores, 8 at most); either way all are read once
+    at the start. `flip` mirrors images left to right in training, each with probability 1/2.
+    """
+
+    PLACES = ("path", "root", "memory", "workers")
+
+    def __init__(
+        self,
+        path: str,
+        size: int | tuple[int, int] | None = None,
+        batch_size: int = 128,
+        *,
+        resize: Resize = "crop",
+        channels: Literal[1, 3] | None = None,
+        labels: bool | str = False,
+        held_out: float | str = 0.1,
+        flip: bool = False,
+        degrade: Degradation | None = None,
+        dequantize: bool = False,
+        skip_damaged: bool = False,
+        memory: float | None = None,
+        workers: int | None = None,
+        root: str | None = None,
+        mean: float | None = None,
+        seed: int = 0,
+    ):
+        check_image_options(size, channels, memory, workers)
+        wanted = Wanted(
+            size=(size, size) if isinstance(size, int) else size,
+            resize=resize,
+            channels=channels,
+            labels=labels,
+            root=root,
+            skip_damaged=skip_damaged,
+            memory=psutil.virtual_memory().available / 2 if memory is None else memory * 1e9,
+        )
+        train, rest, bits = collect(path, held_out, wanted, seed)
+        top = 2.0**bits - 1
+        super().__init__(
+            train,
+            rest,
+            batch_size=batch_size,
+            seed=seed,
+            scale=top / 2,
+            mean=mean,
+            value_range=(0.0, top),
+            levels=2**bits,
+            dequantize=dequantize,
+            degrade=degrade,
+            flip=flip,
+            workers=min(8, os.cpu_count() or 1) if workers is None else workers,
+        )
+
+
+def check_image_options(
+    size: int | Sequence[int] | None, channels: int | None, memory: float | None, workers: int | None
+) -> None:
+    """ValueError for numbers that no images could have."""
+    sides = () if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    if size is not None and (len(sides) != 2 or min(sides) < 1):
+        raise ValueError(f"size = {size}: give one number of pixels, or two, (height, width)")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels = {channels}: give 1 (grey) or 3 (RGB), or leave it out")
+    if (workers is not None and workers < 1) or (memory is not None and not memory >= 0):
+        raise ValueError(f"workers = {workers}, memory = {memory}: give at least one worker, and memory >= 0 GB")

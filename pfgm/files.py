@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfgm.images import SUFFIXES, Form, ImageError, fit, read_pixels
+
 ARRAYS = (".npy", ".npz", ".pt")
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def read_samples(path: Path, labels: bool = False, conditions: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -90,9 +91,9 @@ def read_images(path: Path, shape: Sequence[int], name: str = "path") -> Tensor:
         raise ValueError(f"{name} = {path}: samples of shape {tuple(shape)} are no images; give a .npy, .npz or .pt file")
     if not path.exists():
         raise FileNotFoundError(f"{name} = {path} does not exist; give an image, a folder of them, a .npy, .npz or .pt file")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES) if path.is_dir() else [path]
-    if not files or files[0].suffix.lower() not in IMAGES:
-        raise ValueError(f"{name} = {path}: give images ({', '.join(IMAGES)}), a folder of them, or a .npy, .npz or .pt file")
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    if not files or files[0].suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{name} = {path}: give images ({', '.join(SUFFIXES)}), a folder of them, or a .npy, .npz or .pt file")
     return torch.stack([_read_image(file, shape, name) for file in files])
 
 
@@ -119,23 +120,18 @@ def read_inputs(path: Path, shape: Sequence[int], value_range: Sequence[float] |
 
 
 def _read_image(path: Path, shape: Sequence[int], name: str) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
-
     channels, height, width = shape
     try:
-        with Image.open(path) as image:
-            if image.size != (width, height):
-                raise ValueError(
-                    f"{name} = {path} has {image.width} x {image.height} pixels, the model's {width} x {height}; resize it"
-                )
-            deep = image.mode.startswith("I")  # 16 bits of grey
-            if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-                raise ValueError(f"{name} = {path} has pixels without black and white (mode {image.mode}); give it as .npy")
-            pixels = np.asarray(image if deep else image.convert("L" if channels == 1 else "RGB"), dtype=np.float32)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} = {path} cannot be read as an image ({type(error).__name__}); use another copy") from error
-    x = torch.from_numpy(pixels / (65535 if deep else 255)).reshape(height, width, -1).permute(2, 0, 1)
-    return x.expand(channels, height, width)
+        array = read_pixels(path)
+    except ImageError as error:
+        raise ValueError(f"{name} = {path} cannot be used: {error}") from error
+    if array.shape[:2] != (height, width):
+        raise ValueError(
+            f"{name} = {path} has {array.shape[1]} x {array.shape[0]} pixels, the model's {width} x {height}; resize it"
+        )
+    top = 255 if array.dtype == np.uint8 else 65535
+    array = fit(array, Form(height, width, channels, 8 if top == 255 else 16))
+    return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1) / top
 
 
 def check_values(x: Tensor, value_range: tuple[float, float] | None, path: object) -> None:

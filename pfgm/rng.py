@@ -54,12 +54,19 @@ def normal(shape: Sequence[int], generator: Generators = None, *, like: Tensor) 
     return _by_sample(draw, shape[0], generator).to(like.device)
 
 
-def uniform(count: int, generator: Generators = None, *, device: torch.device | str = "cpu") -> Tensor:
-    """`count` float64 numbers [B], uniform on [0, 1)."""
+def uniform(
+    shape: int | Sequence[int],
+    generator: Generators = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Numbers of `shape`, B or [B, ...], uniform on [0, 1)."""
+    count, *event = (shape,) if isinstance(shape, int) else shape
 
     def draw(rows: slice, g: torch.Generator | None) -> Tensor:
         place = device if g is None else g.device
-        return torch.rand(rows.stop - rows.start, generator=g, dtype=torch.float64, device=place)
+        return torch.rand((rows.stop - rows.start, *event), generator=g, dtype=dtype, device=place)
 
     return _by_sample(draw, count, generator).to(device)
 

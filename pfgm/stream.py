@@ -1,21 +1,25 @@
-"""Batches of samples in memory.
+"""Batches of samples.
 
 The stream of training samples is a function of the seed: each pass over the data is a permutation drawn from the seed and the
 number of the pass, and an optimizer step takes the next samples of it. Devices and accumulated batches share out the samples of
 a step and have its charges in common, so that the gradient is the one of a single large batch.
 """
 
+import itertools
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from pfgm import rng
 from pfgm.degrade import Degradation
+from pfgm.rng import Generators, Rows
 
 Batch = dict[str, Any]
 """"x" [B, *shape]; "label" [B] and "condition" [B, ...] if there are any; "step", the number of the optimizer step or of the
@@ -25,9 +29,12 @@ first held-out sample, and "rows" (first, total), the place of the batch among a
 
 @dataclass(frozen=True)
 class Part:
-    """Samples `x` [n, *shape] in the user's units with the `label` [n] and `condition` [n, ...] of each, if there are any."""
+    """Samples `x` [n, *shape] in the user's units with the `label` [n] and `condition` [n, ...] of each, if there are any.
 
-    x: Tensor
+    `x` is a tensor, or an ImageSet, whose images are read when they are asked for by an index.
+    """
+
+    x: Any  # Tensor or ImageSet
     label: Tensor | None = None
     condition: Tensor | None = None
 
@@ -56,17 +63,18 @@ class Preparation:
     width: float = 0.0
     flip: bool = False
 
-    def __call__(self, part: Part, generator: torch.Generator) -> Part:
-        """`part` mirrored, with condition and noise."""
+    def __call__(self, part: Part, generator: Generators) -> Part:
+        """`part`, in memory, mirrored, with condition and noise."""
+        x, condition = part[:].x, part.condition
         if self.flip:
-            mirrored = torch.rand(len(part), generator=generator) < 0.5
-            part = replace(part, x=torch.where(mirrored.reshape(-1, *[1] * (part.x.ndim - 1)), part.x.flip(-1), part.x))
-        if not (self.degrade or self.width):
-            return part
-        x = part.x if part.x.is_floating_point() else part.x.float()
-        condition = part.condition if self.degrade is None else self.degrade(x, generator)
+            mirrored = rng.uniform(len(x), generator) < 0.5
+            x = torch.where(mirrored.reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+        if self.degrade or self.width:
+            x = x if x.is_floating_point() else x.float()
+        if self.degrade is not None:
+            condition = self.degrade(x, generator)
         if self.width:
-            x = x + self.width * (torch.rand(x.shape, generator=generator, dtype=x.dtype) - 0.5)
+            x = x + self.width * (rng.uniform(x.shape, generator, dtype=x.dtype) - 0.5)
         return Part(x, part.label, condition)
 
 
@@ -91,21 +99,24 @@ class Stream(IterableDataset):
         self.accumulate, self.total = accumulate, batch_size * world * accumulate
 
     def __iter__(self) -> Iterator[Batch]:
-        step = self.start
-        while True:
-            for i in range(self.accumulate):
-                yield self.batch(step, i)
-            step += 1
+        """Of several workers, whose batches are taken in turn, each makes its own."""
+        worker = get_worker_info()
+        first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for k in itertools.count(first, every):
+            step, i = divmod(k, self.accumulate)
+            yield self.batch(self.start + step, i)
 
     def batch(self, step: int, i: int = 0) -> Batch:
         """Batch `i` of optimizer step `step` on this rank."""
         index = stream_indices(step * self.total, self.total, len(self.part), self.seed)
-        charges, position = self._charges(index, step)
-        prepared = self.preparation(self.part[charges], rng.generator(self.seed, rng.PREPARATION, step))
         first = (i * self.world + self.rank) * self.batch_size
-        mine = prepared[position[first : first + self.batch_size]]
-        batch = mine.batch() | {"step": step, "rows": (first, self.total)}
-        return batch | _reference(prepared) if self.reference_size else batch
+        mine, generator = slice(first, first + self.batch_size), rng.generator(self.seed, rng.PREPARATION, step)
+        place = {"step": step, "rows": (first, self.total)}
+        if not self.reference_size:
+            return self.preparation(self.part[index[mine]], Rows(generator, first, self.total)).batch() | place
+        charges, position = self._charges(index, step)
+        prepared = self.preparation(self.part[charges], generator)
+        return prepared[position[mine]].batch() | place | _reference(prepared)
 
     def _charges(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Rows of the charges, and where among them the samples `index` are.
@@ -169,3 +180,27 @@ class HeldOut(Dataset):
         prepared = self.preparation(self.part[rows], rng.generator(self.seed, rng.HELD_OUT, first))
         batch = prepared[slice(size)].batch() | {"step": first, "rows": (0, size)}
         return batch | _reference(prepared) if self.reference_size else batch
+
+
+def split(part: Part, held_out: float, seed: int) -> tuple[Part, Part]:
+    """Training and held-out samples at random, see `split_rows`."""
+    train, rest = (part[torch.from_numpy(rows)] for rows in split_rows(len(part), part.label, held_out, seed))
+    return train, rest
+
+
+def split_rows(n: int, label: Tensor | None, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of training and held-out samples, at random. ValueError unless 0 < held_out < 1.
+
+    Each class in proportion, if both parts have room for all classes and each class has two samples.
+    """
+    from sklearn.model_selection import train_test_split
+
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out = {held_out} must lie between 0 and 1: the part of the data kept for validation")
+    count = math.ceil(held_out * n)
+    if not 0 < count < n:
+        raise ValueError(f"held_out = {held_out}: of {n} samples none would be left for one of the parts; give more data")
+    sizes = np.unique(np.zeros(n) if label is None else label, return_counts=True)[1]
+    classes = label if sizes.min() > 1 and len(sizes) <= min(count, n - count) else None
+    train, rest = train_test_split(np.arange(n), test_size=held_out, random_state=seed, stratify=classes)
+    return train, rest

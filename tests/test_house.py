@@ -4,11 +4,10 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "pfgm"
-ORDER = "rng spec kernel field analytic noise nn denoiser guidance inverse loss coordinates grid multistep adaptive solver "
-ORDER += (
-    "ode stochastic latent sampler likelihood conditioning progress storage flow posthoc optimal plot trajectory files output "
-)
-ORDER += "draw edit commands metrics toys degrade augment stream data ema module runlog callbacks cli"
+ORDER = "rng spec kernel field analytic noise nn denoiser guidance inverse loss coordinates grid multistep adaptive solver ode "
+ORDER += "stochastic latent sampler likelihood conditioning progress storage flow posthoc optimal plot trajectory images files "
+ORDER += "output draw edit commands metrics toys degrade augment sources imageset stream collect datamodule data ema module "
+ORDER += "runlog callbacks cli"
 
 
 def room(module):

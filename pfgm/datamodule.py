@@ -1,0 +1,150 @@
+"""The base of all data modules: samples with their units, split into training and held-out data, and batches of them."""
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pfgm import rng
+from pfgm.degrade import Degradation
+from pfgm.noise import DataSummary, level_spacing
+from pfgm.spec import Recorded
+from pfgm.stream import HeldOut, Part, Preparation, Stream
+
+
+class DataModule(Recorded, pl.LightningDataModule):
+    """Samples with their units, split into training and held-out data.
+
+    `train` and `held_out` have samples [n, *shape] in the user's units, with labels and conditions if there are any. model =
+    user / `scale` - mean; `mean` (default: of the training data) is in the user's units; `value_range` (low, high) is what
+    pictures map to black and white. Discrete data has so many `levels`, low and high among them (0: continuous); with
+    `dequantize` uniform noise fills the gaps between them in training, without which it has no likelihood. `degrade` makes
+    conditions of the samples themselves; `flip` mirrors images left to right in training, each with probability 1/2. So many
+    `workers` read samples that are not in memory. ValueError for data that is empty, not finite or of different shapes.
+    """
+
+    PLACES: ClassVar[tuple[str, ...]] = ()
+    """Arguments that say where the data is and how it is read, not what it is: a resumed run may change them."""
+
+    def __init__(
+        self,
+        train: Part,
+        held_out: Part,
+        *,
+        batch_size: int,
+        seed: int,
+        scale: float = 1.0,
+        mean: float | None = None,
+        value_range: tuple[float, float] | None = None,
+        levels: int = 0,
+        dequantize: bool = False,
+        degrade: Degradation | None = None,
+        flip: bool = False,
+        workers: int = 0,
+    ):
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size} must be at least 1")
+        for name, part in (("training", train), ("held-out", held_out)):
+            if len(part) == 0 or part.x.ndim < 2:
+                raise ValueError(f"the {name} data has shape {tuple(part.x.shape)}; it needs at least one sample, [n, ...]")
+        if dequantize and not levels:
+            raise ValueError("dequantize = True: this data is continuous, it has no levels; leave dequantize out")
+        self.train, self.held_out, self.batch_size, self.seed = train, held_out, batch_size, seed
+        num_classes = 0 if train.label is None else int(train.label.max()) + 1
+        if num_classes > len(train):
+            raise ValueError(f"labels go up to {num_classes - 1} for {len(train)} samples; number the classes from 0")
+        if degrade is not None:
+            degrade.shape(tuple(train.x.shape[1:]))
+        if flip and train.x.ndim != 4:
+            raise ValueError(f"flip = True: it mirrors images, not samples of shape {tuple(train.x.shape[1:])}; leave it out")
+        if flip and train.condition is not None:
+            raise ValueError("flip = True: the conditions of the file would not be mirrored; leave it out, or use degrade")
+        self.preparation = Preparation(degrade, level_spacing(value_range, levels) if dequantize else 0.0)
+        self.augmentation = replace(self.preparation, flip=flip)
+        self.workers = workers
+        prepared = self.prepared(some(train, seed))
+        self.summary = DataSummary.of(
+            prepared.x,
+            condition=prepared.condition,
+            scale=scale,
+            value_range=value_range,
+            num_classes=num_classes,
+            mean=mean,
+            levels=levels,
+            dequantized=dequantize,
+        )
+
+    def prepared(self, part: Part) -> Part:
+        """All of `part` with its conditions, and noise if dequantised, the same each time."""
+        return self.preparation(part, rng.generator(self.seed, rng.WHOLE))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return self.summary.shape
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels, 0 if there are none."""
+        return self.summary.num_classes
+
+    @property
+    def condition_shape(self) -> tuple[int, ...] | None:
+        """Of the condition of one sample, None if there are none."""
+        return self.summary.condition_shape
+
+    def train_dataloader(self) -> DataLoader:
+        """The stream from the trainer's present step on, so that a resumed run continues it."""
+        trainer: Any = self.trainer
+        stream = Stream(
+            self.train,
+            self.augmentation,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            start=trainer.global_step,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            reference_size=trainer.lightning_module.reference_size,
+        )
+        return self._loader(stream)
+
+    def _loader(self, batches: Stream | HeldOut) -> DataLoader:
+        """Batches as they are, in page-locked memory for an accelerator, which then need not be waited for."""
+        trainer: Any = self.trainer
+        return DataLoader(
+            batches,
+            batch_size=None,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+            num_workers=0 if isinstance(batches.part.x, Tensor) else self.workers,
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """The held-out data in order."""
+        trainer: Any = self.trainer
+        held_out = HeldOut(
+            self.held_out,
+            self.preparation,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            reference_size=trainer.lightning_module.reference_size,
+        )
+        return self._loader(held_out)
+
+    test_dataloader = val_dataloader
+
+
+SUMMARY_BYTES = 2**31
+"""Size of the samples that describe data which is not in memory."""
+
+
+def some(part: Part, seed: int) -> Part:
+    """`part` if it is in memory, else up to 10,000 samples of it at random, if they take no more than SUMMARY_BYTES."""
+    if isinstance(part.x, Tensor):
+        return part
+    count = max(2, min(10_000, SUMMARY_BYTES * len(part) // part.x.bytes))
+    return part[torch.randperm(len(part), generator=rng.generator(seed, rng.WHOLE))[:count].sort().values]

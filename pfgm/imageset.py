@@ -1,0 +1,145 @@
+"""Many images in one form: what a source holds, the form it is given, and reading it, into memory or when asked for."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pfgm.images import Form, ImageError, Resize, fit
+from pfgm.sources import Source
+
+T = TypeVar("T")
+
+CHUNK = 64
+"""Images that a thread reads before it reports."""
+
+
+@dataclass
+class Survey:
+    """The form of each image of a source, and why those of `damaged` cannot be used."""
+
+    forms: dict[int, Form]
+    damaged: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: Source) -> "Survey":
+        """By the headers of all images."""
+        damaged: dict[int, str] = {}
+        return cls(dict(_each(source.header, range(len(source.names)), damaged, "looking at images")), damaged)
+
+    def form(self, path: str, size: Sequence[int] | None, channels: int | None) -> Form:
+        """The form for all: grey and 16 bits if all are, of `size` (height, width), or of the one size that they have.
+
+        ValueError if they have several and none is given, or if none can be used.
+        """
+        if not self.forms:
+            reason = next(iter(self.damaged.values()), "there are none")
+            raise ValueError(f"path = {path}: none of {len(self.damaged)} images can be used: {reason}")
+        sizes = Counter((form.height, form.width) for form in self.forms.values())
+        if size is None and len(sizes) > 1:
+            common = ", ".join(f"{h} x {w} ({count})" for (h, w), count in sizes.most_common(3))
+            raise ValueError(f"path = {path} has images of {len(sizes)} sizes, such as {common}; give data.size, such as 64")
+        height, width = next(iter(sizes)) if size is None else size
+        forms = self.forms.values()
+        return Form(
+            height,
+            width,
+            max(form.channels for form in forms) if channels is None else channels,
+            min(form.bits for form in forms),
+        )
+
+    def kinds(self) -> str:
+        """What there is, in words."""
+        forms = self.forms.values()
+        kinds = Counter(f"{form.bits}-bit {'grey' if form.channels == 1 else 'RGB'}" for form in forms)
+        sizes = sorted({(form.height, form.width) for form in forms}, key=lambda size: size[0] * size[1])
+        low, high = (f"{height} x {width}" for height, width in (sizes[0], sizes[-1]))
+        return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()) + (
+            f", {low}" if low == high else f", {low} to {high}"
+        )
+
+
+class ImageSet:
+    """The images `rows` of a source in one form, indexed like a tensor [n, C, H, W] but read from the disk each time.
+
+    Of 8 bits they are uint8, of 16 int32, since torch has few functions for uint16.
+    """
+
+    ndim = 4
+
+    def __init__(self, source: Source, rows: Sequence[int], form: Form, resize: Resize):
+        self.source, self.rows, self.form, self.resize = source, rows, form, resize
+        self.dtype = torch.uint8 if form.bits == 8 else torch.int32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, channels, height, width)."""
+        return (len(self.rows), self.form.channels, self.form.height, self.form.width)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all in memory."""
+        n, *image = self.shape
+        return n * torch.Size(image).numel() * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Tensor | slice | int) -> Tensor:
+        index = torch.arange(len(self))[rows]
+        x = torch.empty(index.numel(), *self.shape[1:], dtype=self.dtype)
+        for k, i in enumerate(index.reshape(-1).tolist()):
+            x[k] = self.read(self.rows[i])
+        return x.reshape(*index.shape, *self.shape[1:])
+
+    def read(self, row: int) -> Tensor:
+        """Image `row` of the source, [C, H, W]. ImageError if it is damaged."""
+        array = fit(self.source.read(row), self.form, self.resize)
+        return torch.from_numpy(array.astype("uint8" if self.form.bits == 8 else "int32")).permute(2, 0, 1)
+
+    def load(self) -> tuple[Tensor, dict[int, str]]:
+        """All in memory, without the damaged ones, and why those cannot be used."""
+        damaged: dict[int, str] = {}
+        x = torch.empty(self.shape, dtype=self.dtype)
+        place = {row: k for k, row in enumerate(self.rows)}
+        for row, image in _each(self.read, self.rows, damaged, "reading images"):
+            x[place[row]] = image
+        good = torch.tensor([row not in damaged for row in self.rows])
+        return x[good] if damaged else x, damaged
+
+    def checked(self) -> tuple["ImageSet", dict[int, str]]:
+        """Those that can be read, and why the others cannot be used. Nothing is kept."""
+        damaged: dict[int, str] = {}
+        good = [row for row, _ in _each(lambda row: self.read(row).shape, self.rows, damaged, "checking images")]
+        return ImageSet(self.source, good, self.form, self.resize), damaged
+
+
+def _each(read: Callable[[int], T], rows: Sequence[int], damaged: dict[int, str], what: str) -> Iterator[tuple[int, T]]:
+    """(row, read(row)) for all that can be read, by threads, with a bar if it takes long; the others go to `damaged`."""
+
+    def some(chunk: Sequence[int]) -> list[tuple[int, Any, str | None]]:
+        return [_attempt(read, row) for row in chunk]
+
+    chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
+    bar = tqdm(total=len(rows), desc=what, unit=" images", delay=2, leave=False, dynamic_ncols=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        for done in pool.map(some, chunks):
+            bar.update(len(done))
+            for row, value, reason in done:
+                if reason is None:
+                    yield row, value
+                else:
+                    damaged[row] = reason
+
+
+def _attempt(read: Callable[[int], T], row: int) -> tuple[int, T | None, str | None]:
+    try:
+        return row, read(row), None
+    except ImageError as error:
+        return row, None, str(error)

@@ -1,0 +1,328 @@
+"""Where images come from: folders, zips, array files, torchvision's data sets, Hugging Face's.
+
+A source knows its images by number, their names, forms and labels; nothing is decoded before it is asked for.
+"""
+
+import csv
+import inspect
+import io
+import json
+import os
+import threading
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from pfgm.files import ARRAYS, load_arrays
+from pfgm.images import SUFFIXES, Form, ImageError, first_line, pixels, read_header, read_pixels
+
+Labels = Sequence[str | int]
+
+
+class Source(ABC):
+    """`names` of the images, and how many other files lie among them (`ignored`)."""
+
+    names: Sequence[str]
+    ignored: int = 0
+
+    @abstractmethod
+    def read(self, i: int) -> np.ndarray:
+        """The pixels of image `i`, see `pfgm.images`. ImageError if it is damaged."""
+
+    def header(self, i: int) -> Form:
+        """The form of image `i`. ImageError if it is damaged."""
+        height, width, channels = (array := self.read(i)).shape
+        return Form(height, width, channels, 8 if array.dtype == np.uint8 else 16)
+
+    @abstractmethod
+    def labels(self) -> Labels | None:
+        """Of each image, as the source has them; None if it has none."""
+
+
+def open_source(path: str, root: str | None = None, name: str = "path") -> Source:
+    """The images at `path`: a folder, .zip, .npy, .npz or .pt file, torchvision:NAME[:split] or huggingface:ID[:split].
+
+    Sets of torchvision are in the folder `root` (default: data), or downloaded to it. ValueError or OSError, which call the
+    path `name`, if there are no images.
+    """
+    kind, _, rest = path.partition(":")
+    if root is not None and kind != "torchvision":
+        raise ValueError(f"root = {root}: only torchvision's data sets have one; leave it out for {name} = {path}")
+    place = f"{name} = {path}"
+    if kind in ("torchvision", "huggingface"):
+        key, _, split = rest.partition(":")
+        source: Source = (
+            Torchvision(key, split, root or "data", place) if kind == "torchvision" else HuggingFace(key, split, place)
+        )
+    elif Path(path).is_dir():
+        source = Folder(Path(path))
+    elif path.endswith((".zip", *ARRAYS)) and Path(path).is_file():
+        source = Zip(Path(path), place) if path.endswith(".zip") else ArrayFile(Path(path), place)
+    else:
+        raise FileNotFoundError(
+            f"{place} does not exist, or is of another kind; give a folder of images, a .zip of them, a .npy, .npz or .pt "
+            "file, torchvision:NAME or huggingface:ID"
+        )
+    if not len(source.names):
+        raise ValueError(f"{place} holds no images ({', '.join(SUFFIXES)}), but {source.ignored} other files")
+    return source
+
+
+class Folder(Source):
+    """All images under a folder. Labels are in dataset.json, as EDM has it, or the names of the first level of sub-folders."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        files = sorted(
+            PurePosixPath(Path(folder, file).relative_to(path)) for folder, _, names in os.walk(path) for file in names
+        )
+        self.names, self.ignored = _images([str(file) for file in files])
+
+    def header(self, i: int) -> Form:
+        return read_header(self.path / self.names[i])
+
+    def read(self, i: int) -> np.ndarray:
+        return read_pixels(self.path / self.names[i])
+
+    def labels(self) -> Labels | None:
+        table = self.path / "dataset.json"
+        return edm_labels(table.read_bytes(), self.names, str(table)) if table.is_file() else folder_labels(self.names)
+
+
+class Zip(Source):
+    """All images in a zip, read in place; labels as in a folder."""
+
+    def __init__(self, path: Path, place: str):
+        self.path = path
+        self._open: tuple[int, zipfile.ZipFile] | None = None
+        self._lock = threading.Lock()
+        try:
+            names = self._zip().namelist()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{place} is no zip, or was not copied to its end ({error}); use another copy") from error
+        self.names, self.ignored = _images(sorted(name for name in names if not name.endswith("/")))
+        self.table = "dataset.json" if "dataset.json" in names else None
+
+    def _zip(self) -> zipfile.ZipFile:
+        """Opened anew in each process: a file shared by two has one position."""
+        with self._lock:
+            if self._open is None or self._open[0] != os.getpid():
+                self._open = (os.getpid(), zipfile.ZipFile(self.path))
+            return self._open[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def _bytes(self, i: int) -> io.BytesIO:
+        try:
+            return io.BytesIO(self._zip().read(self.names[i]))
+        except Exception as error:  # a wrong checksum, a password, an unknown compression
+            raise ImageError(f"{type(error).__name__}: {error}") from error
+
+    def header(self, i: int) -> Form:
+        return read_header(self._bytes(i))
+
+    def read(self, i: int) -> np.ndarray:
+        return read_pixels(self._bytes(i))
+
+    def labels(self) -> Labels | None:
+        if self.table is None:
+            return folder_labels(self.names)
+        return edm_labels(self._zip().read(self.table), self.names, f"{self.path}/{self.table}")
+
+
+class ArrayFile(Source):
+    """Images of one size, [n, C, H, W], [n, H, W, C] or [n, H, W], of 8 or 16 bits; the array "labels" has their labels."""
+
+    def __init__(self, path: Path, place: str):
+        self._labels: torch.Tensor | None = None
+        if path.suffix == ".npy":
+            x = _mapped(path, place)
+        else:
+            arrays = load_arrays(path, ["x"], ["labels"], name=place.partition(" ")[0])
+            x, self._labels = arrays["x"].numpy(), arrays.get("labels")
+        self.x = _channels_last(x, place)
+        self.names = [f"{path}[{i}]" for i in range(len(self.x))]
+        self.dtype = np.uint8 if self.x.dtype == np.uint8 else np.uint16
+
+    def read(self, i: int) -> np.ndarray:
+        return np.asarray(self.x[i], dtype=self.dtype)
+
+    def labels(self) -> Labels | None:
+        return None if self._labels is None else self._labels.tolist()
+
+
+class Torchvision(Source):
+    """A data set of torchvision that has a `split` or knows training from test, downloaded to `root` if it is not there."""
+
+    def __init__(self, name: str, split: str, root: str, place: str):
+        from torchvision import datasets
+
+        known = {key: set(inspect.signature(getattr(datasets, key)).parameters) for key in datasets.__all__}
+        usable = sorted(key for key, has in known.items() if {"root", "download"} <= has and has & {"train", "split"})
+        if name not in usable:
+            raise ValueError(f"{place} is unknown; these can be used: {', '.join(usable)}")
+        split = split or "train"
+        part: dict[str, Any] = {"train": split == "train"} if "train" in known[name] else {"split": split}
+        if "train" in part and split not in ("train", "test"):
+            raise ValueError(f"{place}: this set has the splits train and test")
+        try:
+            self.data = getattr(datasets, name)(root, download=True, **part)
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"{place} is not in root = {root}, and cannot be downloaded ({error}). On a machine with a network run "
+                f"python -c 'from torchvision.datasets import {name}; {name}(\"{root}\", download=True)', and copy the folder"
+            ) from error
+        self.names = [f"{name}[{i}]" for i in range(len(self.data))]
+
+    def read(self, i: int) -> np.ndarray:
+        try:
+            return pixels(self.data[i][0])
+        except (OSError, SyntaxError, AttributeError) as error:  # AttributeError: a film or a tensor
+            raise ImageError(f"{type(error).__name__}: {error}") from error
+
+    def labels(self) -> Labels | None:
+        values = getattr(self.data, "targets", getattr(self.data, "labels", None))
+        return None if values is None else np.asarray(values).tolist()
+
+
+class HuggingFace(Source):
+    """A data set of the Hugging Face hub, or a folder that its `load_dataset` can read, with one column of images."""
+
+    def __init__(self, name: str, split: str, place: str):
+        try:
+            import datasets
+        except ImportError as error:
+            raise ValueError(f"{place} needs the package datasets: pip install 'pfgm[huggingface]'") from error
+        try:
+            data = datasets.load_dataset(name, split=split or "train")
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"{place} cannot be loaded ({type(error).__name__}: {first_line(error)}). Offline it must be in the "
+                "cache: load it once on a machine with a network, and copy the folder $HF_HOME here"
+            ) from error
+        images = [key for key, feature in data.features.items() if isinstance(feature, datasets.Image)]
+        classes = [key for key, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
+        if len(images) != 1:
+            raise ValueError(f"{place} has {len(images)} columns of images among {sorted(data.features)}; it needs one")
+        self.image, self.label = images[0], classes[0] if len(classes) == 1 else None
+        self.data = data.cast_column(self.image, datasets.Image(decode=False))
+        self.names = [f"{name}[{i}]" for i in range(len(data))]
+
+    def _file(self, i: int) -> io.BytesIO | Path:
+        cell = self.data[i][self.image]
+        return Path(cell["path"]) if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+
+    def header(self, i: int) -> Form:
+        return read_header(self._file(i))
+
+    def read(self, i: int) -> np.ndarray:
+        return read_pixels(self._file(i))
+
+    def labels(self) -> Labels | None:
+        return None if self.label is None else list(self.data[self.label])
+
+
+def numbered(labels: Labels) -> tuple[torch.Tensor, list[str]]:
+    """Classes as numbers [n] from 0, and the name of each number that occurs: integers as they are, words in their order.
+
+    ValueError for numbers below zero or with gaps so wide that most classes would be empty.
+    """
+    words = [str(label).strip() for label in labels]
+    if all(word.removeprefix("-").isdecimal() for word in words):
+        numbers = torch.tensor([int(word) for word in words])
+        if int(numbers.min()) < 0 or int(numbers.max()) >= 2 * len(set(words)) + 10:
+            raise ValueError(
+                f"labels go from {numbers.min()} to {numbers.max()} for {len(set(words))} classes; number them from 0"
+            )
+        return numbers, sorted(set(words), key=int)
+    names = sorted(set(words))
+    place = {name: k for k, name in enumerate(names)}
+    return torch.tensor([place[word] for word in words]), names
+
+
+def csv_labels(table: Path, names: Sequence[str]) -> Labels:
+    """Labels of the images `names` from the first two columns, file and label, of a CSV file with or without a header.
+
+    ValueError or OSError if it cannot be read or lacks an image.
+    """
+    if not table.is_file():
+        raise FileNotFoundError(f"labels = {table} does not exist or is no file; give a CSV of files and labels, true or false")
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"labels = {table} cannot be read as CSV: {error}") from error
+    if not all(len(row) >= 2 for row in rows):
+        raise ValueError(f"labels = {table}: a row has one column; give two, file and label")
+    return _in_order({str(PurePosixPath(row[0].strip())): row[1] for row in rows}, names, f"labels = {table}")
+
+
+def edm_labels(text: bytes, names: Sequence[str], place: str) -> Labels | None:
+    """Labels of EDM's dataset.json: {"labels": [[name, class], ...]}, or null for none. ValueError for anything else."""
+    try:
+        pairs = json.loads(text)["labels"]
+        found = None if pairs is None else {str(name): label for name, label in pairs}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place} is not as EDM writes it, {{'labels': [[name, class], ...]}}: {error!r}") from error
+    if found is None:
+        return None
+    if not all(isinstance(label, int) for label in found.values()):
+        raise ValueError(f"{place}: labels must be whole numbers, the classes")
+    return _in_order(found, names, place)
+
+
+def folder_labels(names: Sequence[str]) -> Labels | None:
+    """The first folder of each name; None unless all have one."""
+    parts = [PurePosixPath(name).parts for name in names]
+    return [part[0] for part in parts] if all(len(part) > 1 for part in parts) else None
+
+
+def _in_order(found: dict[str, Any], names: Sequence[str], place: str) -> Labels:
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(f"{place} has no label for {len(missing)} of {len(names)} images, such as {missing[0]}")
+    return [found[name] for name in names]
+
+
+def _images(files: Sequence[str]) -> tuple[list[str], int]:
+    """Names of images, and the number of other files; what systems leave about (.DS_Store, __MACOSX) counts as other."""
+    paths = [(name, PurePosixPath(name)) for name in files]
+    images = [
+        name
+        for name, path in paths
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and "__MACOSX" not in path.parts
+    ]
+    return images, sum(name != "dataset.json" for name in files) - len(images)
+
+
+def _mapped(path: Path, place: str) -> np.ndarray:
+    """A .npy file as it lies on the disk."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{place} cannot be read as an array ({type(error).__name__}); use another copy") from error
+
+
+def _channels_last(x: np.ndarray, place: str) -> np.ndarray:
+    """[n, H, W, C] of 8 or 16 bits. ValueError for what are no such images."""
+    x = x[:, None] if x.ndim == 3 else x
+    if x.ndim != 4 or not (x.shape[1] in (1, 3) or x.shape[3] in (1, 3)) or not x.size:
+        raise ValueError(
+            f"{place} holds {x.shape}; images are [n, C, H, W], [n, H, W, C] or [n, H, W] with 1 or 3 channels. "
+            "pfgm.data.Arrays takes samples of any shape"
+        )
+    if x.dtype != np.uint8 and not (x.dtype.kind in "iu" and int(x.min()) >= 0 and int(x.max()) <= 65535):
+        raise ValueError(
+            f"{place} holds {x.dtype}; images have whole numbers in 0..255 (uint8) or 0..65535. pfgm.data.Arrays takes "
+            "other numbers, in their own units"
+        )
+    return np.moveaxis(x, 1, 3) if x.shape[1] in (1, 3) else x
