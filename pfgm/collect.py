@@ -1,6 +1,6 @@
 """From a path to training and held-out images: which can be used, in what form, with which labels, in memory or not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +45,10 @@ def collect(path: str, held_out: float | str, wanted: Wanted, seed: int) -> tupl
     sets = [ImageSet(sources[k % len(sources)], part.tolist(), form, wanted.resize) for k, part in enumerate(rows)]
     fit = sum(images.bytes for images in sets) <= wanted.memory
     _announce(path, surveys, sets, fit)
-    damaged = {
-        source.names[i]: why for source, survey in zip(sources, surveys, strict=True) for i, why in survey.damaged.items()
-    }
-    parts = [_part(images, label[k % len(sources)], fit, damaged) for k, images in enumerate(sets)]
+    damaged = [
+        (source.names[i], why) for source, survey in zip(sources, surveys, strict=True) for i, why in survey.damaged.items()
+    ]
+    parts = [_part(images, label[k % len(sources)], fit, damaged, surveys[0].threads) for k, images in enumerate(sets)]
     _report(path, damaged, sum(len(source.names) for source in sources), wanted.skip_damaged)
     return parts[0], parts[1], form.bits
 
@@ -68,10 +68,10 @@ def _labels(sources: Sequence[Source], labels: bool | str, path: str) -> list[Te
     return list(numbers.split([len(source.names) for source in sources]))
 
 
-def _part(images: ImageSet, label: Tensor | None, fit: bool, damaged: dict[str, str]) -> Part:
+def _part(images: ImageSet, label: Tensor | None, fit: bool, damaged: list[tuple[str, str]], threads: int) -> Part:
     """The images that are whole, with their labels; the others go to `damaged`."""
-    x, bad = images.load() if fit else images.checked()
-    damaged |= {images.source.names[row]: why for row, why in bad.items()}
+    x, bad = images.load(threads) if fit else images.checked(threads)
+    damaged += [(images.source.names[row], why) for row, why in bad.items()]
     good = torch.tensor([row for row in images.rows if row not in bad], dtype=torch.long)
     return Part(x, None if label is None else label[good])
 
@@ -90,11 +90,11 @@ def _announce(path: str, surveys: Sequence[Survey], sets: Sequence[ImageSet], fi
     )
 
 
-def _report(path: str, damaged: Mapping[str, str], total: int, skip: bool) -> None:
+def _report(path: str, damaged: Sequence[tuple[str, str]], total: int, skip: bool) -> None:
     """ValueError, or a warning if they are to be left out, that names the damaged images, the first of many."""
     if not damaged:
         return
-    some = "; ".join(f"{name} ({why})" for name, why in sorted(damaged.items())[:5]) + ("; ..." if len(damaged) > 5 else "")
+    some = "; ".join(f"{name} ({why})" for name, why in sorted(damaged)[:5]) + ("; ..." if len(damaged) > 5 else "")
     text = f"path = {path}: {len(damaged)} of {total} images cannot be used"
     if not skip:
         raise ValueError(f"{text}: {some}. Mend or remove them, or leave them out with data.skip_damaged = true")

@@ -113,16 +113,17 @@ def fit(array: np.ndarray, form: Form, resize: Resize = "crop") -> np.ndarray:
         h, w = min(h, w * form.height / form.width), min(w, h * form.width / form.height)
     left, top = (width - w) / 2, (height - h) / 2
     box = (left, top, left + w, top + h)
-    planes = [_scaled(array[..., c], (form.width, form.height), box) for c in range(form.channels)]
-    return np.stack(planes, axis=2)
+    if form.bits == 8:
+        return _scaled(array, form, box)
+    planes = [_scaled(array[..., c].astype(np.float32), form, box) for c in range(form.channels)]
+    return np.concatenate(planes, axis=2).round().clip(0, 65535).astype(np.uint16)
 
 
-def _scaled(plane: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
-    """One channel; 16 bits in floating point, since Pillow rounds them."""
-    deep = plane.dtype != np.uint8
-    image = Image.fromarray(plane.astype(np.float32) if deep else np.ascontiguousarray(plane))
-    scaled = np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))
-    return scaled.round().clip(0, 65535).astype(plane.dtype) if deep else scaled
+def _scaled(array: np.ndarray, form: Form, box: tuple[float, float, float, float]) -> np.ndarray:
+    """Bytes [H, W, 1 or 3] or one channel in floating point, [H, W], which Pillow does not round."""
+    image = Image.fromarray(array[..., 0] if array.shape[-1:] == (1,) else np.ascontiguousarray(array))
+    scaled = np.asarray(image.resize((form.width, form.height), Image.Resampling.LANCZOS, box=box))
+    return scaled.reshape(form.height, form.width, -1)
 
 
 def _channels(array: np.ndarray, channels: int) -> np.ndarray:

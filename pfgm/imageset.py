@@ -31,7 +31,7 @@ class Survey:
     def of(cls, source: Source) -> "Survey":
         """By the headers of all images."""
         damaged: dict[int, str] = {}
-        return cls(dict(_each(source.header, range(len(source.names)), damaged, "looking at images")), damaged)
+        return cls(dict(_each(source.header, range(len(source.names)), damaged, "looking at images", threads=1)), damaged)
 
     def form(self, path: str, size: Sequence[int] | None, channels: int | None) -> Form:
         """The form for all: grey and 16 bits if all are, of `size` (height, width), or of the one size that they have.
@@ -53,6 +53,12 @@ class Survey:
             max(form.channels for form in forms) if channels is None else channels,
             min(form.bits for form in forms),
         )
+
+    @property
+    def threads(self) -> int:
+        """How many should read the images: for small ones Python's own lock costs more than several threads gain."""
+        area = sum(form.height * form.width for form in self.forms.values()) / len(self.forms)
+        return (os.cpu_count() or 1) if area > 2**15 else 1
 
     def kinds(self) -> str:
         """What there is, in words."""
@@ -103,24 +109,26 @@ class ImageSet:
         array = fit(self.source.read(row), self.form, self.resize)
         return torch.from_numpy(array.astype("uint8" if self.form.bits == 8 else "int32")).permute(2, 0, 1)
 
-    def load(self) -> tuple[Tensor, dict[int, str]]:
+    def load(self, threads: int = 1) -> tuple[Tensor, dict[int, str]]:
         """All in memory, without the damaged ones, and why those cannot be used."""
         damaged: dict[int, str] = {}
         x = torch.empty(self.shape, dtype=self.dtype)
         place = {row: k for k, row in enumerate(self.rows)}
-        for row, image in _each(self.read, self.rows, damaged, "reading images"):
+        for row, image in _each(self.read, self.rows, damaged, "reading images", threads):
             x[place[row]] = image
         good = torch.tensor([row not in damaged for row in self.rows])
         return x[good] if damaged else x, damaged
 
-    def checked(self) -> tuple["ImageSet", dict[int, str]]:
+    def checked(self, threads: int = 1) -> tuple["ImageSet", dict[int, str]]:
         """Those that can be read, and why the others cannot be used. Nothing is kept."""
         damaged: dict[int, str] = {}
-        good = [row for row, _ in _each(lambda row: self.read(row).shape, self.rows, damaged, "checking images")]
+        good = [row for row, _ in _each(lambda row: self.read(row).shape, self.rows, damaged, "checking images", threads)]
         return ImageSet(self.source, good, self.form, self.resize), damaged
 
 
-def _each(read: Callable[[int], T], rows: Sequence[int], damaged: dict[int, str], what: str) -> Iterator[tuple[int, T]]:
+def _each(
+    read: Callable[[int], T], rows: Sequence[int], damaged: dict[int, str], what: str, threads: int
+) -> Iterator[tuple[int, T]]:
     """(row, read(row)) for all that can be read, by threads, with a bar if it takes long; the others go to `damaged`."""
 
     def some(chunk: Sequence[int]) -> list[tuple[int, Any, str | None]]:
@@ -128,8 +136,8 @@ def _each(read: Callable[[int], T], rows: Sequence[int], damaged: dict[int, str]
 
     chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
     bar = tqdm(total=len(rows), desc=what, unit=" images", delay=2, leave=False, dynamic_ncols=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        for done in pool.map(some, chunks):
+    with ThreadPoolExecutor(threads) as pool, bar:
+        for done in map(some, chunks) if threads == 1 else pool.map(some, chunks):
             bar.update(len(done))
             for row, value, reason in done:
                 if reason is None:
