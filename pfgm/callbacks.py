@@ -1,8 +1,5 @@
-"""Where training meets sampling: checkpoints, sample grids, evaluation, the progress bar."""
+"""Where training meets sampling: checkpoints, sample grids, the progress bar."""
 
-import dataclasses
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +9,7 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from pfgm import metrics, plot, rng
+from pfgm import plot
 from pfgm.datamodule import DataModule
 from pfgm.module import PFGM
 from pfgm.ode import SolverError
@@ -135,107 +132,12 @@ class SampleGrid(Callback):
             plot.save_loss_curve(log.with_name("loss.png"), log)
 
 
-class Evaluation(Callback):
-    """In `test`: distances of `sets` disjoint sets of `n` samples to training and held-out data, printed and in test.json.
-
-    Samples are drawn with the labels and under the conditions of training samples, if there are any. Of larger data sets,
-    `reference` samples chosen at random stand for all, since distances between all pairs are taken. Held-out data, `likelihood`
-    of them at most, get their bits/dim with its standard error, if they are discrete and the model has such a likelihood.
-    """
-
-    def __init__(self, n: int = 1000, sets: int = 3, likelihood: int = 1000, reference: int = 10_000):
-        if n < 2 or sets < 1 or likelihood < 0 or likelihood == 1 or reference < 2:
-            raise ValueError(
-                f"n = {n}, sets = {sets}, likelihood = {likelihood}, reference = {reference}: give n >= 2, at least one set, "
-                "likelihood 0 or >= 2, reference >= 2"
-            )
-        self.n, self.sets, self.likelihood, self.reference = n, sets, likelihood, reference
-
-    @rank_zero_only
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, PFGM)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        train, held_out = (self._some(part.x).to(pl_module.device) for part in (data.train, data.held_out))
-        given = data.prepared(data.train[torch.arange(self.n) % len(data.train)])  # so that the classes have their shares
-        draws = [
-            pl_module.flow.sample(self.n, seed=seed, labels=given.label, condition=given.condition) for seed in range(self.sets)
-        ]
-        result = {
-            "samples against training data": compare([draw.x for draw in draws], train),
-            "samples against held-out data": compare([draw.x for draw in draws], held_out),
-            "held-out against training data": compare([held_out], train),
-            "calls": max(draw.calls for draw in draws),
-            "seconds": sum(draw.seconds for draw in draws),
-            "samples": [self.sets, self.n],
-            "test_loss": float(trainer.callback_metrics["test_loss"]),
-            "bits/dim": self._bits_per_dim(pl_module, data) if self.likelihood else "not asked for",
-        }
-        with replacing(Path(trainer.default_root_dir) / "test.json") as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
-        print(table(result))
-
-    def _some(self, x: Tensor) -> Tensor:
-        """All samples `x` [n, ...], or `reference` of them."""
-        if len(x) <= self.reference:
-            return x[:]
-        return x[torch.randperm(len(x), generator=rng.generator(0))[: self.reference]]
-
-    def _bits_per_dim(self, module: PFGM, data: Any) -> list[float] | str:
-        """Mean over held-out data and its standard error, or why there is none."""
-        try:
-            module.flow.check_discrete()
-        except ValueError as error:
-            return str(error)
-        try:
-            bits = torch.cat([*self._bits(module, data)])
-        except SolverError as error:
-            return f"bits/dim: {error}"
-        return [float(bits.mean()), float(bits.std() / len(bits) ** 0.5)]
-
-    def _bits(self, module: PFGM, data: Any) -> Iterator[Tensor]:
-        """Of held-out data, by batches."""
-        part = data.held_out[slice(self.likelihood)]
-        part = dataclasses.replace(part, condition=data.prepared(part).condition)
-        for k, i in enumerate(range(0, len(part), 256)):
-            batch = part[slice(i, i + 256)]
-            x, given = batch.x.to(module.device), {"labels": batch.label, "condition": batch.condition}
-            yield module.flow.bits_per_dim(x, seed=k, rtol=1e-3, atol=1e-3, **given)
-
-
 def _conditions(trainer: pl.Trainer, n: int) -> Tensor | None:
     """Those of `n` held-out samples, if the trainer's data module is one of this package's."""
     data: Any = getattr(trainer, "datamodule", None)
     if not isinstance(data, DataModule):
         return None
     return data.prepared(data.held_out[torch.arange(n) % len(data.held_out)]).condition
-
-
-def compare(sets: list[Tensor], reference: Tensor) -> dict[str, list[float]]:
-    """Energy and Fréchet distance and nearest-neighbour accuracy of each set to `reference`."""
-    measures = {
-        "energy": metrics.energy_distance,
-        "frechet": metrics.frechet_distance,
-        "1-nn": metrics.nearest_neighbour_accuracy,
-    }
-    return {name: [measure(x, reference) for x in sets] for name, measure in measures.items()}
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as a table: mean and, over several sets, standard deviation."""
-    sets, n = result["samples"]
-    lines = [f"{sets} sets of {n} samples, {result['calls']} network calls, {result['seconds']:.1f} s; mean (sd over sets)"]
-    lines.append(f"{'':32}{'energy distance':>20}{'Fréchet (raw)':>20}{'1-NN accuracy':>20}")
-    for name, row in result.items():
-        if isinstance(row, dict):
-            lines.append(f"{name:32}" + "".join(f"{_mean_sd(values):>20}" for values in row.values()))
-    bits = result["bits/dim"]
-    lines.append(f"held-out bits/dim {bits[0]:.3f} ({bits[1]:.3f})" if isinstance(bits, list) else bits)
-    return "\n".join(lines)
-
-
-def _mean_sd(values: list[float]) -> str:
-    x = torch.tensor(values, dtype=torch.float64)
-    return f"{x.mean():.4f}" + (f" ({x.std():.4f})" if len(x) > 1 else "")
 
 
 class StepProgressBar(TQDMProgressBar):

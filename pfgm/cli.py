@@ -12,13 +12,15 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from pfgm import storage
-from pfgm.callbacks import Evaluation, LastCheckpoint, SampleGrid, Speed, StepProgressBar, checkpoint_path
+from pfgm.callbacks import LastCheckpoint, SampleGrid, Speed, StepProgressBar, checkpoint_path
 from pfgm.datamodule import DataModule
 from pfgm.ema import EMA, PowerAverages
+from pfgm.evaluation import Evaluation
 from pfgm.flow import load
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.module import PFGM, NonFiniteLoss
 from pfgm.ode import SolverError
+from pfgm.prepare import COMMANDS, prepare
 from pfgm.runlog import RunLog
 from pfgm.spec import cause, with_defaults
 
@@ -211,8 +213,12 @@ def main(args: list[str] | None = None) -> TrainCLI:
 
 def run() -> None:
     """train.py: an error of the user's making is one line on stderr and exit code 2."""
+    words = sys.argv[1:]
     try:
-        main()
+        if words and words[0] in COMMANDS:
+            prepare(words)
+        else:
+            main()
     except (ValueError, OSError, ImportError, NonFiniteLoss, SolverError, MisconfigurationException) as error:
         print(f"train.py: error: {cause(error)}", file=sys.stderr)
         sys.exit(2)

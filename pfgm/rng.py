@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PERMUTATION, REFERENCE, TRAINING, VALIDATION, DROPOUT, PREPARATION, HELD_OUT, WHOLE, UNITS, AUGMENTATION = range(10)
+PERMUTATION, REFERENCE, TRAINING, VALIDATION, DROPOUT, PREPARATION, HELD_OUT, WHOLE, UNITS, AUGMENTATION, FEATURES = range(11)
 """Second counters, after a run's seed: order of the data, choice of charges, noise of training and of validation, dropped
-labels, preparation of batches of training, of validation, and of all data at once, dropped units, augmentation."""
+labels, preparation of batches of training, of validation, and of all data at once, dropped units, augmentation, classifiers."""
 RENOISING, PROBES, DEQUANTIZATION = 1, 2, 3
 """Last of five counters, after a sample's seed and index: noise added on its way, probes of its likelihood, noise that fills
 the gaps between levels."""

@@ -2,10 +2,20 @@
 
 import pytest
 import torch
-from scipy import linalg
+from scipy import linalg, stats
 
-from pfgm import rng
-from pfgm.metrics import energy_distance, frechet_distance, nearest_neighbour_accuracy
+from pfgm import metrics, rng
+from pfgm.metrics import (
+    Points,
+    copying,
+    energy_distance,
+    frechet_distance,
+    kernel_distance,
+    nearest,
+    nearest_neighbour_accuracy,
+    precision,
+    recall,
+)
 
 F64 = torch.float64
 
@@ -47,3 +57,74 @@ def test_nearest_neighbours_tell_sets_apart():
     assert nearest_neighbour_accuracy(normals(400, 5), normals(400, 6, mean=50.0)) == 1.0
     with pytest.raises(ValueError, match="two or more"):
         energy_distance(normals(1, 1), normals(5, 2))
+
+
+def test_kernel_distance_is_the_unbiased_u_statistic():
+    """Against the double sums written out, and the closed form for two Gaussians in one dimension."""
+    x, y = normals(7, 11).numpy(), normals(5, 12, mean=0.7).numpy()
+
+    def kernel(a, b):
+        return (sum(p * q for p, q in zip(a, b, strict=True)) / 3 + 1) ** 3
+
+    own = [
+        sum(kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) * (len(z) - 1)) for z in (x, y)
+    ]
+    cross = sum(kernel(a, b) for a in x for b in y) / 35
+    assert kernel_distance(torch.tensor(x), torch.tensor(y)) == pytest.approx(own[0] + own[1] - 2 * cross, rel=1e-12)
+    same = torch.tensor([kernel_distance(normals(50, 13, k), normals(50, 14, k)) for k in range(200)])
+    assert abs(float(same.mean())) < 3 * float(same.std()) / 200**0.5
+    # On the line (ab + 1)³ is the product of (1, √3 a, √3 a², a³) with that of b; means (1, 0, √3, 0) and
+    # (1, √3 m, √3 (m² + 1), m³ + 3m).
+    m = 0.5
+    expected = 3 * m**2 + 3 * m**4 + (m**3 + 3 * m) ** 2
+    many = [kernel_distance(normals(2000, 15, k, N=1), normals(2000, 16, k, N=1, mean=m)) for k in range(20)]
+    assert sum(many) / 20 == pytest.approx(expected, rel=0.05)
+
+
+def test_precision_and_recall_see_what_they_should():
+    two = torch.cat([normals(300, 21), normals(300, 22, mean=100.0)])[torch.randperm(600, generator=rng.generator(5))]
+    other = torch.cat([normals(300, 23), normals(300, 24, mean=100.0)])[torch.randperm(600, generator=rng.generator(6))]
+    one = normals(600, 25)
+    assert precision(other, two) > 0.9
+    assert recall(other, two) > 0.9
+    assert precision(one, two) > 0.75, "all samples are like data"
+    assert recall(one, two) == pytest.approx(0.5, abs=0.05), "of half of the data there are none"
+    assert recall(two, one) > 0.75
+    assert precision(two, one) == pytest.approx(0.5, abs=0.05)
+    assert precision(two, two + 1000) == 0.0
+    line = torch.tensor([[0.0], [1.0], [2.0], [3.0], [10.0]])
+    # Third neighbours of 0, 1, 2, 3, 10 are at 3, 2, 2, 3, 9: from 18.9 only the last is near enough, from 19.1 none.
+    x = torch.tensor([[18.9], [19.1], [-2.9], [-3.1], [1.5]])
+    assert precision(x, line) == pytest.approx(3 / 5)
+    with pytest.raises(ValueError, match="third neighbours; give four"):
+        precision(one[:3], two)
+
+
+def test_copies_are_seen_whatever_the_scale():
+    train, held_out, new = normals(400, 31), normals(300, 32), normals(500, 33)
+    assert copying(new, train, held_out) == pytest.approx(0.5, abs=0.05)
+    assert copying(train[:200], train, held_out) == 1.0
+    assert copying(train[:200] * 1e-6, train * 1e-6, held_out * 1e-6) == 1.0
+    assert copying(new + 100, train, held_out) == 0.0
+    half = torch.cat([new[:100], train[:100]])
+    assert copying(half, train, held_out) == pytest.approx(0.75, abs=0.05)
+    ours, others = nearest(new, train)[0][:, 0].numpy(), nearest(held_out, train)[0][:, 0].numpy()
+    assert copying(new, train, held_out) == pytest.approx(
+        1 - stats.mannwhitneyu(ours, others).statistic / (500 * 300), rel=1e-12
+    )
+    assert copying(held_out, train, held_out) == pytest.approx(0.5, abs=1e-12), "ties count half"
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    x, y = normals(23, 41), normals(31, 42, mean=0.3)
+    measures = (energy_distance, frechet_distance, kernel_distance, precision, recall, nearest_neighbour_accuracy)
+    whole = [measure(x, y) for measure in measures]
+    distance, index = nearest(x, y, 4)
+    monkeypatch.setattr(metrics, "BLOCK", 70)
+    assert [measure(Points(x), Points(y)) for measure in measures] == pytest.approx(whole, rel=1e-7)
+    assert torch.equal(nearest(x, y, 4)[1], index)
+    by_hand = ((x[:, None] - y[None]) ** 2).sum(2).sqrt().sort(1)
+    assert torch.equal(index, by_hand.indices[:, :4])
+    assert torch.allclose(distance, by_hand.values[:, :4])
+    with pytest.raises(ValueError, match="sets of 3 and of 2 numbers a sample"):
+        energy_distance(x, y[:, :2])

@@ -1,0 +1,187 @@
+"""What `train.py test` measures: how far samples are from the data, and whether they are copies of it."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from pfgm import metrics, plot, rng
+from pfgm.datamodule import DataModule
+from pfgm.features import extract, load_features, name_of
+from pfgm.metrics import Points
+from pfgm.module import PFGM
+from pfgm.ode import SolverError
+from pfgm.storage import replacing
+
+MEASURES: dict[str, Callable[[Points, Points], float]] = {
+    "energy": metrics.energy_distance,
+    "frechet": metrics.frechet_distance,
+    "kernel": metrics.kernel_distance,
+    "precision": metrics.precision,
+    "recall": metrics.recall,
+    "1-nn": metrics.nearest_neighbour_accuracy,
+}
+HEADS = ("energy distance", "Fréchet", "kernel (KID)", "precision", "recall", "1-NN accuracy")
+
+
+class Evaluation(Callback):
+    """In `test`: distances of `sets` disjoint sets of `n` samples to training and held-out data, printed and in test.json.
+
+    They are distances of values in model space, or, of images, of `features`: "inception", the file of a classifier (`train.py
+    features`), or a network (see `pfgm.features`). Samples are drawn with the labels and under the conditions of training
+    samples, if there are any. Of larger data sets, `reference` samples chosen at random stand for all. The images most like a
+    training image, of those, are shown beside it in nearest.png. Held-out data, `likelihood` of them at most, get their
+    bits/dim with its standard error, if they are discrete and the model has such a likelihood.
+    """
+
+    def __init__(
+        self,
+        n: int = 1000,
+        sets: int = 3,
+        likelihood: int = 1000,
+        reference: int = 10_000,
+        features: nn.Module | str | None = None,
+    ):
+        if n < 4 or sets < 1 or likelihood < 0 or likelihood == 1 or reference < 4:
+            raise ValueError(
+                f"n = {n}, sets = {sets}, likelihood = {likelihood}, reference = {reference}: give n >= 4, at least one set, "
+                "likelihood 0 or >= 2, reference >= 4"
+            )
+        self.n, self.sets, self.likelihood, self.reference = n, sets, likelihood, reference
+        self.features = features
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """ValueError or OSError for features that cannot be had, or that are not for this data."""
+        if stage != "test" or self.features is None:
+            return
+        assert isinstance(pl_module, PFGM)
+        flow, data = pl_module.flow, _data(trainer)
+        if flow.value_range is None or not plot.is_image(flow.shape):
+            raise ValueError(f"features = {self.features}: they are of images, not of {flow.shape}; leave it out")
+        self.net = load_features(self.features)
+        try:
+            extract(self.net, data.held_out.x[:1], flow.value_range, pl_module.device)
+        except RuntimeError as error:
+            raise ValueError(f"features = {self.features}: this network does not take images {flow.shape}: {error}") from error
+
+    @rank_zero_only
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, PFGM)
+        data = _data(trainer)
+        train, held_out = (self._some(part.x) for part in (data.train, data.held_out))
+        given = data.prepared(data.train[torch.arange(self.n) % len(data.train)])  # so that the classes have their shares
+        draws = [
+            pl_module.flow.sample(self.n, seed=seed, labels=given.label, condition=given.condition) for seed in range(self.sets)
+        ]
+        sets = [self._points(pl_module, draw.x) for draw in draws]
+        known, new = self._points(pl_module, train), self._points(pl_module, held_out)
+        result = {
+            "compared": name_of(None if self.features is None else self.net),
+            "samples against training data": compare(sets, known),
+            "samples against held-out data": compare(sets, new),
+            "held-out against training data": compare([new], known),
+            "copying": [metrics.copying(points, known, new) for points in sets],
+            "calls": max(draw.calls for draw in draws),
+            "seconds": sum(draw.seconds for draw in draws),
+            "samples": [self.sets, self.n],
+            "reference": [len(train), len(held_out)],
+            "test_loss": float(trainer.callback_metrics["test_loss"]),
+            "bits/dim": self._bits_per_dim(pl_module, data) if self.likelihood else "not asked for",
+        }
+        with replacing(Path(trainer.default_root_dir) / "test.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
+        if plot.is_image(pl_module.flow.shape):
+            picture = Path(trainer.default_root_dir) / "nearest.png"
+            save_nearest(picture, draws[0].x, sets[0], train, known, pl_module.flow.value_range)
+        print(table(result))
+
+    def _some(self, x: Any) -> Tensor:
+        """All samples `x` [n, ...], or `reference` of them."""
+        if len(x) <= self.reference:
+            return x[:]
+        return x[torch.randperm(len(x), generator=rng.generator(0))[: self.reference]]
+
+    def _points(self, module: PFGM, x: Tensor) -> Points:
+        """Samples in the user's units as what is compared."""
+        if self.features is None:
+            return Points(module.flow.to_model(x.to(module.device, torch.float32)))
+        assert module.flow.value_range is not None
+        return Points(extract(self.net, x, module.flow.value_range, module.device))
+
+    def _bits_per_dim(self, module: PFGM, data: DataModule) -> list[float] | str:
+        """Mean over held-out data and its standard error, or why there is none."""
+        try:
+            module.flow.check_discrete()
+        except ValueError as error:
+            return str(error)
+        try:
+            bits = torch.cat([*self._bits(module, data)])
+        except SolverError as error:
+            return f"bits/dim: {error}"
+        return [float(bits.mean()), float(bits.std() / len(bits) ** 0.5)]
+
+    def _bits(self, module: PFGM, data: DataModule) -> Iterator[Tensor]:
+        """Of held-out data, by batches."""
+        part = data.held_out[slice(self.likelihood)]
+        part = dataclasses.replace(part, condition=data.prepared(part).condition)
+        for k, i in enumerate(range(0, len(part), 256)):
+            batch = part[slice(i, i + 256)]
+            x, given = batch.x.to(module.device), {"labels": batch.label, "condition": batch.condition}
+            yield module.flow.bits_per_dim(x, seed=k, rtol=1e-3, atol=1e-3, **given)
+
+
+def _data(trainer: pl.Trainer) -> DataModule:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return data
+
+
+def compare(sets: list[Points], reference: Points) -> dict[str, list[float]]:
+    """Every measure of each set against `reference`."""
+    return {name: [measure(points, reference) for points in sets] for name, measure in MEASURES.items()}
+
+
+def save_nearest(
+    path: Path, x: Tensor, points: Points, train: Tensor, known: Points, value_range: plot.ValueRange, count: int = 24
+) -> None:
+    """The samples `x` most like a training image, each before its three nearest of `train`; `points`, `known` are compared.
+
+    Two groups in a row, with gaps between them.
+    """
+    low, high = value_range or (float(train.min()), float(train.max()))
+    distance, index = (found.cpu() for found in metrics.nearest(points, known, min(3, len(known))))
+    first = distance[:, 0].argsort()[:count]
+    found = torch.cat([x[first, None].cpu(), train[index[first]].to(x.dtype)], dim=1)
+    gap = torch.full_like(found[:, :1], (low + high) / 2)
+    rows = torch.cat([found, gap], dim=1)
+    plot.save_grid(path, rows.flatten(0, 1), (low, high), columns=2 * rows.shape[1])
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as a table: mean and, over several sets, standard deviation."""
+    sets, n = result["samples"]
+    lines = [f"{sets} sets of {n} samples, {result['calls']} network calls, {result['seconds']:.1f} s; mean (sd over sets)"]
+    train, held_out = result["reference"]
+    lines.append(f"compared: {result['compared']}, with {train} of the training and {held_out} of the held-out data")
+    lines.append(f"{'':32}" + "".join(f"{head:>18}" for head in HEADS))
+    for name, row in result.items():
+        if isinstance(row, dict):
+            lines.append(f"{name:32}" + "".join(f"{_mean_sd(values):>18}" for values in row.values()))
+    lines.append(
+        f"{'copying':32}{_mean_sd(result['copying']):>18}  (samples nearer to training data than held-out data are; "
+        "new data: .5, copies: 1)"
+    )
+    bits = result["bits/dim"]
+    lines.append(f"held-out bits/dim {bits[0]:.3f} ({bits[1]:.3f})" if isinstance(bits, list) else bits)
+    return "\n".join(lines)
+
+
+def _mean_sd(values: list[float]) -> str:
+    x = torch.tensor(values, dtype=torch.float64)
+    return f"{x.mean():.4f}" + (f" ({x.std():.4f})" if len(x) > 1 else "")
