@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh DATA OUT [tests|step|first|second]
 #
-# DATA is CIFAR-10 as one array file (see configs/cifar10_pfgmpp.yaml), OUT the folder for what is measured:
+# DATA is CIFAR-10, in any form that pfgm.data.ImageDataModule takes, OUT the folder for what is measured:
 #   tests   the marked tests                                           -> tests.txt
 #   step    whole step over bare step at CIFAR-10 size, in bfloat16, compiled, and in float32, uncompiled, the way the
 #           research code runs: images per second, peak memory         -> step.md
@@ -23,7 +23,7 @@ step() {
 }
 
 fit() {  # for so many minutes in all; warm-up and average fit the short run
-    "$python" train.py fit --config configs/cifar10_pfgmpp.yaml --data.init_args.path "$data" --run_dir "$out/run" \
+    "$python" train.py fit --config configs/cifar10_pfgmpp.yaml --data.path "$data" --data.held_out 0.02 --run_dir "$out/run" \
         --trainer.max_time "00:00:$1:00" --model.warmup_steps 500 --ema.warmup 0.1 --trainer.val_check_interval 500 \
         --checkpoint.every_n_steps 500 --grid.n 64
 }

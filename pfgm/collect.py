@@ -19,6 +19,7 @@ class Wanted:
     """What images are to become; see `pfgm.data.ImageDataModule`, but `memory` is in bytes."""
 
     size: Sequence[int] | None = None
+    crop: Sequence[int] | None = None
     resize: Resize = "crop"
     channels: int | None = None
     labels: bool | str = False
@@ -36,13 +37,13 @@ def collect(path: str, held_out: float | str, wanted: Wanted, seed: int) -> tupl
     if isinstance(held_out, str):
         sources.append(open_source(held_out, wanted.root, "held_out"))
     surveys = [Survey.of(source) for source in sources]
-    form = surveys[0].form(path, wanted.size, wanted.channels)
+    form = surveys[0].form(path, wanted.size or wanted.crop, wanted.channels)
     label = _labels(sources, wanted.labels, path)
     rows = [torch.tensor(sorted(survey.forms), dtype=torch.long) for survey in surveys]
     if not isinstance(held_out, str):
         known = None if label[0] is None else label[0][rows[0]]
         rows = [rows[0][torch.from_numpy(part)] for part in split_rows(len(rows[0]), known, held_out, seed)]
-    sets = [ImageSet(sources[k % len(sources)], part.tolist(), form, wanted.resize) for k, part in enumerate(rows)]
+    sets = [ImageSet(sources[k % len(sources)], part.tolist(), form, wanted.resize, wanted.crop) for k, part in enumerate(rows)]
     fit = sum(images.bytes for images in sets) <= wanted.memory
     _announce(path, surveys, sets, fit)
     damaged = [
@@ -82,7 +83,7 @@ def _announce(path: str, surveys: Sequence[Survey], sets: Sequence[ImageSet], fi
     _, channels, height, width = train.shape
     size = (train.bytes + rest.bytes) / 1e9
     small = sum(form.height < height or form.width < width for survey in surveys for form in survey.forms.values())
-    enlarged = f" ({small} smaller ones are enlarged)" if small and train.resize != "none" else ""
+    enlarged = f" ({small} smaller ones are enlarged)" if small and train.crop is None else ""
     rank_zero_info(
         f"{path}: {'; '.join(survey.kinds() for survey in surveys)}. As {channels} x {height} x {width}{enlarged}: "
         f"{len(train)} for training, {len(rest)} held out, {size:.3g} GB, "

@@ -1,7 +1,6 @@
 """Data modules: they know what the data is, its units and levels, and what samples are conditioned on."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -143,9 +142,10 @@ class ImageDataModule(DataModule):
     """Images of any size and kind, in units of 0..255, or 0..65535 if all are grey of 16 bits: [1 or 3, height, width].
 
     `path` is a folder (with its sub-folders), a .zip, read in place, a .npy, .npz or .pt file, torchvision:NAME[:split], which
-    is downloaded to `root` (default: data), or huggingface:ID[:split]. Images get `size`, one number or (height, width), by
-    `resize`: "crop" scales and cuts out the middle, "stretch" scales both sides, "none" cuts out the middle unscaled; without
-    `size` they must all have one. They are grey if all are, or have so many `channels`; what is transparent becomes white.
+    is downloaded to `root` (default: data), or huggingface:ID[:split]. First the middle `crop` of an image is cut out, then it
+    gets `size`, both one number or (height, width), by `resize`: "crop" scales it to cover the size and cuts out the middle,
+    "stretch" scales both sides. Without either all must have one size. They are grey if all are, or have so many `channels`;
+    what is transparent becomes white.
 
     `labels` are taken from dataset.json (EDM's zips), the first level of sub-folders, the array or the set, if true, or from a
     CSV of files and labels. `held_out` is a share, or the path of other images. Damaged images are named and end the run,
@@ -162,6 +162,7 @@ class ImageDataModule(DataModule):
         size: int | tuple[int, int] | None = None,
         batch_size: int = 128,
         *,
+        crop: int | tuple[int, int] | None = None,
         resize: Resize = "crop",
         channels: Literal[1, 3] | None = None,
         labels: bool | str = False,
@@ -176,9 +177,10 @@ class ImageDataModule(DataModule):
         mean: float | None = None,
         seed: int = 0,
     ):
-        check_image_options(size, channels, memory, workers)
+        check_image_options(channels, memory, workers)
         wanted = Wanted(
-            size=(size, size) if isinstance(size, int) else size,
+            size=sides("size", size),
+            crop=sides("crop", crop),
             resize=resize,
             channels=channels,
             labels=labels,
@@ -204,13 +206,16 @@ class ImageDataModule(DataModule):
         )
 
 
-def check_image_options(
-    size: int | Sequence[int] | None, channels: int | None, memory: float | None, workers: int | None
-) -> None:
+def sides(name: str, value: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """(height, width), of one number a square. ValueError, which calls it `name`, if it is none."""
+    pair = (value, value) if isinstance(value, int) else value
+    if pair is not None and (len(pair) != 2 or min(pair) < 1):
+        raise ValueError(f"{name} = {value}: give one number of pixels, or two, (height, width)")
+    return pair
+
+
+def check_image_options(channels: int | None, memory: float | None, workers: int | None) -> None:
     """ValueError for numbers that no images could have."""
-    sides = () if size is None else (size, size) if isinstance(size, int) else tuple(size)
-    if size is not None and (len(sides) != 2 or min(sides) < 1):
-        raise ValueError(f"size = {size}: give one number of pixels, or two, (height, width)")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels = {channels}: give 1 (grey) or 3 (RGB), or leave it out")
     if (workers is not None and workers < 1) or (memory is not None and not memory >= 0):

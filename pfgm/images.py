@@ -3,6 +3,7 @@
 An array here is [height, width, 1 or 3], of 8 bits (uint8) or 16 (uint16).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -12,7 +13,7 @@ from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
-Resize = Literal["crop", "stretch", "none"]
+Resize = Literal["crop", "stretch"]
 
 
 class ImageError(ValueError):
@@ -93,21 +94,16 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def fit(array: np.ndarray, form: Form, resize: Resize = "crop") -> np.ndarray:
-    """`array` in another form. Grey is ITU-R 601 luma; 16 bits become 8 by rounding.
+def fit(array: np.ndarray, form: Form, resize: Resize = "crop", crop: Sequence[int] | None = None) -> np.ndarray:
+    """`array`, or its middle `crop` (height, width), in another form. Grey is ITU-R 601 luma; 16 bits become 8 by rounding.
 
-    "crop" scales an image so that it just covers the size, and cuts out the middle; "stretch" scales both sides; "none" cuts
-    out the middle unscaled, and raises ImageError for an image that is too small. Scaling is Lanczos' with antialiasing.
+    "crop" scales an image so that it just covers the size, and cuts out the middle; "stretch" scales both sides. Scaling is
+    Lanczos' with antialiasing. ImageError for an image smaller than `crop`.
     """
-    array = _depth(_channels(array, form.channels), form)
+    array = _depth(_channels(array if crop is None else _middle(array, *crop), form.channels), form)
     height, width = array.shape[:2]
     if (height, width) == (form.height, form.width):
         return array
-    if resize == "none":
-        if height < form.height or width < form.width:
-            raise ImageError(f"it has {height} x {width} pixels, fewer than {form.height} x {form.width}")
-        top, left = (height - form.height) // 2, (width - form.width) // 2
-        return array[top : top + form.height, left : left + form.width]
     h, w = float(height), float(width)
     if resize == "crop":
         h, w = min(h, w * form.height / form.width), min(w, h * form.width / form.height)
@@ -117,6 +113,14 @@ def fit(array: np.ndarray, form: Form, resize: Resize = "crop") -> np.ndarray:
         return _scaled(array, form, box)
     planes = [_scaled(array[..., c].astype(np.float32), form, box) for c in range(form.channels)]
     return np.concatenate(planes, axis=2).round().clip(0, 65535).astype(np.uint16)
+
+
+def _middle(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    rows, columns = array.shape[:2]
+    if rows < height or columns < width:
+        raise ImageError(f"it has {rows} x {columns} pixels, fewer than {height} x {width}")
+    top, left = (rows - height) // 2, (columns - width) // 2
+    return array[top : top + height, left : left + width]
 
 
 def _scaled(array: np.ndarray, form: Form, box: tuple[float, float, float, float]) -> np.ndarray:

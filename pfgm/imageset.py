@@ -79,8 +79,10 @@ class ImageSet:
 
     ndim = 4
 
-    def __init__(self, source: Source, rows: Sequence[int], form: Form, resize: Resize):
-        self.source, self.rows, self.form, self.resize = source, rows, form, resize
+    def __init__(
+        self, source: Source, rows: Sequence[int], form: Form, resize: Resize = "crop", crop: Sequence[int] | None = None
+    ):
+        self.source, self.rows, self.form, self.resize, self.crop = source, rows, form, resize, crop
         self.dtype = torch.uint8 if form.bits == 8 else torch.int32
 
     @property
@@ -106,7 +108,7 @@ class ImageSet:
 
     def read(self, row: int) -> Tensor:
         """Image `row` of the source, [C, H, W]. ImageError if it is damaged."""
-        array = fit(self.source.read(row), self.form, self.resize)
+        array = fit(self.source.read(row), self.form, self.resize, self.crop)
         return torch.from_numpy(array.astype("uint8" if self.form.bits == 8 else "int32")).permute(2, 0, 1)
 
     def load(self, threads: int = 1) -> tuple[Tensor, dict[int, str]]:
@@ -123,7 +125,7 @@ class ImageSet:
         """Those that can be read, and why the others cannot be used. Nothing is kept."""
         damaged: dict[int, str] = {}
         good = [row for row, _ in _each(lambda row: self.read(row).shape, self.rows, damaged, "checking images", threads)]
-        return ImageSet(self.source, good, self.form, self.resize), damaged
+        return ImageSet(self.source, good, self.form, self.resize, self.crop), damaged
 
 
 def _each(

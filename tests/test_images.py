@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from test_training import ROOT, SMALL, fit, last
 from torch.utils.data import DataLoader
@@ -20,6 +21,10 @@ from pfgm.data import ImageDataModule
 from pfgm.files import read_images
 from pfgm.images import Form, ImageError, read_header, read_pixels
 from pfgm.imageset import ImageSet
+from pfgm.module import PFGM
+from pfgm.nn import UNet
+from pfgm.noise import DataSummary
+from pfgm.spec import build
 from pfgm.stream import Preparation, Stream
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -94,9 +99,10 @@ def test_fitted_images_show_the_right_part_at_the_right_size(bits):
         stretched = images.fit(image, form, "stretch")[..., 0] / top
         assert np.abs(stretched - wave(16, 24, height / 64, width / 64))[inner].max() < 0.02, "stretch"
     image = np.arange(20 * 30).reshape(20, 30, 1).astype(form.dtype)
-    assert np.array_equal(images.fit(image, form, "none"), image[2:18, 3:27])
+    assert np.array_equal(images.fit(image, form, crop=(16, 24)), image[2:18, 3:27])
+    assert np.array_equal(images.fit(image, form, crop=(8, 20)), images.fit(image[6:14, 5:25], form))
     with pytest.raises(ImageError, match="it has 9 x 40 pixels, fewer than 16 x 24"):
-        images.fit(np.zeros((9, 40, 1), form.dtype), form, "none")
+        images.fit(np.zeros((9, 40, 1), form.dtype), form, crop=(16, 24))
 
 
 def test_channels_and_depth_are_converted():
@@ -376,12 +382,13 @@ def test_sets_read_from_the_disk_train_and_are_tested(tmp_path):
         ({"held_out": 0.99}, "held_out = 0.99: of 24 samples none would be left"),
         ({"size": 0}, "size = 0: give one number of pixels"),
         ({"size": (8, 0)}, r"size = \(8, 0\)"),
+        ({"crop": -1}, "crop = -1: give one number of pixels"),
         ({"channels": 4}, "channels = 4: give 1"),
         ({"workers": 0}, "workers = 0"),
         ({"memory": -1.0}, "memory = -1.0"),
         ({"labels": "none.csv"}, "labels = none.csv does not exist"),
         (
-            {"resize": "none", "size": 64},
+            {"crop": 64},
             "24 of 24 images cannot be used: cat/00.png .it has 12 x 16 pixels, fewer than",
         ),
         ({"batch_size": 0}, "batch_size = 0"),
@@ -424,3 +431,33 @@ def test_damaged_pictures_for_sample_py_are_named(tmp_path):
         read_images(tmp_path / "a.png", (3, 6, 5), "image")
     Image.fromarray(DEEP).save(tmp_path / "b.png")
     assert np.allclose(read_images(tmp_path / "b.png", (3, 6, 5))[0, 1].numpy(), DEEP / 65535, atol=1e-6)
+
+
+PUBLISHED = [("cifar10_pfgmpp", None), ("cifar10_pfgmpp", 2048), ("cifar10_edm", None), ("cifar10_pfgm", None)]
+PUBLISHED += [("ffhq64", None), ("celeba64", None), ("church256", None)]
+
+
+@pytest.mark.parametrize(("config", "D"), PUBLISHED)
+def test_published_configurations_make_their_models(config, D):
+    """At full size, on the meta device, for made-up data of their size."""
+    settings = yaml.safe_load((ROOT / "configs" / f"{config}.yaml").read_text())
+    data, model = settings["data"]["init_args"], settings["model"]
+    size, D, net = data.get("size", 32), D or model["D"], model.pop("net")["init_args"]
+    shape = (3, size, size)
+    options = {name: build(value) if isinstance(value, dict) else value for name, value in model.items()}
+    with torch.device("meta"):
+        options["net"] = UNet(shape, extra_channels=options["loss"].extra_channels, **net)
+    summary = DataSummary(shape, 0.5, 0.5 * (3 * size**2) ** 0.5, 0.05, scale=127.5, mean=torch.zeros(shape))
+    module = PFGM(**options | {"data": summary, "D": D})
+    assert float(D) == module.flow.kernel.D
+    assert [size // 2**level for level in net["attention_levels"]] == [16]
+    assert next(module.flow.denoiser.parameters()).is_meta
+    millions = {"cifar10_pfgm": 61.8, "ffhq64": 61.8, "celeba64": 61.8, "church256": 124.1}.get(config, 55.7)
+    assert round(sum(p.numel() for p in module.parameters()) / 1e6, 1) == millions
+
+
+def test_configurations_that_should_differ_in_one_thing_do():
+    edm, pfgmpp = (yaml.safe_load((ROOT / "configs" / f"cifar10_{name}.yaml").read_text()) for name in ("edm", "pfgmpp"))
+    assert (edm["model"].pop("D"), pfgmpp["model"].pop("D")) == ("inf", 128)
+    assert (edm.pop("run_dir"), pfgmpp.pop("run_dir")) == ("runs/cifar10_edm", "runs/cifar10_pfgmpp")
+    assert edm == pfgmpp

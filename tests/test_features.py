@@ -1,0 +1,267 @@
+"""Feature networks, and what `test` reports by them."""
+
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import ROOT, SMALL, TOY, fit
+from torch import nn
+from torchvision.transforms.functional import gaussian_blur
+
+from pfgm import cli, evaluation, features, metrics, prepare, rng, storage
+from pfgm.data import Digits
+from pfgm.evaluation import Evaluation
+from pfgm.features import Classifier, accuracy, extract, fit_classifier, load_features, save_classifier
+from pfgm.metrics import Points
+from pfgm.stream import Part
+
+RANGE = (-1.0, 1.0)
+DIGITS = ["--config", str(ROOT / "configs" / "digits_pfgmpp.yaml"), *SMALL]
+
+
+@pytest.fixture(scope="module")
+def judge():
+    """A classifier of half of the digits."""
+    data = Digits(labels=True, held_out=0.5)
+    net = fit_classifier(data.train, RANGE, steps=120, batch_size=64, width=16)
+    return net, data
+
+
+def test_a_classifier_learns_labels_and_without_them_rotations(judge):
+    net, data = judge
+    assert accuracy(net, data.held_out, RANGE, 0) > 0.9
+    turns = fit_classifier(Part(data.train.x), RANGE, steps=60, batch_size=64, width=16)
+    assert turns.out.out_features == 4
+    assert accuracy(turns, Part(data.held_out.x), RANGE, 0) > 0.5
+    again = fit_classifier(Part(data.train.x), RANGE, steps=60, batch_size=64, width=16)
+    assert all(torch.equal(a, b) for a, b in zip(turns.parameters(), again.parameters(), strict=True)), "by the seed alone"
+
+
+def test_rotated_images_are_asked_for_their_turn():
+    x = torch.randint(0, 256, (200, 3, 6, 8), dtype=torch.uint8)
+    asked, turns = features.questions({"x": x}, (0.0, 255.0), seed=1, step=2)
+    square = x[:, :, :, 1:7].numpy() / 255
+    for image, before, k in zip(asked.numpy(), square, turns.tolist(), strict=True):
+        assert np.allclose(image, np.rot90(before, k, (1, 2)), atol=1e-6)
+    assert turns.bincount().min() > 30
+    same = features.questions({"x": x, "label": turns}, (0.0, 255.0), seed=1, step=2)
+    assert torch.allclose(same[0], x / 255)
+    assert torch.equal(same[1], turns)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 20), (1, 3, 5), (3, 64, 64)])
+def test_classifiers_take_images_of_any_size_and_are_stored(shape, tmp_path):
+    net = Classifier(shape[0], 5, width=8).eval()
+    x = torch.rand(7, *shape) * 255
+    values = extract(net, x, (0.0, 255.0), torch.device("cpu"), batch=3)
+    assert values.shape == (7, 32)
+    assert torch.allclose(values, net(x / 255), atol=1e-5)
+    save_classifier(tmp_path / "a.safetensors", net, {"seed": 3})
+    loaded = load_features(str(tmp_path / "a.safetensors"))
+    assert torch.equal(extract(loaded, x, (0.0, 255.0), torch.device("cpu"), batch=3), values)
+    digest = storage.read_header(tmp_path / "a.safetensors")["digest"]
+    assert features.name_of(loaded) == f"Classifier {digest[:12]}"
+
+
+def test_features_that_cannot_be_had_are_named(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match='features = none does not exist: give "inception", a file of'):
+        load_features("none")
+    storage.write_tensors(tmp_path / "b.safetensors", {"x": torch.zeros(1)}, {"step": 1})
+    with pytest.raises(ValueError, match=r"no classifier; make one with python train.py features"):
+        load_features(str(tmp_path / "b.safetensors"))
+
+    def offline(*args):
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(OSError, match=r"cannot be downloaded \(no network\). Download https://.*pth elsewhere and put it"):
+        load_features("inception")
+    weights = tmp_path / "hub" / "checkpoints" / features.INCEPTION.rpartition("/")[2]
+    weights.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    with pytest.raises(ValueError, match=r"holds no weights .*; download it anew"):
+        load_features("inception")
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'pfgm\[inception\]'"):
+        load_features("inception")
+
+
+class Evil:
+    """Code in a pickle."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (type(self.path).touch, (self.path,))
+
+
+def test_inception_gets_bytes_of_three_channels_and_gives_2048_features(tmp_path, monkeypatch):
+    """With random weights, stored as the published ones are."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    kind = module.FeatureExtractorInceptionV3
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(kind, "load_state_dict", lambda self, state: None)
+        net = kind("inception-v3-compat", ["2048"])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = tmp_path / "hub" / "checkpoints" / features.INCEPTION.rpartition("/")[2]
+    weights.parent.mkdir(parents=True)
+    torch.save(net.state_dict(), weights)
+    x = torch.rand(2, 1, 12, 12, generator=rng.generator(0))
+    values = load_features("inception")(x)
+    expected = net((x * 255).round().to(torch.uint8).repeat(1, 3, 1, 1))[0]
+    assert values.shape == (2, 2048)
+    assert torch.equal(values, expected)
+
+
+def degraded(judge):
+    """{kind: sets from slightly to badly degraded}, each as Points, beside those of training and of two held-out sets."""
+    net, data = judge
+    x, label = data.held_out.x[:450], data.held_out.label[:450]
+    noise = torch.randn(x.shape, generator=rng.generator(7))
+    copies = [torch.cat([data.train.x[: int(450 * share)], x[int(450 * share) :]]) for share in (0.25, 0.5, 1.0)]
+    sets = {
+        "blur": [gaussian_blur(x, [5, 5], [width, width]) for width in (0.5, 0.7, 1.2)],
+        "noise": [(x + 2 * std * noise).clamp(-1, 1) for std in (0.1, 0.2, 0.4)],
+        "classes": [x[label < count].repeat(4, 1, 1, 1)[:450] for count in (8, 5, 2)],
+        "copies": copies,
+    }
+
+    def points(images):
+        return Points(extract(net, images, RANGE, torch.device("cpu")))
+
+    return {kind: [points(s) for s in group] for kind, group in sets.items()}, *map(
+        points, (data.train.x, x, data.held_out.x[450:])
+    )
+
+
+def test_each_degradation_is_ranked_by_the_measure_that_should_see_it(judge):
+    sets, train, real, other = degraded(judge)
+
+    def along(measure, kind):
+        return [measure(real), *(measure(s) for s in sets[kind])]
+
+    def rises(values):
+        return all(a < b for a, b in itertools.pairwise(values))
+
+    for measure in (metrics.frechet_distance, metrics.kernel_distance, metrics.energy_distance):
+        for kind in ("blur", "noise", "classes"):
+            assert rises(along(lambda s, m=measure: m(s, train), kind)), (measure.__name__, kind)
+    for kind in ("blur", "noise"):
+        assert rises(along(lambda s: -metrics.precision(s, train), kind)[1:]), kind
+        assert metrics.precision(sets[kind][2], train) < metrics.precision(real, train) - 0.2
+    assert rises(along(lambda s: -metrics.recall(s, train), "classes"))
+    assert metrics.precision(sets["classes"][2], train) > metrics.precision(real, train) - 0.1, "what is left is still real"
+    copying = along(lambda s: metrics.copying(s, train, other), "copies")
+    assert rises(copying)
+    assert copying[0] == pytest.approx(0.5, abs=0.06)
+    assert copying[3] > 0.99
+    blurred, copied = (metrics.frechet_distance(sets[kind][k], train) for kind, k in (("blur", 1), ("copies", 2)))
+    assert copied < blurred / 2, "it cannot see copies"
+
+
+def test_runs_are_tested_by_a_classifier_of_their_data(tmp_path, capsys):
+    made = [
+        "features",
+        *DIGITS[:2],
+        "--data.labels",
+        "true",
+        "--steps=3",
+        "--width=8",
+        "--out",
+        str(tmp_path / "f.safetensors"),
+    ]
+    prepare.prepare(made)
+    assert "of the labels of 360 held-out images right" in capsys.readouterr().out
+    header = storage.read_header(tmp_path / "f.safetensors")
+    assert header["made"]["of"] == "labels"
+    assert header["made"]["data"]["class_path"] == "pfgm.data.Digits"
+    base = [*DIGITS, "--model.net.init_args.width=8", "--model.net.init_args.blocks=1"]
+    fit(tmp_path / "run", "--trainer.max_steps=1", base=base)
+    options = ["--evaluation.n=20", "--evaluation.sets=2", f"--evaluation.features={tmp_path}/f.safetensors"]
+    cli.main(["test", *base, "--run_dir", str(tmp_path / "run"), *options, "--evaluation.reference=50"])
+    result = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert result["compared"] == f"Classifier {header['digest'][:12]}"
+    assert result["reference"] == [50, 50]
+    for row in ("samples against training data", "samples against held-out data", "held-out against training data"):
+        assert list(result[row]) == ["energy", "frechet", "kernel", "precision", "recall", "1-nn"]
+    assert len(result["copying"]) == len(result["samples against training data"]["kernel"]) == 2
+    assert (tmp_path / "run" / "nearest.png").exists()
+    table = capsys.readouterr().out
+    assert "copying " in table
+    assert "Classifier" in table
+    with pytest.raises(ValueError, match="this network does not take images"):
+        cli.main(["test", *base, "--run_dir", str(tmp_path / "run"), "--evaluation.features=test_features.Colour"])
+
+
+class Colour(nn.Module):
+    """A network for colour images."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.layer(x).mean((2, 3))
+
+
+def test_figures_are_those_of_the_network_given(judge):
+    """Of any network, here one whose features are the four quarters of an image."""
+    net = nn.Sequential(nn.AvgPool2d(4), nn.Flatten())
+    x = torch.rand(6, 1, 8, 8) * 2 - 1
+    expected = ((x + 1) / 2).reshape(6, 2, 4, 2, 4).mean((2, 4)).flatten(1)
+    assert torch.allclose(extract(net, x, RANGE, torch.device("cpu")), expected, atol=1e-6)
+    assert load_features(net) is net
+    assert float(extract(net, x * 9, RANGE, torch.device("cpu")).max()) <= 1, "as pictures would be clipped"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 3}, "n = 3"),
+        ({"reference": 2}, "reference = 2"),
+        ({"likelihood": 1}, "likelihood = 1"),
+    ],
+)
+def test_sizes_of_an_evaluation_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        Evaluation(**options)
+
+
+def test_features_of_points_are_refused(tmp_path):
+    fit(tmp_path, "--trainer.max_steps=1")
+    with pytest.raises(ValueError, match=r"features = inception: they are of images, not of \(2,\)"):
+        cli.main(["test", *TOY, "--run_dir", str(tmp_path), "--evaluation.features=inception"])
+
+
+def test_samples_are_shown_beside_their_nearest_training_images(tmp_path):
+    """Brightness says which image is which."""
+    train = torch.linspace(0, 1, 11)[:, None, None, None].expand(-1, 1, 32, 32)
+    x = torch.tensor([0.52, 0.9, 0.33])[:, None, None, None].expand(-1, 1, 32, 32)
+    evaluation.save_nearest(tmp_path / "n.png", x, Points(x), train, Points(train), (0.0, 1.0), count=2)
+    picture = np.asarray(Image.open(tmp_path / "n.png").convert("L"))
+    shown = picture[18, 18 :: 32 + 2][:8] / 255
+    assert shown == pytest.approx([0.9, 0.9, 0.8, 1.0, 0.5, 0.52, 0.5, 0.6], abs=0.01) or shown == pytest.approx(
+        [0.9, 0.9, 1.0, 0.8, 0.5, 0.52, 0.5, 0.6], abs=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out=a.pt"], "out = a.pt: give a file ending in .safetensors"),
+        (["--out=a.safetensors", "--width=5"], "width = 5"),
+        (["--out=a.safetensors", "--steps=0"], "steps = 0"),
+        (["--out=a.safetensors", "--config", str(ROOT / "configs" / "heart.yaml")], r"not of samples of shape \(2,\)"),
+    ],
+)
+def test_bad_options_of_features_are_named(words, message):
+    config = [] if "--config" in words else ["--config", str(ROOT / "configs" / "digits.yaml")]
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare(["features", *config, *words])
