@@ -58,11 +58,15 @@ class Evaluation(Callback):
         self.features = features
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """ValueError or OSError for features that cannot be had, or that are not for this data."""
-        if stage != "test" or self.features is None:
+        """ValueError or OSError for too little data, for features that cannot be had, or that are not for this data."""
+        if stage != "test":
             return
         assert isinstance(pl_module, PFGM)
         flow, data = pl_module.flow, _data(trainer)
+        if min(len(data.train), len(data.held_out)) < 2:
+            raise ValueError(f"data.held_out leaves {len(data.held_out)} samples; a test compares with two or more")
+        if self.features is None:
+            return
         if flow.value_range is None or not plot.is_image(flow.shape):
             raise ValueError(f"features = {self.features}: they are of images, not of {flow.shape}; leave it out")
         self.net = load_features(self.features)

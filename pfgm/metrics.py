@@ -52,10 +52,9 @@ class Points:
 
     @cached_property
     def radii(self) -> Tensor:
-        """Distance [n] of each sample to its third nearest neighbour. ValueError for fewer than four."""
-        if len(self) < 4:
-            raise ValueError(f"a set of {len(self)} samples has no third neighbours; give four or more")
-        return torch.cat([block.kthvalue(4, dim=1).values for block in _blocks(self, self, _distances)])  # the first is itself
+        """Distance [n] of each sample to its third nearest neighbour, or in a smaller set the furthest."""
+        k = min(4, len(self))  # the first is itself
+        return torch.cat([block.kthvalue(k, dim=1).values for block in _blocks(self, self, _distances)])
 
 
 def energy_distance(x: Tensor | Points, y: Tensor | Points) -> float:
@@ -93,7 +92,7 @@ def precision(x: Tensor | Points, y: Tensor | Points) -> float:
     """Share of samples x that lie among the data y: nearer to some of y than its third nearest neighbour in y.
 
     The recall of x is precision(y, x). Both depend on the number of samples: takes as many of x as of y. Source: Kynkäänniemi
-    et al. (arXiv 1904.06991). ValueError for fewer than four samples.
+    et al. (arXiv 1904.06991). ValueError as for `energy_distance`.
     """
     a, b = _pair(x, y)
     n = min(len(a), len(b))

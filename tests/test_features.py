@@ -234,6 +234,14 @@ def test_sizes_of_an_evaluation_are_checked(options, message):
         Evaluation(**options)
 
 
+def test_one_held_out_sample_is_no_test(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(9, 3)))
+    base = ["--data=pfgm.data.Arrays", f"--data.path={tmp_path}/x.npy", "--model.net=pfgm.nn.TimeMLP", *SMALL]
+    fit(tmp_path / "run", "--trainer.max_steps=1", base=base)
+    with pytest.raises(ValueError, match="held_out leaves 1 samples; a test compares with two"):
+        cli.main(["test", *base, "--run_dir", str(tmp_path / "run")])
+
+
 def test_features_of_points_are_refused(tmp_path):
     fit(tmp_path, "--trainer.max_steps=1")
     with pytest.raises(ValueError, match=r"features = inception: they are of images, not of \(2,\)"):
