@@ -1,18 +1,27 @@
-"""Commands of train.py around a run, by a first word: a classifier whose features `test` compares."""
+"""Commands of train.py before a run, by a first word: advice on its settings, a classifier whose features `test` compares."""
 
+import inspect
 import json
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import auto_cli
 
 from pfgm import plot
+from pfgm.advice import Measured, recommend, to_yaml
+from pfgm.data import Arrays, ImageDataModule
 from pfgm.datamodule import DataModule
 from pfgm.draw import check_device
 from pfgm.features import accuracy, fit_classifier, save_classifier
+from pfgm.files import ARRAYS
+from pfgm.imageset import Survey
 from pfgm.output import check_writable
+from pfgm.sources import open_source
 
 
 def features(
@@ -60,12 +69,64 @@ def features(
     print(f"{right:.4f} of the {kind} of {len(data.held_out)} held-out images right -> {out}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"features": features}
+def advise(
+    path: str,
+    *,
+    size: int | None = None,
+    labels: bool | str = False,
+    skip_damaged: bool = False,
+    D: float | str = 128.0,
+    gpu: bool | None = None,
+    run_dir: str = "runs/mine",
+) -> None:
+    """Look at a data set and print a configuration for it, with the reasons: train.py advise photos > photos.yaml
+
+    Args:
+        path: Images, as pfgm.data.ImageDataModule takes them, or a .npy, .npz or .pt file of other samples.
+        size: Of the images; default: theirs if all have one, else the power of two below the median side, at most 64.
+        labels: Whether to train with labels, or a CSV file of them.
+        skip_damaged: Leave damaged images out.
+        D: Augmented dimensions, from .5 to inf; 1 gives PFGM with its own objective.
+        gpu: Whether training has a GPU; default: whether this machine has one.
+        run_dir: Folder of the run.
+    """
+    data = look_at(path, size, labels, skip_damaged)
+    settings = recommend(Measured.of(data), trimmed(data.spec), D, torch.cuda.is_available() if gpu is None else gpu)
+    print(f"# Recommended for {path}: {len(data.train)} training samples of shape {data.shape}.")
+    if len(data.train) < 5000:
+        print("# They are few: begin with the weights of a model of similar data with this network, --init_from other.ckpt.")
+    print(to_yaml({"run_dir": run_dir} | settings))
+
+
+def look_at(path: str, size: int | None, labels: bool | str, skip_damaged: bool) -> DataModule:
+    """The data module for what is at `path`: images if it can be read so. ValueError or OSError if neither can read it."""
+    try:
+        source = open_source(path)
+    except ValueError:
+        if not path.endswith(ARRAYS) or not isinstance(labels, bool):
+            raise
+        return Arrays(Path(path), labels=labels)
+    forms = Survey.of(source).forms.values()
+    if size is None and len({(form.height, form.width) for form in forms}) > 1:
+        middle = statistics.median(min(form.height, form.width) for form in forms)
+        size = min(64, 2 ** int(math.log2(middle)))
+    return ImageDataModule(path, size=size, labels=labels, skip_damaged=skip_damaged)
+
+
+def trimmed(spec: dict[str, Any]) -> dict[str, Any]:
+    """A data section without seed and batch size, and without what is as by default."""
+    class_ = Arrays if spec["class_path"].endswith("Arrays") else ImageDataModule
+    parameters = inspect.signature(class_.__init__).parameters
+    given = {name: value for name, value in spec["init_args"].items() if value != parameters[name].default}
+    return {**spec, "init_args": {name: value for name, value in given.items() if name not in ("seed", "batch_size")}}
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"features": features, "advise": advise}
 
 
 def prepare(words: Sequence[str]) -> None:
     """Run the command that the first of `words` names with the others as its options."""
-    auto_cli(COMMANDS[words[0]], args=with_data_of(words[1:]), as_positional=False, prog=f"train.py {words[0]}")
+    auto_cli(COMMANDS[words[0]], args=with_data_of(words[1:]), as_positional=words[0] == "advise", prog=f"train.py {words[0]}")
 
 
 def with_data_of(words: Sequence[str]) -> list[str]:
