@@ -137,7 +137,7 @@ def _each(
         return [_attempt(read, row) for row in chunk]
 
     chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
-    bar = tqdm(total=len(rows), desc=what, unit=" images", delay=2, leave=False, dynamic_ncols=True)
+    bar = tqdm(total=len(rows), desc=what, unit=" images", delay=2, leave=False, dynamic_ncols=True, disable=None)
     with ThreadPoolExecutor(threads) as pool, bar:
         for done in map(some, chunks) if threads == 1 else pool.map(some, chunks):
             bar.update(len(done))

@@ -135,5 +135,10 @@ def with_data_of(words: Sequence[str]) -> list[str]:
     if "--config" not in words[:-1]:
         return words
     i = words.index("--config")
-    section = yaml.safe_load(Path(words[i + 1]).read_text())["data"]
+    try:
+        section = yaml.safe_load(Path(words[i + 1]).read_text())["data"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"config = {words[i + 1]} has no data section ({type(error).__name__}); give a training configuration"
+        ) from error
     return [*words[:i], "--data", json.dumps(section), *words[i + 2 :]]

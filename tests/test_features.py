@@ -269,7 +269,10 @@ def test_samples_are_shown_beside_their_nearest_training_images(tmp_path):
         (["--out=a.safetensors", "--config", str(ROOT / "configs" / "heart.yaml")], r"not of samples of shape \(2,\)"),
     ],
 )
-def test_bad_options_of_features_are_named(words, message):
+def test_bad_options_of_features_are_named(words, message, tmp_path):
+    (tmp_path / "empty.yaml").write_text("model: 3")
+    with pytest.raises(ValueError, match=r"empty.yaml has no data section \(KeyError\)"):
+        prepare.prepare(["features", f"--config={tmp_path}/empty.yaml", *words])
     config = [] if "--config" in words else ["--config", str(ROOT / "configs" / "digits.yaml")]
     with pytest.raises(ValueError, match=message):
         prepare.prepare(["features", *config, *words])
