@@ -43,7 +43,7 @@ _ROOMS = [
     "draw",
     "metrics",
 ]
-_ROOMS += ["degrade", "augment", "data"]
+_ROOMS += ["degrade", "augment", "features", "data"]
 
 
 def __getattr__(name: str) -> Any:

@@ -54,7 +54,8 @@ class DataModule(Recorded, pl.LightningDataModule):
         if dequantize and not levels:
             raise ValueError("dequantize = True: this data is continuous, it has no levels; leave dequantize out")
         self.train, self.held_out, self.batch_size, self.seed = train, held_out, batch_size, seed
-        num_classes = 0 if train.label is None else int(train.label.max()) + 1
+        labels = [part.label for part in (train, held_out) if part.label is not None]
+        num_classes = int(torch.cat(labels).max()) + 1 if labels else 0
         if num_classes > len(train):
             raise ValueError(f"labels go up to {num_classes - 1} for {len(train)} samples; number the classes from 0")
         if degrade is not None:

@@ -210,6 +210,20 @@ def test_labels_from_a_csv_file(tmp_path):
         ImageDataModule(str(folder), size=8, labels=str(table))
 
 
+def test_classes_that_occur_once_or_only_among_the_held_out_count(tmp_path):
+    for i, name in enumerate("aaaabbbc"):
+        place = tmp_path / "images" / name / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(place)
+    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "images" / "d.png")
+    (tmp_path / "other" / "e").mkdir(parents=True)
+    (tmp_path / "images" / "d.png").rename(tmp_path / "other" / "e" / "d.png")
+    data = ImageDataModule(str(tmp_path / "images"), labels=True)
+    assert (data.num_classes, len(data.train), len(data.held_out)) == (3, 7, 1)
+    data = ImageDataModule(str(tmp_path / "images"), labels=True, held_out=str(tmp_path / "other"))
+    assert (data.num_classes, data.held_out.label.tolist(), data.train.label.tolist()) == (4, [3], [0, 0, 0, 0, 1, 1, 1, 2])
+
+
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "nhw", "deep"])
 def test_array_files(layout, tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (30, 3, 6, 8)).astype(np.uint8)
