@@ -8,14 +8,19 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
+from test_images import pack, write_set
 from test_step import OBJECTIVES, digits, model, train
 from test_training import ROOT, fit
 
 import pfgm
+from pfgm import cli
 from pfgm.callbacks import Speed
 from pfgm.ema import EMA, PowerAverages
+from pfgm.evaluation import MEASURES
 from pfgm.field import posterior_mean
 from pfgm.kernel import StudentTKernel
+from pfgm.metrics import Points
+from pfgm.prepare import prepare
 from pfgm.rng import generator
 
 DEVICE = "cuda"
@@ -116,3 +121,25 @@ def test_speed_changes_the_run_but_not_the_model(tmp_path):
     for speed in (Speed(), Speed(compile=True, channels_last=True)):
         weights.append(train(data, model(data), 5, speed, EMA(half_life=0), folder=tmp_path, accelerator="gpu", devices=1))
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("memory", ["null", "0"])
+def test_images_are_trained_on_and_tested_by_features(memory, tmp_path):
+    archive = pack(write_set(tmp_path / "images"), tmp_path / "images.zip")
+    data = [f"--data.path={archive}", "--data.size=16", "--data.batch_size=8", f"--data.memory={memory}", "--data.workers=2"]
+    base = ["--config", str(ROOT / "configs" / "folder.yaml"), *data, "--model.net.init_args.width=8"]
+    base += ["--model.net.init_args.blocks=1", "--trainer.accelerator=gpu", "--trainer.devices=1"]
+    fit(tmp_path / "run", "--trainer.max_steps=3", "--trainer.val_check_interval=3", base=base)
+    made = ["features", "--data=pfgm.data.ImageDataModule", *data[:2], "--data.labels=true", "--steps=5", "--width=8"]
+    prepare([*made, "--device", DEVICE, "--out", str(tmp_path / "f.safetensors")])
+    options = ["--evaluation.n=20", "--evaluation.sets=1", f"--evaluation.features={tmp_path}/f.safetensors"]
+    cli.main(["test", *base, "--run_dir", str(tmp_path / "run"), *options])
+    assert (tmp_path / "run" / "nearest.png").exists()
+
+
+def test_measures_are_those_of_the_cpu():
+    x, y = torch.randn(300, 20, generator=generator(0)), torch.randn(400, 20, generator=generator(1)) + 0.1
+    for name, measure in MEASURES.items():
+        assert measure(Points(x.to(DEVICE)), Points(y.to(DEVICE))) == pytest.approx(measure(Points(x), Points(y)), rel=1e-6), (
+            name
+        )
