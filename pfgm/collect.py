@@ -37,7 +37,7 @@ def collect(path: str, held_out: float | str, wanted: Wanted, seed: int) -> tupl
     if isinstance(held_out, str):
         sources.append(open_source(held_out, wanted.root, "held_out"))
     surveys = [Survey.of(source) for source in sources]
-    form = surveys[0].form(path, wanted.size or wanted.crop, wanted.channels)
+    form = surveys[0].form(sources[0].place, wanted.size or wanted.crop, wanted.channels)
     label = _labels(sources, wanted.labels, path)
     rows = [torch.tensor(sorted(survey.forms), dtype=torch.long) for survey in surveys]
     if not isinstance(held_out, str):

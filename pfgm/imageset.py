@@ -29,22 +29,22 @@ class Survey:
 
     @classmethod
     def of(cls, source: Source) -> "Survey":
-        """By the headers of all images."""
+        """By the headers of all images. ValueError if none can be used."""
         damaged: dict[int, str] = {}
-        return cls(dict(_each(source.header, range(len(source.names)), damaged, "looking at images", threads=1)), damaged)
+        forms = dict(_each(source.header, range(len(source.names)), damaged, "looking at images", threads=1))
+        if not forms:
+            raise ValueError(f"{source.place}: none of {len(damaged)} images can be used, {source.names[0]}: {damaged[0]}")
+        return cls(forms, damaged)
 
-    def form(self, path: str, size: Sequence[int] | None, channels: int | None) -> Form:
+    def form(self, place: str, size: Sequence[int] | None, channels: int | None) -> Form:
         """The form for all: grey and 16 bits if all are, of `size` (height, width), or of the one size that they have.
 
-        ValueError if they have several and none is given, or if none can be used.
+        ValueError, which names the `place`, if they have several and none is given.
         """
-        if not self.forms:
-            reason = next(iter(self.damaged.values()), "there are none")
-            raise ValueError(f"path = {path}: none of {len(self.damaged)} images can be used: {reason}")
         sizes = Counter((form.height, form.width) for form in self.forms.values())
         if size is None and len(sizes) > 1:
             common = ", ".join(f"{h} x {w} ({count})" for (h, w), count in sizes.most_common(3))
-            raise ValueError(f"path = {path} has images of {len(sizes)} sizes, such as {common}; give data.size, such as 64")
+            raise ValueError(f"{place} has images of {len(sizes)} sizes, such as {common}; give data.size, such as 64")
         height, width = next(iter(sizes)) if size is None else size
         forms = self.forms.values()
         return Form(
@@ -103,7 +103,11 @@ class ImageSet:
         index = torch.arange(len(self))[rows]
         x = torch.empty(index.numel(), *self.shape[1:], dtype=self.dtype)
         for k, i in enumerate(index.reshape(-1).tolist()):
-            x[k] = self.read(self.rows[i])
+            try:
+                x[k] = self.read(self.rows[i])
+            except ImageError as error:
+                name = self.source.names[self.rows[i]]
+                raise ValueError(f"{self.source.place}: {name} was read at the start, and cannot be now: {error}") from error
         return x.reshape(*index.shape, *self.shape[1:])
 
     def read(self, row: int) -> Tensor:

@@ -25,8 +25,9 @@ Labels = Sequence[str | int]
 
 
 class Source(ABC):
-    """`names` of the images, and how many other files lie among them (`ignored`)."""
+    """`names` of the images, how many other files lie among them (`ignored`), and the argument that gave it (`place`)."""
 
+    place: str
     names: Sequence[str]
     ignored: int = 0
 
@@ -68,6 +69,7 @@ def open_source(path: str, root: str | None = None, name: str = "path") -> Sourc
             f"{place} does not exist, or is of another kind; give a folder of images, a .zip of them, a .npy, .npz or .pt "
             "file, torchvision:NAME or huggingface:ID"
         )
+    source.place = place
     if not len(source.names):
         raise ValueError(f"{place} holds no images ({', '.join(SUFFIXES)}), but {source.ignored} other files")
     return source

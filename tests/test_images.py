@@ -372,6 +372,20 @@ def test_images_read_from_the_disk_by_workers_make_the_same_batches(reference_si
         del workers
 
 
+def test_images_that_vanish_and_folders_of_damaged_ones_are_named(tmp_path):
+    folder = write_set(tmp_path / "images")
+    data = ImageDataModule(str(folder), size=8, memory=0)
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"path = .*images: (cat|dog)/..\.png was read at the start, and cannot be now: empty"):
+        data.train.x[:3]
+    with pytest.raises(ValueError, match=r"path = .*images: none of 24 images can be used, cat/00.png: empty"):
+        ImageDataModule(str(folder), size=8, skip_damaged=True)
+    good = write_set(tmp_path / "good")
+    with pytest.raises(ValueError, match=r"held_out = .*images: none of 24 images can be used"):
+        ImageDataModule(str(good), size=8, held_out=str(folder), skip_damaged=True)
+
+
 def test_sets_read_from_the_disk_train_and_are_tested(tmp_path):
     archive = pack(write_set(tmp_path / "images"), tmp_path / "images.zip")
     base = ["--config", str(ROOT / "configs" / "folder.yaml"), *SMALL, "--model.net.init_args.width=8", "--data.batch_size=4"]
