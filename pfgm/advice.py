@@ -83,12 +83,12 @@ def mirrored(x: Tensor) -> float:
 def recommend(measured: Measured, data: Mapping[str, Any], D: float | str, gpu: bool) -> dict[str, Any]:
     """A training configuration of nested names, some of whose values are Because; `data` is its data section."""
     D, s, n = check_dimensions(D), measured.summary, measured.count
-    side = min(s.shape[1:]) if len(s.shape) > 1 else 1
-    batch = 64 if n < 5000 or not gpu else 512 if side <= 32 and n >= 20_000 else 256
+    side = math.sqrt(math.prod(s.shape[1:]))  # of an image with as many pixels
+    batch = _batch(side, n, gpu)
     images = max(5_000_000, min(200_000_000, 2000 * n)) if gpu else 1_000_000
-    steps = round_down(images / batch)
+    steps = round_down(images / batch.value)
     width = _width(s.shape, n, gpu)
-    init = dict(data["init_args"]) | {"batch_size": Because(batch, "EDM: 512 at 32 x 32, 256 at 64 x 64.")}
+    init = dict(data["init_args"]) | {"batch_size": batch}
     if measured.mirrored is not None:
         init["flip"] = _flip(measured)
     augmented = gpu and measured.mirrored is not None and D != 1 and n < 100_000
@@ -102,7 +102,7 @@ def recommend(measured: Measured, data: Mapping[str, Any], D: float | str, gpu: 
         **_start(measured),
         "loss": _loss(measured, D, side),
         "net": _network(s.shape, n, width, gpu, augmented),
-        "lr": _rate(batch, width, side),
+        "lr": _rate(batch.value, width, side),
         "warmup_steps": round_down(steps / 20),
     }
     if augmented:
@@ -135,7 +135,13 @@ def _exponent(s: DataSummary) -> float:
     return PoissonFlowNoise().exponent(s.norm, math.prod(s.shape))
 
 
-def _rate(batch: int, width: int, side: int) -> Because:
+def _batch(side: float, n: int, gpu: bool) -> Because:
+    most = 512 if side <= 32 and n >= 20_000 else int(256 * min(1.0, 64 / side) ** 2)
+    reason = "EDM: 512 at 32 x 32, 256 at 64 x 64; as many pixels in larger images. 64 at most for few samples or a CPU."
+    return Because(max(8, most if gpu and n >= 5000 else min(64, most)), reason)
+
+
+def _rate(batch: int, width: int, side: float) -> Because:
     reference, lr = (512, 1e-3) if side <= 32 else (256, 2e-4)
     reason = f"EDM's {lr:g} for batches of {reference} at width 128, by square roots."
     return Because(figure(lr * math.sqrt(batch / reference * 128 / width)), reason)
@@ -159,7 +165,7 @@ def _start(measured: Measured) -> dict[str, Because]:
     return {"start": Because("hyperplane", text)}
 
 
-def _loss(measured: Measured, D: float, side: int) -> dict[str, Any]:
+def _loss(measured: Measured, D: float, side: float) -> dict[str, Any]:
     s = measured.summary
     if D == 1 and s.condition_shape is None:
         M = Because(figure(_exponent(s)), f"The published rule, from the mean norm of the data, {s.norm:.4g}, measured.")
@@ -168,7 +174,7 @@ def _loss(measured: Measured, D: float, side: int) -> dict[str, Any]:
         return {"class_path": "pfgm.loss.PoissonFieldLoss", "init_args": {"reference_size": charges, "noise": noise}}
     mean = -0.5 + max(0.0, math.log(side / 64))
     reason = f"Of log(sigma / sigma_data), so P_mean = {mean + math.log(s.sigma_data):.2f}. EDM's -1.2 at sigma_data = .5"
-    reason += f", and log({side}/64) for the size (arXiv 2301.11093)." if side > 64 else ", at any size up to 64 x 64."
+    reason += f", and log({side:.0f}/64) for the size (arXiv 2301.11093)." if side > 64 else ", at any size up to 64 x 64."
     law = {"mean": Because(figure(mean), reason), "std": Because(1.2, "P_std of EDM.")}
     noise = {"class_path": "pfgm.noise.LogNormal", "init_args": law}
     return {"class_path": "pfgm.loss.DenoisingLoss", "init_args": {"noise": noise}}
@@ -185,11 +191,11 @@ def _network(shape: Sequence[int], n: int, width: int, gpu: bool, augmented: boo
         hidden = Because(width, "64 for fewer than 2000 samples, else 256.")
         return {"class_path": "pfgm.nn.TimeMLP", "init_args": {"width": hidden, "depth": 3}}
     side = min(shape[1:])
-    levels = max(1, round(math.log2(max(side, 8) / 4)))
+    levels = min(6, max(2, round(math.log2(max(side, 8) / 4))))
     share = 0.2 if n < 5000 else 0.1 if n < 100_000 else 0.05
     arguments = {
         "width": Because(width, "128 as published, from 5000 images of 32 x 32 on; else 64, and 32 for a CPU."),
-        "multipliers": [1, 1, 2, 2, 4, 4][:levels] if side >= 128 else ([1] + [2] * 5)[:levels],
+        "multipliers": [1, 1, 2, 2, 4, 4][:levels] if side >= 128 else [1, 2, 2, 2, 2, 2][:levels],
         "blocks": 1 if not gpu else 4 if side <= 64 else 2,
         "attention_levels": [min(levels - 1, max(0, round(math.log2(side / 16))))],
         "dropout": Because(share, f"{n} samples; published: .13 for 50,000, .05 for 70,000 faces."),

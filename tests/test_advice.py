@@ -73,6 +73,11 @@ def test_each_figure_follows_what_was_measured():
     assert large["loss"]["init_args"]["noise"]["init_args"]["mean"] == pytest.approx(-0.5 + math.log(4), abs=0.01)
     assert large["net"]["init_args"]["multipliers"] == [1, 1, 2, 2, 4, 4]
     assert large["net"]["init_args"]["attention_levels"] == [4]
+    slices = values(recommend(measured(shape=(1, 512, 512), count=20_000), DATA, 128, True))
+    assert (slices["data"]["init_args"]["batch_size"], model(shape=(1, 8, 8))["net"]["init_args"]["multipliers"]) == (8, [1, 2])
+    signals = model(shape=(2, 1000))
+    assert signals["loss"]["init_args"]["noise"]["init_args"]["mean"] == -0.5, "no more numbers than 32 x 32 pixels"
+    assert signals["net"]["init_args"]["attention_levels"] == [5]
     assert "start" not in model()
     assert model(furthest=10.0)["start"] == "hyperplane"
     pfgm = model(D=1)
