@@ -98,7 +98,7 @@ def recommend(measured: Measured, data: Mapping[str, Any], D: float | str, gpu: 
         "sigma_min": Because(
             figure(recommended_sigma_min(s.sigma_data)), "sigma_data / 50: the last denoising removes the rest."
         ),
-        "sigma_max": _sigma_max(measured),
+        "sigma_max": _sigma_max(measured, D),
         **_start(measured),
         "loss": _loss(measured, D, side),
         "net": _network(s.shape, n, width, gpu, augmented),
@@ -147,7 +147,11 @@ def _rate(batch: int, width: int, side: float) -> Because:
     return Because(figure(lr * math.sqrt(batch / reference * 128 / width)), reason)
 
 
-def _sigma_max(measured: Measured) -> Because:
+def _sigma_max(measured: Measured, D: float) -> Because:
+    s = measured.summary
+    if D == 1:
+        z_max = PoissonFlowNoise().z_max(s.norm, math.prod(s.shape))
+        return Because(figure(z_max), "Where the noise of M ends: sqrt(2/pi) sigma_end (1 + tau)^M.")
     rms, widest = recommended_sigma_max(measured.summary.sigma_data), math.sqrt(5) * measured.widest
     ratio = measured.widest / measured.summary.sigma_data
     reason = (

@@ -84,6 +84,7 @@ def test_each_figure_follows_what_was_measured():
     rule = 0.75 * math.log(0.25 * 3072 / (2 * math.sqrt(3072) * 0.01**2)) / math.log(1.03)
     assert pfgm["loss"]["init_args"]["noise"]["init_args"]["M"] == pytest.approx(rule, rel=0.005)
     assert pfgm["loss"]["init_args"]["reference_size"] == 4096
+    assert pfgm["sigma_max"] == pytest.approx(math.sqrt(2 / math.pi) * 0.01 * 1.03**rule, rel=0.005)
     assert "augment" not in pfgm
     assert model(gpu=False)["net"]["init_args"]["width"] == 32
     assert model(count=900)["net"]["init_args"]["dropout"] == 0.2
