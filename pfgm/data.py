@@ -139,7 +139,7 @@ def integer_levels(x: Tensor, value_range: tuple[float, float] | None) -> int:
 
 
 class ImageDataModule(DataModule):
-    """Images of any size and kind, in units of 0..255, or 0..65535 if all are grey of 16 bits: [1 or 3, height, width].
+    """Images of any size and kind, in units of 0..255, or 0..65535 if all have 16 bits: [1 or 3, height, width].
 
     `path` is a folder (with its sub-folders), a .zip, read in place, a .npy, .npz or .pt file, torchvision:NAME[:split], which
     is downloaded to `root` (default: data), or huggingface:ID[:split]. First the middle `crop` of an image is cut out, then it
@@ -158,7 +158,7 @@ class ImageDataModule(DataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | os.PathLike,
         size: int | tuple[int, int] | None = None,
         batch_size: int = 128,
         *,
@@ -177,7 +177,7 @@ class ImageDataModule(DataModule):
         mean: float | None = None,
         seed: int = 0,
     ):
-        check_image_options(channels, memory, workers)
+        check_image_options(resize, channels, memory, workers)
         wanted = Wanted(
             size=sides("size", size),
             crop=sides("crop", crop),
@@ -188,7 +188,7 @@ class ImageDataModule(DataModule):
             skip_damaged=skip_damaged,
             memory=psutil.virtual_memory().available / 2 if memory is None else memory * 1e9,
         )
-        train, rest, bits = collect(path, held_out, wanted, seed)
+        train, rest, bits = collect(os.fspath(path), held_out, wanted, seed)
         top = 2.0**bits - 1
         super().__init__(
             train,
@@ -209,13 +209,15 @@ class ImageDataModule(DataModule):
 def sides(name: str, value: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """(height, width), of one number a square. ValueError, which calls it `name`, if it is none."""
     pair = (value, value) if isinstance(value, int) else value
-    if pair is not None and (len(pair) != 2 or min(pair) < 1):
+    if pair is not None and (len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair)):
         raise ValueError(f"{name} = {value}: give one number of pixels, or two, (height, width)")
     return pair
 
 
-def check_image_options(channels: int | None, memory: float | None, workers: int | None) -> None:
-    """ValueError for numbers that no images could have."""
+def check_image_options(resize: str, channels: int | None, memory: float | None, workers: int | None) -> None:
+    """ValueError for what no images could have."""
+    if resize not in ("crop", "stretch"):
+        raise ValueError(f'resize = {resize!r}: give "crop" or "stretch"')
     if channels not in (None, 1, 3):
         raise ValueError(f"channels = {channels}: give 1 (grey) or 3 (RGB), or leave it out")
     if (workers is not None and workers < 1) or (memory is not None and not memory >= 0):

@@ -1,5 +1,6 @@
 """The base of all data modules: samples with their units, split into training and held-out data, and batches of them."""
 
+import math
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -140,12 +141,12 @@ class DataModule(Recorded, pl.LightningDataModule):
 
 
 SUMMARY_BYTES = 2**31
-"""Size of the samples that describe data which is not in memory."""
+"""Size of the samples that stand for data of more."""
 
 
 def some(part: Part, seed: int) -> Part:
-    """`part` if it is in memory, else up to 10,000 samples of it at random, if they take no more than SUMMARY_BYTES."""
-    if isinstance(part.x, Tensor):
-        return part
-    count = max(2, min(10_000, SUMMARY_BYTES * len(part) // part.x.bytes))
-    return part[torch.randperm(len(part), generator=rng.generator(seed, rng.WHOLE))[:count].sort().values]
+    """`part` if it is small, else samples of it at random that take SUMMARY_BYTES; the same whether it is in memory or not."""
+    count = int(SUMMARY_BYTES // (math.prod(part.x.shape[1:]) * part.x.dtype.itemsize))
+    if len(part) <= count:
+        return part[:]
+    return part[torch.randperm(len(part), generator=rng.generator(seed, rng.WHOLE))[: max(2, count)].sort().values]

@@ -38,6 +38,13 @@ def read_samples(path: Path, labels: bool = False, conditions: bool = False) -> 
 
 
 def load_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (), name: str = "path") -> dict[str, Tensor]:
+    """As `raw_arrays`, as tensors of a type that torch can compute with."""
+    arrays = raw_arrays(path, needed, optional, name)
+    with _readable(path, name):
+        return {key: _tensor(value) for key, value in arrays.items()}
+
+
+def raw_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (), name: str = "path") -> dict[str, Any]:
     """The arrays `needed` and, where they exist, `optional` of a .npy, .npz or .pt file, by name.
 
     A single array may have any name, it is the first that is needed. ValueError or OSError, which call the file `name`, if it
@@ -58,7 +65,7 @@ def load_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (),
         if key not in names:
             raise ValueError(f"{name} = {path} has no array {key!r}, only {sorted(names)}; add it to the file")
     with _readable(path, name):
-        return {key: _tensor(content[names[key]]) for key in (*needed, *optional) if key in names}
+        return {key: content[names[key]] for key in (*needed, *optional) if key in names}
 
 
 @contextmanager

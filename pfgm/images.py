@@ -40,8 +40,7 @@ def read_header(file: Path | BinaryIO) -> Form:
     try:
         with Image.open(file) as image:
             width, height = image.size
-            tags = image.getexif() if image.format != "PNG" or "exif" in image.info else {}  # else Pillow reads it all
-            turned = tags.get(0x0112, 1) in (5, 6, 7, 8)  # a camera on its side
+            turned = _orientation(image) in (5, 6, 7, 8)  # a camera on its side
             grey = image.mode in ("1", "L", "LA", "La") or _is_deep(image)
             form = Form(height, width, 1 if grey else 3, 16 if _is_deep(image) else 8)
     except ImageError:
@@ -75,6 +74,12 @@ def pixels(image: Image.Image) -> np.ndarray:
         upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     array = np.asarray(upright.convert("L" if grey else "RGB"))
     return array[..., None] if grey else array
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF or XMP say it, before the pixels are read; Pillow gives the size of a TIFF upright already."""
+    told = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & set(image.info)
+    return int(image.getexif().get(0x0112, 1)) if told and image.format != "TIFF" else 1
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -137,7 +137,9 @@ def with_data_of(words: Sequence[str]) -> list[str]:
     i = words.index("--config")
     try:
         section = yaml.safe_load(Path(words[i + 1]).read_text())["data"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise OSError(f"config = {words[i + 1]} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"config = {words[i + 1]} has no data section ({type(error).__name__}); give a training configuration"
         ) from error

@@ -11,14 +11,14 @@ import os
 import threading
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 
-from pfgm.files import ARRAYS, load_arrays
+from pfgm.files import ARRAYS, raw_arrays
 from pfgm.images import SUFFIXES, Form, ImageError, first_line, pixels, read_header, read_pixels
 
 Labels = Sequence[str | int]
@@ -54,16 +54,16 @@ def open_source(path: str, root: str | None = None, name: str = "path") -> Sourc
     kind, _, rest = path.partition(":")
     if root is not None and kind != "torchvision":
         raise ValueError(f"root = {root}: only torchvision's data sets have one; leave it out for {name} = {path}")
-    place = f"{name} = {path}"
+    place, ending = f"{name} = {path}", Path(path).suffix.lower()
     if kind in ("torchvision", "huggingface"):
         key, _, split = rest.partition(":")
         source: Source = (
             Torchvision(key, split, root or "data", place) if kind == "torchvision" else HuggingFace(key, split, place)
         )
-    elif Path(path).is_dir():
+    elif path and Path(path).is_dir():
         source = Folder(Path(path))
-    elif path.endswith((".zip", *ARRAYS)) and Path(path).is_file():
-        source = Zip(Path(path), place) if path.endswith(".zip") else ArrayFile(Path(path), place)
+    elif ending in (".zip", *ARRAYS) and Path(path).is_file():
+        source = Zip(Path(path), place) if ending == ".zip" else ArrayFile(Path(path), place)
     else:
         raise FileNotFoundError(
             f"{place} does not exist, or is of another kind; give a folder of images, a .zip of them, a .npy, .npz or .pt "
@@ -76,14 +76,12 @@ def open_source(path: str, root: str | None = None, name: str = "path") -> Sourc
 
 
 class Folder(Source):
-    """All images under a folder. Labels are in dataset.json, as EDM has it, or the names of the first level of sub-folders."""
+    """All images under a folder, through links too; see `table_or_folders` for labels."""
 
     def __init__(self, path: Path):
         self.path = path
-        files = sorted(
-            PurePosixPath(Path(folder, file).relative_to(path)) for folder, _, names in os.walk(path) for file in names
-        )
-        self.names, self.ignored = _images([str(file) for file in files])
+        self.files = sorted(_walk(path))
+        self.names, self.ignored = _images(self.files)
 
     def header(self, i: int) -> Form:
         return read_header(self.path / self.names[i])
@@ -92,8 +90,7 @@ class Folder(Source):
         return read_pixels(self.path / self.names[i])
 
     def labels(self) -> Labels | None:
-        table = self.path / "dataset.json"
-        return edm_labels(table.read_bytes(), self.names, str(table)) if table.is_file() else folder_labels(self.names)
+        return table_or_folders(self.files, self.names, lambda name: (self.path / name).read_bytes(), self.place)
 
 
 class Zip(Source):
@@ -107,8 +104,8 @@ class Zip(Source):
             names = self._zip().namelist()
         except zipfile.BadZipFile as error:
             raise ValueError(f"{place} is no zip, or was not copied to its end ({error}); use another copy") from error
-        self.names, self.ignored = _images(sorted(name for name in names if not name.endswith("/")))
-        self.table = "dataset.json" if "dataset.json" in names else None
+        self.files = sorted({name for name in names if not name.endswith("/")})
+        self.names, self.ignored = _images(self.files)
 
     def _zip(self) -> zipfile.ZipFile:
         """Opened anew in each process: a file shared by two has one position."""
@@ -123,43 +120,35 @@ class Zip(Source):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
-    def _bytes(self, i: int) -> io.BytesIO:
+    def _bytes(self, name: str) -> bytes:
         try:
-            return io.BytesIO(self._zip().read(self.names[i]))
+            return self._zip().read(name)
         except Exception as error:  # a wrong checksum, a password, an unknown compression
             raise ImageError(f"{type(error).__name__}: {error}") from error
 
     def header(self, i: int) -> Form:
-        return read_header(self._bytes(i))
+        return read_header(io.BytesIO(self._bytes(self.names[i])))
 
     def read(self, i: int) -> np.ndarray:
-        return read_pixels(self._bytes(i))
+        return read_pixels(io.BytesIO(self._bytes(self.names[i])))
 
     def labels(self) -> Labels | None:
-        if self.table is None:
-            return folder_labels(self.names)
-        return edm_labels(self._zip().read(self.table), self.names, f"{self.path}/{self.table}")
+        return table_or_folders(self.files, self.names, self._bytes, self.place)
 
 
 class ArrayFile(Source):
     """Images of one size, [n, C, H, W], [n, H, W, C] or [n, H, W], of 8 or 16 bits; the array "labels" has their labels."""
 
     def __init__(self, path: Path, place: str):
-        self._labels: torch.Tensor | None = None
-        if path.suffix == ".npy":
-            x = _mapped(path, place)
-        else:
-            arrays = load_arrays(path, ["x"], ["labels"], name=place.partition(" ")[0])
-            x, self._labels = arrays["x"].numpy(), arrays.get("labels")
-        self.x = _channels_last(x, place)
+        arrays = {"x": _mapped(path, place)} if path.suffix == ".npy" else raw_arrays(path, ["x"], ["labels"], _name(place))
+        self.x, self._labels = _channels_last(np.asarray(arrays["x"]), place), arrays.get("labels")
         self.names = [f"{path}[{i}]" for i in range(len(self.x))]
-        self.dtype = np.uint8 if self.x.dtype == np.uint8 else np.uint16
 
     def read(self, i: int) -> np.ndarray:
-        return np.asarray(self.x[i], dtype=self.dtype)
+        return np.asarray(self.x[i])
 
     def labels(self) -> Labels | None:
-        return None if self._labels is None else self._labels.tolist()
+        return None if self._labels is None else np.asarray(self._labels).reshape(-1).tolist()
 
 
 class Torchvision(Source):
@@ -178,6 +167,10 @@ class Torchvision(Source):
             raise ValueError(f"{place}: this set has the splits train and test")
         try:
             self.data = getattr(datasets, name)(root, download=True, **part)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{place}: this set has no split {split!r}, or needs more than a split: {first_line(error)}"
+            ) from error
         except (OSError, RuntimeError) as error:
             raise OSError(
                 f"{place} is not in root = {root}, and cannot be downloaded ({error}). On a machine with a network run "
@@ -206,7 +199,7 @@ class HuggingFace(Source):
             raise ValueError(f"{place} needs the package datasets: pip install 'pfgm[huggingface]'") from error
         try:
             data = datasets.load_dataset(name, split=split or "train")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, IndexError) as error:
             raise OSError(
                 f"{place} cannot be loaded ({type(error).__name__}: {first_line(error)}). Offline it must be in the "
                 "cache: load it once on a machine with a network, and copy the folder $HF_HOME here"
@@ -234,19 +227,16 @@ class HuggingFace(Source):
 
 
 def numbered(labels: Labels) -> tuple[torch.Tensor, list[str]]:
-    """Classes as numbers [n] from 0, and the name of each number that occurs: integers as they are, words in their order.
+    """Classes as numbers [n] from 0, and the names of those that occur.
 
-    ValueError for numbers below zero or with gaps so wide that most classes would be empty.
+    Whole numbers are taken as they are if most from 0 to the largest occur, else in their order; words in theirs.
     """
-    words = [str(label).strip() for label in labels]
-    if all(word.removeprefix("-").isdecimal() for word in words):
-        numbers = torch.tensor([int(word) for word in words])
-        if int(numbers.min()) < 0 or int(numbers.max()) >= 2 * len(set(words)) + 10:
-            raise ValueError(
-                f"labels go from {numbers.min()} to {numbers.max()} for {len(set(words))} classes; number them from 0"
-            )
-        return numbers, sorted(set(words), key=int)
+    words = [str(label).strip().removesuffix(".0") for label in labels]
     names = sorted(set(words))
+    if all(word.removeprefix("-").isdecimal() and word == str(int(word)) for word in names):
+        names.sort(key=int)
+        if int(names[0]) >= 0 and int(names[-1]) < 2 * len(names) + 10:
+            return torch.tensor([int(word) for word in words]), names
     place = {name: k for k, name in enumerate(names)}
     return torch.tensor([place[word] for word in words]), names
 
@@ -254,45 +244,88 @@ def numbered(labels: Labels) -> tuple[torch.Tensor, list[str]]:
 def csv_labels(table: Path, names: Sequence[str]) -> Labels:
     """Labels of the images `names` from the first two columns, file and label, of a CSV file with or without a header.
 
-    ValueError or OSError if it cannot be read or lacks an image.
+    ValueError or OSError if it cannot be read, contradicts itself or lacks an image.
     """
+    place = f"labels = {table}"
     if not table.is_file():
-        raise FileNotFoundError(f"labels = {table} does not exist or is no file; give a CSV of files and labels, true or false")
+        raise FileNotFoundError(f"{place} does not exist or is no file; give a CSV of files and labels, true or false")
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]
+            rows = [row for row in csv.reader(file, skipinitialspace=True) if row]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"labels = {table} cannot be read as CSV: {error}") from error
-    if not all(len(row) >= 2 for row in rows):
-        raise ValueError(f"labels = {table}: a row has one column; give two, file and label")
-    return _in_order({str(PurePosixPath(row[0].strip())): row[1] for row in rows}, names, f"labels = {table}")
+        raise ValueError(f"{place} cannot be read as CSV: {error}") from error
+    if not all(len(row) >= 2 and row[1].strip() for row in rows):
+        raise ValueError(f"{place}: a row has no label; give two columns with a comma between, file and label")
+    return _in_order([(row[0].strip(), row[1].strip()) for row in rows], names, place)
 
 
-def edm_labels(text: bytes, names: Sequence[str], place: str) -> Labels | None:
-    """Labels of EDM's dataset.json: {"labels": [[name, class], ...]}, or null for none. ValueError for anything else."""
+def table_or_folders(files: Sequence[str], names: Sequence[str], read: Callable[[str], bytes], place: str) -> Labels | None:
+    """Labels of images: in the outermost dataset.json among the `files`, with names relative to it; else their sub-folders."""
+    tables = [name for name in files if PurePosixPath(name).name == "dataset.json"]
+    if not tables:
+        return folder_labels(names)
+    table = min(tables, key=lambda name: len(PurePosixPath(name).parts))
+    try:
+        text = read(table)
+    except (ImageError, OSError) as error:
+        raise ValueError(f"{place}: {table} cannot be read: {error}") from error
+    parent = PurePosixPath(table).parent
+    return edm_labels(text, names, f"{place}/{table}", "" if parent == PurePosixPath() else f"{parent}/")
+
+
+def edm_labels(text: bytes, names: Sequence[str], place: str, folder: str = "") -> Labels | None:
+    """Labels of EDM's dataset.json in `folder`: {"labels": [[name, class], ...]}, or null for none.
+
+    ValueError for anything else.
+    """
     try:
         pairs = json.loads(text)["labels"]
-        found = None if pairs is None else {str(name): label for name, label in pairs}
+        found = None if pairs is None else [(f"{folder}{name}", label) for name, label in pairs]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place} is not as EDM writes it, {{'labels': [[name, class], ...]}}: {error!r}") from error
     if found is None:
         return None
-    if not all(isinstance(label, int) for label in found.values()):
+    if not all(isinstance(label, int) and not isinstance(label, bool) for _, label in found):
         raise ValueError(f"{place}: labels must be whole numbers, the classes")
     return _in_order(found, names, place)
 
 
 def folder_labels(names: Sequence[str]) -> Labels | None:
-    """The first folder of each name; None unless all have one."""
+    """The first folder of each name, after those that all have in common if more follow; None unless all have one."""
     parts = [PurePosixPath(name).parts for name in names]
+    while all(len(part) > 2 for part in parts) and len({part[0] for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
     return [part[0] for part in parts] if all(len(part) > 1 for part in parts) else None
 
 
-def _in_order(found: dict[str, Any], names: Sequence[str], place: str) -> Labels:
-    missing = [name for name in names if name not in found]
+def _in_order(found: Sequence[tuple[str, Any]], names: Sequence[str], place: str) -> Labels:
+    table: dict[str, Any] = {}
+    for name, label in found:
+        if table.setdefault(str(PurePosixPath(name)), label) != label:
+            raise ValueError(f"{place} has two labels for {name}, {table[str(PurePosixPath(name))]} and {label}; keep one")
+    missing = [name for name in names if name not in table]
     if missing:
-        raise ValueError(f"{place} has no label for {len(missing)} of {len(names)} images, such as {missing[0]}")
-    return [found[name] for name in names]
+        raise ValueError(
+            f"{place} has no label for {len(missing)} of {len(names)} images, such as {missing[0]}; it must name them so"
+        )
+    return [table[name] for name in names]
+
+
+def _walk(path: Path) -> Iterator[str]:
+    """The names of all files under `path`, relative to it; linked folders too, each once."""
+    seen = set()
+    for folder, below, files in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, file).relative_to(path).as_posix() for file in files)
+
+
+def _name(place: str) -> str:
+    """Of the argument."""
+    return place.partition(" ")[0]
 
 
 def _images(files: Sequence[str]) -> tuple[list[str], int]:
@@ -303,7 +336,7 @@ def _images(files: Sequence[str]) -> tuple[list[str], int]:
         for name, path in paths
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and "__MACOSX" not in path.parts
     ]
-    return images, sum(name != "dataset.json" for name in files) - len(images)
+    return images, sum(path.name != "dataset.json" for _, path in paths) - len(images)
 
 
 def _mapped(path: Path, place: str) -> np.ndarray:
@@ -322,9 +355,9 @@ def _channels_last(x: np.ndarray, place: str) -> np.ndarray:
             f"{place} holds {x.shape}; images are [n, C, H, W], [n, H, W, C] or [n, H, W] with 1 or 3 channels. "
             "pfgm.data.Arrays takes samples of any shape"
         )
-    if x.dtype != np.uint8 and not (x.dtype.kind in "iu" and int(x.min()) >= 0 and int(x.max()) <= 65535):
+    if x.dtype not in (np.uint8, np.uint16):
         raise ValueError(
-            f"{place} holds {x.dtype}; images have whole numbers in 0..255 (uint8) or 0..65535. pfgm.data.Arrays takes "
-            "other numbers, in their own units"
+            f"{place} holds {x.dtype}; images are uint8 (0..255) or uint16 (0..65535). pfgm.data.Arrays takes other numbers, "
+            "in their own units"
         )
     return np.moveaxis(x, 1, 3) if x.shape[1] in (1, 3) else x

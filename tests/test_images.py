@@ -58,6 +58,9 @@ KINDS = [
     (lambda: encoded(RGB, "CMYK", "jpg", quality=95), None),
     (lambda: encoded(RGB, exif=exif(6)), np.rot90(RGB, -1)),
     (lambda: encoded(RGB, exif=exif(3)), RGB[::-1, ::-1]),
+    (lambda: encoded(RGB, exif=exif(5)), RGB.transpose(1, 0, 2)),
+    (lambda: encoded(RGB, suffix="tif", exif=exif(8)), np.rot90(RGB)),
+    (lambda: encoded(RGB, suffix="webp", lossless=True, exif=exif(7)), RGB[::-1, ::-1].transpose(1, 0, 2)),
     (lambda: encoded(RGB, suffix="bmp"), RGB),
     (lambda: encoded(RGB, suffix="webp", lossless=True), RGB),
 ]
@@ -191,6 +194,85 @@ def test_folders_and_zips_are_read_with_their_labels(tmp_path):
     assert contents(grey) == [(value, -1) for value, _ in expected]
 
 
+def test_one_set_is_split_in_one_way_however_it_is_packed_and_labelled(tmp_path):
+    folder = write_set(tmp_path / "images")
+    (folder / "dog").rename(folder / "cat-2")
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("cat", "cat-2"):
+        (linked / name).symlink_to(folder / name, target_is_directory=True)
+    archive = pack(folder, tmp_path / "IMAGES.ZIP")
+    within = tmp_path / "within.zip"
+    with zipfile.ZipFile(archive) as before, zipfile.ZipFile(within, "w") as file:
+        for name in before.namelist():
+            if not name.startswith("loop"):
+                file.writestr(f"top/{name}", before.read(name))
+    kinds = [{"path": folder}, {"path": tmp_path / "link"}, {"path": linked}, {"path": within}, {"path": folder, "memory": 0.0}]
+    data = [ImageDataModule(**kind, size=8, labels=labels) for kind in kinds for labels in (False, True)]
+    held_out = [one.held_out.x[:][:, 0, 0, 0].tolist() for one in data]
+    assert all(values == held_out[0] for values in held_out)
+    assert len({tuple(one.train.label.tolist()) for one in data[1::2]}) == 1
+    assert contents(data[1]) == [(10 * i, i % 2) for i in range(24)]
+    assert data[0].held_out.x[0, 0, 0, 0] not in data[0].train.x[:, 0, 0, 0]
+
+
+def test_held_out_images_may_come_from_another_place(tmp_path):
+    write_set(tmp_path / "images")
+    for i in range(6):
+        place = tmp_path / "other" / ("dog", "cat")[i % 2] / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((30, 30), 5 + i, np.uint8)).save(place)
+    for memory in (None, 0.0):
+        data = ImageDataModule(tmp_path / "images", size=8, labels=True, held_out=str(tmp_path / "other"), memory=memory)
+        seen = dict(zip(data.held_out.x[:][:, 0, 0, 0].tolist(), data.held_out.label.tolist(), strict=True))
+        assert seen == {5 + i: (i + 1) % 2 for i in range(6)}, "the classes have the numbers of the training images"
+        assert sorted(data.train.x[:][:, 0, 0, 0].tolist()) == [10 * i for i in range(24)]
+    (tmp_path / "other" / "cat" / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^held_out = .*other: 1 of 6 images cannot be used: cat/1.png"):
+        ImageDataModule(tmp_path / "images", size=8, held_out=str(tmp_path / "other"))
+
+
+def test_the_summary_does_not_depend_on_memory(tmp_path, monkeypatch):
+    folder = write_set(tmp_path / "images")
+    whole = ImageDataModule(folder, size=8)
+    monkeypatch.setattr("pfgm.datamodule.SUMMARY_BYTES", 10 * 3 * 64)
+    held, read = (ImageDataModule(folder, size=8, memory=memory) for memory in (None, 0.0))
+    assert held.summary.norm == read.summary.norm != whole.summary.norm
+    assert torch.equal(held.summary.mean, read.summary.mean)
+
+
+def test_numbered_labels():
+    assert sources.numbered([3, 1, 1])[0].tolist() == [3, 1, 1]
+    assert sources.numbered(["10.0", "2.0"])[0].tolist() == [10, 2]
+    assert sources.numbered(["2000", "1999", "2001"])[0].tolist() == [1, 0, 2], "years are names"
+    assert sources.numbered(["10", "9", "-1"])[0].tolist() == [2, 1, 0]
+    assert sources.numbered(["1", "01"])[0].tolist() == [1, 0]
+    assert sources.numbered([2**70, 5])[0].tolist() == [1, 0]
+
+
+def test_tables_of_labels_within_folders_and_their_faults(tmp_path):
+    names = ["top/a/0.png", "top/b/1.png"]
+    text = json.dumps({"labels": [["a/0.png", 4], ["b/1.png", 2]]}).encode()
+    found = sources.table_or_folders(
+        [*names, "top/dataset.json", "top/a/dataset.json"], names, {"top/dataset.json": text}.get, "x"
+    )
+    assert found == [4, 2]
+    assert sources.folder_labels(names) == ["a", "b"]
+    assert sources.folder_labels(["a/0.png", "a/1.png"]) == ["a", "a"], "one class"
+    with pytest.raises(ValueError, match=r"has two labels for a/0.png, 4 and 5; keep one"):
+        sources.edm_labels(b'{"labels": [["a/0.png", 4], ["a/0.png", 5]]}', ["a/0.png"], "x")
+    with pytest.raises(ValueError, match="labels must be whole numbers"):
+        sources.edm_labels(b'{"labels": [["a/0.png", true]]}', ["a/0.png"], "x")
+    table = tmp_path / "t.csv"
+    table.write_text('\ufeff"name", "class"\n"./a/0.png", "big cat"\n', encoding="utf-8")
+    assert sources.csv_labels(table, ["a/0.png"]) == ["big cat"]
+    table.write_text("a/0.png,\n")
+    with pytest.raises(ValueError, match="a row has no label"):
+        sources.csv_labels(table, ["a/0.png"])
+
+
 def test_labels_from_a_csv_file(tmp_path):
     folder = write_set(tmp_path / "images")
     names = sources.open_source(str(folder)).names
@@ -206,7 +288,7 @@ def test_labels_from_a_csv_file(tmp_path):
     with pytest.raises(ValueError, match=f"has no label for 23 of 24 images, such as {names[1]}"):
         ImageDataModule(str(folder), size=8, labels=str(table))
     table.write_text("just one column\n")
-    with pytest.raises(ValueError, match="a row has one column; give two"):
+    with pytest.raises(ValueError, match="a row has no label; give two columns"):
         ImageDataModule(str(folder), size=8, labels=str(table))
 
 
@@ -412,6 +494,9 @@ def test_sets_read_from_the_disk_train_and_are_tested(tmp_path):
         ({"size": (8, 0)}, r"size = \(8, 0\)"),
         ({"crop": -1}, "crop = -1: give one number of pixels"),
         ({"channels": 4}, "channels = 4: give 1"),
+        ({"size": (8.5, 8)}, r"size = \(8.5, 8\)"),
+        ({"resize": "fit"}, 'resize = \'fit\': give "crop" or "stretch"'),
+        ({"path": ""}, "path =  does not exist"),
         ({"workers": 0}, "workers = 0"),
         ({"memory": -1.0}, "memory = -1.0"),
         ({"labels": "none.csv"}, "labels = none.csv does not exist"),
@@ -437,7 +522,7 @@ def test_folders_without_images_or_labels_are_named(tmp_path):
     flat.mkdir()
     for i in range(4):
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(flat / f"{i}.png")
-    with pytest.raises(ValueError, match=r"labels = True: path = .* has none; put images of one class into a sub-folder"):
+    with pytest.raises(ValueError, match=r"labels = True: path = .*flat has 0 labels for 4 images; put those of one class"):
         ImageDataModule(str(flat), labels=True)
     (flat / "dataset.json").write_text('{"labels": [["0.png", "cat"]]}')
     with pytest.raises(ValueError, match="labels must be whole numbers"):
@@ -446,9 +531,15 @@ def test_folders_without_images_or_labels_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"dataset.json is not as EDM writes it"):
         ImageDataModule(str(flat), labels=True)
     np.save(tmp_path / "floats.npy", np.random.default_rng(0).random((9, 8, 8)))
-    with pytest.raises(ValueError, match=r"holds float64; images have whole numbers .*pfgm.data.Arrays"):
+    with pytest.raises(ValueError, match=r"holds float64; images are .*pfgm.data.Arrays"):
         ImageDataModule(str(tmp_path / "floats.npy"))
     np.save(tmp_path / "vectors.npy", np.zeros((9, 8), np.uint8))
+    np.save(tmp_path / "long.npy", np.arange(9 * 64).reshape(9, 8, 8) % 256)
+    with pytest.raises(ValueError, match=r"holds int64; images are uint8 .0..255. or uint16"):
+        ImageDataModule(str(tmp_path / "long.npy"))
+    np.savez(tmp_path / "few.npz", x=np.zeros((9, 8, 8), np.uint8), labels=np.arange(3))
+    with pytest.raises(ValueError, match=r"few.npz has 3 labels for 9 images"):
+        ImageDataModule(str(tmp_path / "few.npz"), labels=True)
     with pytest.raises(ValueError, match=r"holds \(9, 8\); images are \[n, C, H, W\]"):
         ImageDataModule(str(tmp_path / "vectors.npy"))
 
