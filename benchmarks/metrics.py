@@ -60,7 +60,7 @@ def main():
     value_range, device = data.summary.value_range, torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def points(images):
-        return Points(extract(net, images, value_range, device))
+        return Points(torch.cat([extract(net, part, value_range, device) for part in images.split(250)]))
 
     x, label, other = data.held_out.x[:n].float(), data.held_out.label[:n], points(data.held_out.x[n : 2 * n])
     images = data.train.x[: arguments.reference].float()

@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pfgm import metrics, plot, rng
 from pfgm.datamodule import DataModule
@@ -28,16 +29,18 @@ MEASURES: dict[str, Callable[[Points, Points], float]] = {
     "recall": metrics.recall,
     "1-nn": metrics.nearest_neighbour_accuracy,
 }
+BATCH = 250
 HEADS = ("energy distance", "Fréchet", "kernel (KID)", "precision", "recall", "1-NN accuracy")
 
 
 class Evaluation(Callback):
     """In `test`: distances of `sets` disjoint sets of `n` samples to training and held-out data, printed and in test.json.
 
-    They are distances of values in model space, or, of images, of `features`: "inception", the file of a classifier (`train.py
-    features`), or a network (see `pfgm.features`). Samples are drawn with the labels and under the conditions of training
-    samples, if there are any. Of larger data sets, `reference` samples chosen at random stand for all. The images most like a
-    training image, of those, are shown beside it in nearest.png. Held-out data, `likelihood` of them at most, get their
+    They are distances of values in model space (images larger than 32 x 32 averaged to that), or, of images, of `features`:
+    "inception", the file of a classifier (`train.py features`), or a network (see `pfgm.features`). Samples are drawn with the
+    labels and under the conditions of random training samples, if there are any. Of larger data sets `reference` samples chosen
+    at random stand for all; but copies are looked for among all training data, mirrored too if they are so in training, and
+    nearest.png shows the images most like one of them beside it. Held-out data, `likelihood` of them at most, get their
     bits/dim with its standard error, if they are discrete and the model has such a likelihood.
     """
 
@@ -56,6 +59,7 @@ class Evaluation(Callback):
             )
         self.n, self.sets, self.likelihood, self.reference = n, sets, likelihood, reference
         self.features = features
+        self.net: nn.Module | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """ValueError or OSError for too little data, for features that cannot be had, or that are not for this data."""
@@ -63,8 +67,9 @@ class Evaluation(Callback):
             return
         assert isinstance(pl_module, PFGM)
         flow, data = pl_module.flow, _data(trainer)
-        if min(len(data.train), len(data.held_out)) < 2:
-            raise ValueError(f"data.held_out leaves {len(data.held_out)} samples; a test compares with two or more")
+        for name, part in (("training", data.train), ("held-out", data.held_out)):
+            if len(part) < 2:
+                raise ValueError(f"data: {len(part)} {name} samples; a test compares with two or more, give more data")
         if self.features is None:
             return
         if flow.value_range is None or not plot.is_image(flow.shape):
@@ -79,19 +84,23 @@ class Evaluation(Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PFGM)
         data = _data(trainer)
-        train, held_out = (self._some(part.x) for part in (data.train, data.held_out))
-        given = data.prepared(data.train[torch.arange(self.n) % len(data.train)])  # so that the classes have their shares
+        given = data.prepared(data.train[shuffled(len(data.train)).repeat(-(-self.n // len(data.train)))[: self.n]])
         draws = [
             pl_module.flow.sample(self.n, seed=seed, labels=given.label, condition=given.condition) for seed in range(self.sets)
         ]
-        sets = [self._points(pl_module, draw.x) for draw in draws]
-        known, new = self._points(pl_module, train), self._points(pl_module, held_out)
+        sets = [Points(self._compared(pl_module, draw.x)) for draw in draws]
+        every = self._compared(pl_module, data.train.x)
+        train = Points(every[shuffled(len(every))[: self.reference]])
+        held_out = Points(self._compared(pl_module, data.held_out.x[shuffled(len(data.held_out))[: self.reference]]))
+        if data.augmentation.flip:
+            every = torch.cat([every, self._compared(pl_module, data.train.x, mirrored=True)])
+        known = Points(every)
         result = {
-            "compared": name_of(None if self.features is None else self.net),
-            "samples against training data": compare(sets, known),
-            "samples against held-out data": compare(sets, new),
-            "held-out against training data": compare([new], known),
-            "copying": [metrics.copying(points, known, new) for points in sets],
+            "compared": self._what(pl_module),
+            "samples against training data": compare(sets, train),
+            "samples against held-out data": compare(sets, held_out),
+            "held-out against training data": compare([held_out], train),
+            "copying": [metrics.copying(points, known, held_out) for points in sets],
             "calls": max(draw.calls for draw in draws),
             "seconds": sum(draw.seconds for draw in draws),
             "samples": [self.sets, self.n],
@@ -103,21 +112,28 @@ class Evaluation(Callback):
             temporary.write_text(json.dumps(result, indent=2) + "\n")
         if plot.is_image(pl_module.flow.shape):
             picture = Path(trainer.default_root_dir) / "nearest.png"
-            save_nearest(picture, draws[0].x, sets[0], train, known, pl_module.flow.value_range)
+            save_nearest(picture, draws[0].x, sets[0], data.train.x, known, pl_module.flow.value_range)
         print(table(result))
 
-    def _some(self, x: Any) -> Tensor:
-        """All samples `x` [n, ...], or `reference` of them."""
-        if len(x) <= self.reference:
-            return x[:]
-        return x[torch.randperm(len(x), generator=rng.generator(0))[: self.reference]]
+    def _what(self, module: PFGM) -> str:
+        """What is compared: figures can be, if it is the same."""
+        if self.net is not None:
+            return name_of(self.net)
+        small = _averaged(torch.empty(1, *module.flow.shape, device="meta")).shape[1:]
+        return "values in model space" + ("" if small == module.flow.shape else f", averaged to {small[1]} x {small[2]}")
 
-    def _points(self, module: PFGM, x: Tensor) -> Points:
-        """Samples in the user's units as what is compared."""
-        if self.features is None:
-            return Points(module.flow.to_model(x.to(module.device, torch.float32)))
-        assert module.flow.value_range is not None
-        return Points(extract(self.net, x, module.flow.value_range, module.device))
+    def _compared(self, module: PFGM, x: Any, mirrored: bool = False) -> Tensor:
+        """What is compared of samples [n, ...] in the user's units, batch by batch: [n, ...] on the module's device."""
+        parts = []
+        for i in range(0, len(x), BATCH):
+            batch = x[i : i + BATCH].to(module.device, torch.float32)
+            batch = batch.flip(-1) if mirrored else batch
+            if self.net is None:
+                parts.append(_averaged(module.flow.to_model(batch)))
+            else:
+                assert module.flow.value_range is not None
+                parts.append(extract(self.net, batch, module.flow.value_range, module.device))
+        return torch.cat(parts)
 
     def _bits_per_dim(self, module: PFGM, data: DataModule) -> list[float] | str:
         """Mean over held-out data and its standard error, or why there is none."""
@@ -133,10 +149,10 @@ class Evaluation(Callback):
 
     def _bits(self, module: PFGM, data: DataModule) -> Iterator[Tensor]:
         """Of held-out data, by batches."""
-        part = data.held_out[slice(self.likelihood)]
+        part = data.held_out[shuffled(len(data.held_out))[: self.likelihood]]
         part = dataclasses.replace(part, condition=data.prepared(part).condition)
-        for k, i in enumerate(range(0, len(part), 256)):
-            batch = part[slice(i, i + 256)]
+        for k, i in enumerate(range(0, len(part), BATCH)):
+            batch = part[slice(i, i + BATCH)]
             x, given = batch.x.to(module.device), {"labels": batch.label, "condition": batch.condition}
             yield module.flow.bits_per_dim(x, seed=k, rtol=1e-3, atol=1e-3, **given)
 
@@ -146,24 +162,36 @@ def _data(trainer: pl.Trainer) -> DataModule:
     return data
 
 
+def shuffled(n: int) -> Tensor:
+    """0..n-1 in an order that is always the same: files come sorted by class."""
+    return torch.randperm(n, generator=rng.generator(0))
+
+
+def _averaged(x: Tensor) -> Tensor:
+    """Images [n, C, H, W] of 32 x 32 pixels at most; other samples as they are."""
+    return F.adaptive_avg_pool2d(x, (min(x.shape[2], 32), min(x.shape[3], 32))) if x.ndim == 4 else x
+
+
 def compare(sets: list[Points], reference: Points) -> dict[str, list[float]]:
     """Every measure of each set against `reference`."""
     return {name: [measure(points, reference) for points in sets] for name, measure in MEASURES.items()}
 
 
 def save_nearest(
-    path: Path, x: Tensor, points: Points, train: Tensor, known: Points, value_range: plot.ValueRange, count: int = 24
+    path: Path, x: Tensor, points: Points, train: Any, known: Points, value_range: plot.ValueRange, count: int = 24
 ) -> None:
     """The samples `x` most like a training image, each before its three nearest of `train`; `points`, `known` are compared.
 
-    Two groups in a row, with gaps between them.
+    If `known` is twice as many as `train`, the second half are mirrored ones. Two groups in a row, with gaps between them.
     """
-    low, high = value_range or (float(train.min()), float(train.max()))
     distance, index = (found.cpu() for found in metrics.nearest(points, known, min(3, len(known))))
     first = distance[:, 0].argsort()[:count]
-    found = torch.cat([x[first, None].cpu(), train[index[first]].to(x.dtype)], dim=1)
-    gap = torch.full_like(found[:, :1], (low + high) / 2)
-    rows = torch.cat([found, gap], dim=1)
+    chosen = index[first].flatten()
+    images = train[chosen % len(train)].to(x.dtype)
+    images = torch.where((chosen >= len(train))[:, None, None, None], images.flip(-1), images).unflatten(0, (len(first), -1))
+    found = torch.cat([x[first, None].cpu(), images], dim=1)
+    low, high = value_range or (float(found.min()), float(found.max()))
+    rows = torch.cat([found, torch.full_like(found[:, :1], (low + high) / 2)], dim=1)
     plot.save_grid(path, rows.flatten(0, 1), (low, high), columns=2 * rows.shape[1])
 
 
@@ -172,7 +200,7 @@ def table(result: dict[str, Any]) -> str:
     sets, n = result["samples"]
     lines = [f"{sets} sets of {n} samples, {result['calls']} network calls, {result['seconds']:.1f} s; mean (sd over sets)"]
     train, held_out = result["reference"]
-    lines.append(f"compared: {result['compared']}, with {train} of the training and {held_out} of the held-out data")
+    lines.append(f"compared: {result['compared']}; {train} training and {held_out} held-out samples")
     lines.append(f"{'':32}" + "".join(f"{head:>18}" for head in HEADS))
     for name, row in result.items():
         if isinstance(row, dict):

@@ -121,24 +121,18 @@ def load_features(value: str | Path | nn.Module) -> nn.Module:
     return net.eval()
 
 
-def name_of(net: nn.Module | None) -> str:
+def name_of(net: nn.Module) -> str:
     """What tells features from others: figures can be compared if it is the same."""
-    if net is None:
-        return "values in model space"
     digest = getattr(net, "digest", None)
     return type(net).__name__ + (f" {digest[:12]}" if digest else "")
 
 
 @torch.no_grad()
-def extract(net: nn.Module, x: Any, value_range: Sequence[float], device: torch.device, batch: int = 250) -> Tensor:
+def extract(net: nn.Module, x: Tensor, value_range: Sequence[float], device: torch.device) -> Tensor:
     """Features [n, F] of images [n, C, H, W] in the user's units, of which `value_range` is black and white."""
     low, high = value_range
-    net.to(device)
-    parts = []
-    for i in range(0, len(x), batch):
-        images = (x[i : i + batch].to(device, torch.float32) - low) / (high - low)
-        parts.append(net(images.clamp(0, 1)).flatten(1))
-    return torch.cat(parts)
+    images = (x.to(device, torch.float32) - low) / (high - low)
+    return net.to(device)(images.clamp(0, 1)).flatten(1)
 
 
 def fit_classifier(

@@ -15,12 +15,15 @@ BLOCK = 2**24
 
 
 class Points:
-    """A set of samples [n, ...], flattened. ValueError for fewer than two."""
+    """A set of samples [n, ...], flattened. ValueError for fewer than two, or for values that are not finite."""
 
     def __init__(self, x: Tensor):
         if len(x) < 2:
             raise ValueError(f"a set of shape {tuple(x.shape)}: give two or more samples")
         self.x = x.flatten(1).double()
+        if not bool(torch.isfinite(self.x).all()):
+            bad = int((~torch.isfinite(self.x).all(1)).sum())
+            raise ValueError(f"{bad} of {len(x)} samples hold NaN or infinite values; nothing can be compared with them")
 
     @classmethod
     def of(cls, x: "Tensor | Points") -> "Points":
@@ -38,6 +41,12 @@ class Points:
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean [F] and covariance [F, F]."""
         return self.x.mean(0), torch.atleast_2d(torch.cov(self.x.T))
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Square root of the covariance, [F, F]."""
+        values, vectors = torch.linalg.eigh(self.moments[1])
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
     @cached_property
     def mean_distance(self) -> Tensor:
@@ -74,15 +83,15 @@ def frechet_distance(x: Tensor | Points, y: Tensor | Points) -> float:
     """
     a, b = _pair(x, y)
     (m_a, C_a), (m_b, C_b) = a.moments, b.moments
-    root = _root(C_a)
-    cross = torch.linalg.eigvalsh(root @ C_b @ root).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.eigvalsh(b.root @ C_a @ b.root).clamp(min=0).sqrt().sum()
     return float((m_a - m_b).square().sum() + C_a.trace() + C_b.trace() - 2 * cross)
 
 
 def kernel_distance(x: Tensor | Points, y: Tensor | Points) -> float:
     """Squared maximum mean discrepancy of the kernel (a·b/F + 1)³, unbiased: 0 on average for one distribution.
 
-    KID if the features are Inception's (arXiv 1801.01401). ValueError as for `energy_distance`.
+    KID if the features are Inception's (arXiv 1801.01401). It is for features of size 1 about zero; a common shift changes
+    it. ValueError as for `energy_distance`.
     """
     a, b = _pair(x, y)
     return float(a.mean_kernel + b.mean_kernel - 2 * _mean(a, b, _kernel))
@@ -158,7 +167,8 @@ def _mean(a: Points, b: Points, of_pairs: Callable[[Tensor, Tensor], Tensor]) ->
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b)
+    centre = b.mean(0)  # far from zero the matrix product in cdist would lose small distances
+    return torch.cdist(a - centre, b - centre)
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -167,8 +177,3 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
 
 def _polynomial(product: Tensor) -> Tensor:
     return (product + 1) ** 3
-
-
-def _root(C: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(C)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

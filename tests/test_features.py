@@ -12,6 +12,7 @@ from test_training import ROOT, SMALL, TOY, fit
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
+import pfgm
 from pfgm import cli, evaluation, features, metrics, prepare, rng, storage
 from pfgm.data import Digits
 from pfgm.evaluation import Evaluation
@@ -57,12 +58,12 @@ def test_rotated_images_are_asked_for_their_turn():
 def test_classifiers_take_images_of_any_size_and_are_stored(shape, tmp_path):
     net = Classifier(shape[0], 5, width=8).eval()
     x = torch.rand(7, *shape) * 255
-    values = extract(net, x, (0.0, 255.0), torch.device("cpu"), batch=3)
+    values = extract(net, x, (0.0, 255.0), torch.device("cpu"))
     assert values.shape == (7, 32)
     assert torch.allclose(values, net(x / 255), atol=1e-5)
     save_classifier(tmp_path / "a.safetensors", net, {"seed": 3})
     loaded = load_features(str(tmp_path / "a.safetensors"))
-    assert torch.equal(extract(loaded, x, (0.0, 255.0), torch.device("cpu"), batch=3), values)
+    assert torch.equal(extract(loaded, x, (0.0, 255.0), torch.device("cpu")), values)
     digest = storage.read_header(tmp_path / "a.safetensors")["digest"]
     assert features.name_of(loaded) == f"Classifier {digest[:12]}"
 
@@ -211,6 +212,50 @@ class Colour(nn.Module):
         return self.layer(x).mean((2, 3))
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_what_is_reported_is_what_it_says(flip, tmp_path):
+    """Every figure again, from samples drawn here, for images that come sorted by class."""
+    for i in range(60):
+        place = tmp_path / "images" / "abc"[i // 20] / f"{i:02}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        image = np.random.default_rng(i).integers(80 * (i // 20), 80 * (i // 20) + 90, (8, 8)).astype(np.uint8)
+        Image.fromarray(image).save(place)
+        if i % 3 == 0:
+            (tmp_path / "other" / "abc"[i // 20]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(255 - image).save(tmp_path / "other" / "abc"[i // 20] / f"{i:02}.png")
+    base = ["--config", str(ROOT / "configs" / "folder.yaml"), *SMALL, f"--data.path={tmp_path}/images", "--data.size=8"]
+    base += [f"--data.held_out={tmp_path}/other", "--data.labels=true", f"--data.flip={flip}", "--data.batch_size=8"]
+    base += ["--model.net.init_args.width=8", "--model.net.init_args.blocks=1", "--run_dir", str(tmp_path / "run")]
+    fit(tmp_path / "run", "--trainer.max_steps=1", base=base)
+    tested = cli.main(["test", *base, "--evaluation.n=30", "--evaluation.sets=2", "--evaluation.reference=25"])
+    result, data = json.loads((tmp_path / "run" / "test.json").read_text()), tested.datamodule
+    order = torch.randperm(60, generator=rng.generator(0))
+    label = data.train.label[order[:30]]
+    assert label.bincount().min() >= 5
+    flow = pfgm.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    sets = [flow.to_model(flow.sample(30, seed=seed, labels=label).x) for seed in (0, 1)]
+    every = flow.to_model(data.train.x.float())
+    train = every[order[:25]]
+    held_out = flow.to_model(data.held_out.x[torch.randperm(20, generator=rng.generator(0))].float())
+    assert result["reference"] == [25, 20]
+    rows = {"samples against training data": (sets, train), "samples against held-out data": (sets, held_out)}
+    for row, (ours, theirs) in (rows | {"held-out against training data": ([held_out], train)}).items():
+        for name, measure in evaluation.MEASURES.items():
+            assert result[row][name] == pytest.approx([measure(x, theirs) for x in ours], rel=1e-5, abs=1e-6), (row, name)
+    known = torch.cat([every, flow.to_model(data.train.x.flip(3).float())]) if flip else every
+    assert result["copying"] == pytest.approx([metrics.copying(x, known, held_out) for x in sets], abs=1e-9)
+
+
+def test_large_images_are_compared_by_their_averages(tmp_path):
+    x = torch.arange(2 * 3 * 64 * 48.0).reshape(2, 3, 64, 48)
+    small = evaluation._averaged(x)
+    assert torch.allclose(small[:, :, :, ::2][..., 0], x.reshape(2, 3, 32, 2, 48)[..., :2].mean((3, 4)), rtol=1e-5)
+    assert small.shape == (2, 3, 32, 32)
+    assert evaluation._averaged(x[:, :, :20]).shape == (2, 3, 20, 32)
+    assert torch.equal(evaluation._averaged(x[:, :, :9, :9]), x[:, :, :9, :9])
+    assert evaluation._averaged(x.flatten(1)).shape == (2, 3 * 64 * 48)
+
+
 def test_figures_are_those_of_the_network_given(judge):
     """Of any network, here one whose features are the four quarters of an image."""
     net = nn.Sequential(nn.AvgPool2d(4), nn.Flatten())
@@ -238,7 +283,7 @@ def test_one_held_out_sample_is_no_test(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(9, 3)))
     base = ["--data=pfgm.data.Arrays", f"--data.path={tmp_path}/x.npy", "--model.net=pfgm.nn.TimeMLP", *SMALL]
     fit(tmp_path / "run", "--trainer.max_steps=1", base=base)
-    with pytest.raises(ValueError, match="held_out leaves 1 samples; a test compares with two"):
+    with pytest.raises(ValueError, match="data: 1 held-out samples; a test compares with two"):
         cli.main(["test", *base, "--run_dir", str(tmp_path / "run")])
 
 
@@ -248,16 +293,20 @@ def test_features_of_points_are_refused(tmp_path):
         cli.main(["test", *TOY, "--run_dir", str(tmp_path), "--evaluation.features=inception"])
 
 
-def test_samples_are_shown_beside_their_nearest_training_images(tmp_path):
-    """Brightness says which image is which."""
-    train = torch.linspace(0, 1, 11)[:, None, None, None].expand(-1, 1, 32, 32)
-    x = torch.tensor([0.52, 0.9, 0.33])[:, None, None, None].expand(-1, 1, 32, 32)
-    evaluation.save_nearest(tmp_path / "n.png", x, Points(x), train, Points(train), (0.0, 1.0), count=2)
-    picture = np.asarray(Image.open(tmp_path / "n.png").convert("L"))
-    shown = picture[18, 18 :: 32 + 2][:8] / 255
-    assert shown == pytest.approx([0.9, 0.9, 0.8, 1.0, 0.5, 0.52, 0.5, 0.6], abs=0.01) or shown == pytest.approx(
-        [0.9, 0.9, 1.0, 0.8, 0.5, 0.52, 0.5, 0.6], abs=0.01
-    )
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_samples_are_shown_beside_their_nearest_training_images(mirrored, tmp_path):
+    """Brightness says which image is which, a dark left half which side is left."""
+    train = torch.linspace(0.2, 1, 9)[:, None, None, None].repeat(1, 1, 32, 32)
+    train[..., :16] = 0
+    x = torch.tensor([0.52, 0.89, 0.33])[:, None, None, None] * (train[:1] > 0)
+    x = x.flip(3) if mirrored else x
+    known = torch.cat([train, train.flip(3)]) if mirrored else train
+    evaluation.save_nearest(tmp_path / "n.png", x, Points(x), train, Points(known), (0.0, 1.0), count=2)
+    picture = np.asarray(Image.open(tmp_path / "n.png").convert("L")) / 255
+    bright, dark = (8, 24) if mirrored else (24, 8)
+    shown = [picture[18, 2 + bright + 34 * k] for k in range(8)]
+    assert shown == pytest.approx([0.89, 0.9, 0.8, 1.0, 0.5, 0.52, 0.5, 0.6], abs=0.01)
+    assert [picture[18, 2 + dark + 34 * k] for k in (0, 1, 2, 3, 5, 6)] == pytest.approx([0.0] * 6, abs=0.01)
 
 
 @pytest.mark.parametrize(

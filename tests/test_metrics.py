@@ -114,6 +114,24 @@ def test_copies_are_seen_whatever_the_scale():
     assert copying(held_out, train, held_out) == pytest.approx(0.5, abs=1e-12), "ties count half"
 
 
+def test_small_distances_far_from_zero_and_samples_that_are_not_finite():
+    x = normals(100, 51)
+    for far in (0.0, 1e4, 1e6):
+        y = torch.cat([normals(30, 52), x[:50] + 1e-3]) + far
+        distance, index = nearest(y[30:], x + far)
+        assert torch.allclose(distance[:, 0], torch.tensor(1e-3 * 3**0.5, dtype=F64), rtol=1e-3)
+        assert index[:, 0].tolist() == list(range(50))
+    with pytest.raises(ValueError, match="2 of 100 samples hold NaN or infinite values"):
+        Points(torch.where(torch.arange(100)[:, None] < 2, torch.nan, x))
+
+
+def test_sets_of_different_sizes_are_compared_at_the_smaller(monkeypatch):
+    x, y = normals(40, 61), normals(400, 62)
+    for measure in (precision, recall, nearest_neighbour_accuracy):
+        assert measure(x, y) == measure(x, y[:40]) == pytest.approx(measure(x, normals(400, 62)[:40]))
+        assert measure(y, x) == measure(y[:40], x)
+
+
 def test_blocks_do_not_matter(monkeypatch):
     x, y = normals(23, 41), normals(31, 42, mean=0.3)
     measures = (energy_distance, frechet_distance, kernel_distance, precision, recall, nearest_neighbour_accuracy)
