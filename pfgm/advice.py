@@ -33,7 +33,8 @@ class Measured:
     """Of the training data: how many, their summary, and in model units `widest`, the standard deviation along the direction
     in which they vary most, and `furthest`, the largest RMS of a sample.
 
-    `mirrored` is the accuracy with which a nearest neighbour tells images from mirrored images, None for other data.
+    `mirrored` is the accuracy with which a nearest neighbour tells images from mirrored images, of so many `pairs`; None for
+    other data.
     """
 
     count: int
@@ -41,6 +42,7 @@ class Measured:
     widest: float
     furthest: float
     mirrored: float | None
+    pairs: int = 0
 
     @classmethod
     def of(cls, data: DataModule) -> "Measured":
@@ -58,6 +60,7 @@ class Measured:
             widest=widest(flat),
             furthest=float(flat.square().mean(1).max().sqrt()),
             mirrored=mirrored(centred) if images else None,
+            pairs=len(x) // 2,
         )
 
 
@@ -75,8 +78,6 @@ def widest(x: Tensor) -> float:
 def mirrored(x: Tensor) -> float:
     """How well a nearest neighbour tells one half of the images [n, C, H, W] from the other half, mirrored; .5: not at all."""
     small = F.adaptive_avg_pool2d(x, (min(x.shape[2], 8), min(x.shape[3], 8)))
-    if len(small) < 4:
-        return 1.0
     return metrics.nearest_neighbour_accuracy(small[::2], small[1::2].flip(3))
 
 
@@ -102,7 +103,7 @@ def recommend(measured: Measured, data: Mapping[str, Any], D: float | str, gpu: 
         **_start(measured),
         "loss": _loss(measured, D, side),
         "net": _network(s.shape, n, width, gpu, augmented),
-        "lr": _rate(batch.value, width, side),
+        "lr": _rate(batch.value, width, s.shape, D),
         "warmup_steps": round_down(steps / 20),
     }
     if augmented:
@@ -137,13 +138,17 @@ def _exponent(s: DataSummary) -> float:
 
 def _batch(side: float, n: int, gpu: bool) -> Because:
     most = 512 if side <= 32 and n >= 20_000 else int(256 * min(1.0, 64 / side) ** 2)
-    reason = "EDM: 512 at 32 x 32, 256 at 64 x 64; as many pixels in larger images. 64 at most for few samples or a CPU."
+    reason = "EDM: 512 at 32 x 32, 256 at 64 x 64; as many pixels in larger images, and 64 at most for few samples or a CPU."
     return Because(max(8, most if gpu and n >= 5000 else min(64, most)), reason)
 
 
-def _rate(batch: int, width: int, side: float) -> Because:
-    reference, lr = (512, 1e-3) if side <= 32 else (256, 2e-4)
-    reason = f"EDM's {lr:g} for batches of {reference} at width 128, by square roots."
+def _rate(batch: int, width: int, shape: Sequence[int], D: float) -> Because:
+    if len(shape) == 1:
+        return Because(1e-3, "Adam's own.")
+    name, reference, lr = ("EDM", 512, 1e-3) if math.prod(shape[1:]) <= 32**2 else ("EDM", 256, 2e-4)
+    if D == 1:
+        name, reference, lr = "PFGM", 128, 2e-4
+    reason = f"{name}'s {lr:g} for batches of {reference} at width 128, by square roots of batch and width."
     return Because(figure(lr * math.sqrt(batch / reference * 128 / width)), reason)
 
 
@@ -154,10 +159,8 @@ def _sigma_max(measured: Measured, D: float) -> Because:
         return Because(figure(z_max), "Where the noise of M ends: sqrt(2/pi) sigma_end (1 + tau)^M.")
     rms, widest = recommended_sigma_max(measured.summary.sigma_data), math.sqrt(5) * measured.widest
     ratio = measured.widest / measured.summary.sigma_data
-    reason = (
-        f"80 sigma_data is {rms:.3g}. Along their first principal direction the data spread by {ratio:.1f} sigma_data, and at "
-    )
-    reason += f"sqrt(5) times that, {widest:.3g}, the prior is within .01 nats of them. This is the larger."
+    reason = f"The larger of 80 sigma_data, {rms:.3g}, and {widest:.3g}. Along their first principal direction the data spread "
+    reason += f"by {ratio:.1f} sigma_data; at sqrt(5) times that the prior is within .01 nats of a Gaussian so wide (D = inf)."
     return Because(figure(max(rms, widest)), reason)
 
 
@@ -174,12 +177,14 @@ def _loss(measured: Measured, D: float, side: float) -> dict[str, Any]:
     if D == 1 and s.condition_shape is None:
         M = Because(figure(_exponent(s)), f"The published rule, from the mean norm of the data, {s.norm:.4g}, measured.")
         noise = {"class_path": "pfgm.noise.PoissonFlowNoise", "init_args": {"M": M}}
-        charges = Because(min(measured.count, 4096), "Charges that make the field of a batch; published: 4096 at 32 x 32.")
+        most = max(32, int(4096 * min(1.0, 32 / side) ** 2))
+        charges = Because(min(measured.count, most), "Published: 4096 charges at 32 x 32, 512 at 64 x 64, 32 at 256 x 256.")
         return {"class_path": "pfgm.loss.PoissonFieldLoss", "init_args": {"reference_size": charges, "noise": noise}}
-    mean = -0.5 + max(0.0, math.log(side / 64))
-    reason = f"Of log(sigma / sigma_data), so P_mean = {mean + math.log(s.sigma_data):.2f}. EDM's -1.2 at sigma_data = .5"
-    reason += f", and log({side:.0f}/64) for the size (arXiv 2301.11093)." if side > 64 else ", at any size up to 64 x 64."
-    law = {"mean": Because(figure(mean), reason), "std": Because(1.2, "P_std of EDM.")}
+    shift = max(0.0, math.log(side / 64))
+    reason = f"Of log(sigma / sigma_data), so P_mean = {math.log(s.sigma_data) + shift - 0.5:.2f}. EDM's -1.2 at .5"
+    reason += f", and log({side:.0f}/64) for the size (arXiv 2301.11093)." if shift else ", at any size up to 64 x 64."
+    wide = "P_std of EDM" + (", and half of that shift, so that small noise is met as often as there." if shift else ".")
+    law = {"mean": Because(figure(shift - 0.5), reason), "std": Because(figure(1.2 + shift / 2), wide)}
     noise = {"class_path": "pfgm.noise.LogNormal", "init_args": law}
     return {"class_path": "pfgm.loss.DenoisingLoss", "init_args": {"noise": noise}}
 
@@ -196,23 +201,24 @@ def _network(shape: Sequence[int], n: int, width: int, gpu: bool, augmented: boo
         return {"class_path": "pfgm.nn.TimeMLP", "init_args": {"width": hidden, "depth": 3}}
     side = min(shape[1:])
     levels = min(6, max(2, round(math.log2(max(side, 8) / 4))))
-    share = 0.2 if n < 5000 else 0.1 if n < 100_000 else 0.05
+    share = 0.2 if n < 5000 else 0.13 if n < 60_000 else 0.05
     arguments = {
         "width": Because(width, "128 as published, from 5000 images of 32 x 32 on; else 64, and 32 for a CPU."),
         "multipliers": [1, 1, 2, 2, 4, 4][:levels] if side >= 128 else [1, 2, 2, 2, 2, 2][:levels],
         "blocks": 1 if not gpu else 4 if side <= 64 else 2,
         "attention_levels": [min(levels - 1, max(0, round(math.log2(side / 16))))],
-        "dropout": Because(share, f"{n} samples; published: .13 for 50,000, .05 for 70,000 faces."),
+        "dropout": Because(share, f"{n} samples. EDM: .13 for 50,000, .05 for 70,000 faces; .2 for few is a guess."),
     }
     return {"class_path": "pfgm.nn.UNet", "init_args": arguments | ({"augmentation_size": 9} if augmented else {})}
 
 
 def _flip(measured: Measured) -> Because:
     assert measured.mirrored is not None
-    pairs = min(measured.count, SAMPLES) // 2 * 2
-    same = measured.mirrored < 0.5 + 3 * math.sqrt(0.25 / pairs)
-    text = f"A nearest neighbour tells images from mirrored ones in {measured.mirrored:.0%} of cases; by chance 50 %."
-    return Because(same, text)
+    margin = 3 * math.sqrt(0.25 / measured.pairs)
+    text = f"A nearest neighbour tells images from mirrored ones in {measured.mirrored:.0%} of cases, by chance in 50%"
+    if margin > 0.15:
+        return Because(False, f"{text}, but {measured.pairs} pairs are too few to tell.")
+    return Because(measured.mirrored < 0.5 + margin, f"{text} (3 standard errors: {margin:.0%}).")
 
 
 def figure(value: float) -> float:

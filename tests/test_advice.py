@@ -38,6 +38,7 @@ def test_images_are_told_from_their_mirror_images():
 def measured(shape=(3, 32, 32), count=50_000, **changes):
     summary = DataSummary(shape, 0.5, 0.5 * math.sqrt(math.prod(shape)), 0.1)
     values = {"count": count, "summary": summary, "widest": 5.0, "furthest": 1.0, "mirrored": 0.51 if len(shape) == 3 else None}
+    values |= {"pairs": 1000}
     return Measured(**values | changes)
 
 
@@ -70,7 +71,9 @@ def test_each_figure_follows_what_was_measured():
     assert model()["sigma_max"] == 40
     assert model(widest=100.0)["sigma_max"] == pytest.approx(100 * math.sqrt(5), rel=0.01)
     large = model(shape=(3, 256, 256))
-    assert large["loss"]["init_args"]["noise"]["init_args"]["mean"] == pytest.approx(-0.5 + math.log(4), abs=0.01)
+    law = large["loss"]["init_args"]["noise"]["init_args"]
+    assert law["mean"] == pytest.approx(-0.5 + math.log(4), abs=0.01)
+    assert law["mean"] - 2 * law["std"] == pytest.approx(-0.5 - 2 * 1.2, abs=0.02), "small noise is met as often"
     assert large["net"]["init_args"]["multipliers"] == [1, 1, 2, 2, 4, 4]
     assert large["net"]["init_args"]["attention_levels"] == [4]
     slices = values(recommend(measured(shape=(1, 512, 512), count=20_000), DATA, 128, True))
@@ -84,13 +87,22 @@ def test_each_figure_follows_what_was_measured():
     rule = 0.75 * math.log(0.25 * 3072 / (2 * math.sqrt(3072) * 0.01**2)) / math.log(1.03)
     assert pfgm["loss"]["init_args"]["noise"]["init_args"]["M"] == pytest.approx(rule, rel=0.005)
     assert pfgm["loss"]["init_args"]["reference_size"] == 4096
+    assert model(D=1, shape=(3, 256, 256))["loss"]["init_args"]["reference_size"] == 64
+    assert model(D=1, count=900)["loss"]["init_args"]["reference_size"] == 900
+    assert pfgm["lr"] == pytest.approx(2e-4 * 2, rel=0.01), "512 for 128"
+    assert model(shape=(3, 64, 64))["lr"] == pytest.approx(2e-4)
+    assert model(gpu=False)["lr"] == pytest.approx(1e-3 * math.sqrt(64 / 512 * 128 / 32), rel=0.01)
+    assert model(shape=(7,))["lr"] == 1e-3
     assert pfgm["sigma_max"] == pytest.approx(math.sqrt(2 / math.pi) * 0.01 * 1.03**rule, rel=0.005)
     assert "augment" not in pfgm
     assert model(gpu=False)["net"]["init_args"]["width"] == 32
     assert model(count=900)["net"]["init_args"]["dropout"] == 0.2
     assert model(shape=(7,))["net"]["class_path"] == "pfgm.nn.TimeMLP"
     assert model(D="inf")["D"] == "inf"
-    assert not values(recommend(measured(mirrored=0.6), DATA, 128, True))["data"]["init_args"]["flip"]
+    for changes in ({"mirrored": 0.6}, {"mirrored": 0.45, "pairs": 60}, {"mirrored": 0.55}):
+        assert not values(recommend(measured(**changes), DATA, 128, True))["data"]["init_args"]["flip"]
+    text = to_yaml(recommend(measured(), DATA, 128, True))
+    assert "so P_mean = -1.19" in text
 
 
 def test_reasons_stand_above_their_values():
@@ -142,6 +154,19 @@ def test_advice_is_a_configuration_that_trains(make, options, tmp_path, capsys):
         assert not settings["data"]["init_args"]["flip"], "ramps know right from left"
         assert settings["data"]["init_args"]["size"] == (8 if "--size=8" in options else 16)
         assert settings["data"]["init_args"].get("labels", False) == ("--labels=true" in options)
+
+
+def test_centred_random_samples_are_measured(tmp_path, monkeypatch):
+    """Of samples far from zero, sorted: first those of one place, then those of another."""
+    x = torch.randn(400, 3, generator=rng.generator(1), dtype=F64)
+    x[200:, 0] += 20
+    np.save(tmp_path / "x.npy", (x + 1000).numpy())
+    data = Arrays(tmp_path / "x.npy", held_out=0.1)
+    data.train = type(data.train)(data.train.x[data.train.x[:, 0].argsort()])
+    monkeypatch.setattr(advice, "SAMPLES", 100)
+    found = Measured.of(data)
+    assert found.widest * data.summary.scale == pytest.approx(math.sqrt(101), rel=0.1)
+    assert found.furthest * data.summary.scale < 10
 
 
 def test_heavy_tails_are_seen(tmp_path):
