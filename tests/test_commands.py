@@ -207,7 +207,7 @@ def test_a_film_shows_the_first_of_many_guided_samples(here):
         (["encode", "plain", "images", "--method=ab3"], "method = 'ab3': give an adaptive method"),
         (["encode", "plain", "training.npz", "--out=training.npz"], "out = training.npz is also read"),
         (["encode", "plain", "complex.npy"], r"complex.npy holds .* torch.complex"),
-        (["encode", "plain", "float.tif"], r"float.tif has pixels without black and white \(mode F\)"),
+        (["encode", "plain", "float.tif"], r"images = float.tif cannot be used: its pixels have no black and white \(mode F\)"),
         (["decode", "plain", "good.npz", "--out=good.npz"], "out = good.npz is also read"),
         (["decode", "other", "good.npz"], "they are of D = 128, this model's D is 64"),
         (["decode", "higher", "good.npz"], "they are of level 40, this model's of 50"),
@@ -257,7 +257,7 @@ def test_damaged_images_are_named(here, capsys):
         Path("images/0.png").write_bytes(content)
         with pytest.raises(SystemExit, match="2"):
             commands.main(["encode", "plain", "images"])
-        assert re.search(r"images = images/0.png cannot be read as an image", capsys.readouterr().err)
+        assert re.search(r"images = images/0.png cannot be used: \S", capsys.readouterr().err)
 
 
 def test_sixteen_bits_and_colours_become_the_models_channels(here):

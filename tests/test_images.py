@@ -115,6 +115,11 @@ def test_channels_and_depth_are_converted():
     eight = images.fit(DEEP[..., None], Form(6, 5, 1, 8))[..., 0]
     assert np.abs(eight / 255 - DEEP / 65535).max() <= 0.5 / 255 + 1e-9
     assert np.array_equal(images.fit(GREY[..., None], Form(6, 5, 1, 16))[..., 0] / 65535, GREY / 255)
+    flat = np.full((50, 70, 1), 1001, np.uint16)
+    assert np.array_equal(images.fit(flat, Form(24, 24, 1, 16)), np.full((24, 24, 1), 1001))
+    large = np.random.default_rng(2).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    lanczos = Image.fromarray(large).resize((16, 16), Image.Resampling.LANCZOS)
+    assert np.array_equal(images.fit(large, Form(16, 16, 3, 8)), np.asarray(lanczos))
     edge = np.repeat(np.array([0, 65535], np.uint16), 16)[None].repeat(32, 0)[..., None]
     scaled = images.fit(edge, Form(24, 24, 1, 16))
     assert scaled[:, :10].max() < 7000, "what Lanczos overshoots is clipped, not wrapped"
@@ -147,13 +152,15 @@ def write_set(folder, count=24, suffix="png"):
         Image.fromarray(np.full(shape, 10 * i, np.uint8)).save(place)
     (folder / "notes.txt").write_text("not an image")
     (folder / "cat" / "._00.png").write_text("left by a system")
+    (folder / "__MACOSX").mkdir()
+    (folder / "__MACOSX" / "00.png").write_text("left by another")
     return folder
 
 
 def pack(folder, path, table=None):
     """The files of `folder` in a zip, with EDM's dataset.json if given."""
     with zipfile.ZipFile(path, "w") as file:
-        for name in sorted(p for p in folder.rglob("*") if p.is_file()):
+        for name in sorted((p for p in folder.rglob("*") if p.is_file()), reverse=True):
             file.write(name, name.relative_to(folder).as_posix())
         if table is not None:
             file.writestr("dataset.json", json.dumps({"labels": table}))
@@ -187,7 +194,7 @@ def test_folders_and_zips_are_read_with_their_labels(tmp_path):
     brightness = [10 * int(name[-6:-4]) for name in names]
     assert contents(edm) == sorted(zip(brightness, (label for _, label in table), strict=True))
     assert edm.num_classes == 6
-    assert sources.open_source(str(folder)).ignored == 2
+    assert sources.open_source(str(folder)).ignored == 3
     (folder / "dataset.json").write_text(json.dumps({"labels": table}))
     assert contents(ImageDataModule(str(folder), size=8, labels=True)) == contents(edm)
     grey = ImageDataModule(str(folder), size=8, channels=1)
@@ -234,6 +241,29 @@ def test_held_out_images_may_come_from_another_place(tmp_path):
         ImageDataModule(tmp_path / "images", size=8, held_out=str(tmp_path / "other"))
 
 
+def test_one_form_for_all(tmp_path):
+    """Fewer bits if one has fewer, colour if one has it; the same by one thread and by several."""
+    for i in range(9):
+        array = np.full((8 + i, 8 + i), 257 * i, np.uint16) if i else np.full((8, 8), 7, np.uint8)
+        Image.fromarray(array).save(tmp_path / f"{i}.PNG" if i else tmp_path / "0.png")
+    data = ImageDataModule(tmp_path, size=8)
+    assert (data.shape, data.train.x.dtype) == ((1, 8, 8), torch.uint8)
+    assert sorted(v for v, _ in contents(data)) == [1, 2, 3, 4, 5, 6, 7, 7, 8]
+    assert ImageDataModule(tmp_path, size=8, channels=3).shape == (3, 8, 8)
+    assert ImageDataModule(tmp_path, crop=8, size=4).shape == (1, 4, 4)
+    assert ImageDataModule(tmp_path, crop=(8, 6)).shape == (1, 8, 6)
+    both = 9 * 64 / 1e9
+    kept = [ImageDataModule(tmp_path, size=8, memory=memory).train.x for memory in (both, both * 8.5 / 9)]
+    assert [isinstance(x, torch.Tensor) for x in kept] == [True, False], "training and held-out images"
+    images = kept[1]
+    images.rows = images.rows * 40
+    assert torch.equal(images.load(threads=3)[0], images.load()[0])
+    (tmp_path / "0.png").unlink()
+    deep = ImageDataModule(tmp_path, size=8)
+    assert (deep.train.x.dtype, deep.summary.levels, deep.summary.scale) == (torch.int32, 65536, 32767.5)
+    assert sorted(v for v, _ in contents(deep)) == [257 * i for i in range(1, 9)]
+
+
 def test_the_summary_does_not_depend_on_memory(tmp_path, monkeypatch):
     folder = write_set(tmp_path / "images")
     whole = ImageDataModule(folder, size=8)
@@ -250,6 +280,8 @@ def test_numbered_labels():
     assert sources.numbered(["10", "9", "-1"])[0].tolist() == [2, 1, 0]
     assert sources.numbered(["1", "01"])[0].tolist() == [1, 0]
     assert sources.numbered([2**70, 5])[0].tolist() == [1, 0]
+    assert sources.numbered([13, 0])[0].tolist() == [13, 0]
+    assert sources.numbered([14, 0])[0].tolist() == [1, 0]
 
 
 def test_tables_of_labels_within_folders_and_their_faults(tmp_path):
@@ -260,14 +292,16 @@ def test_tables_of_labels_within_folders_and_their_faults(tmp_path):
     )
     assert found == [4, 2]
     assert sources.folder_labels(names) == ["a", "b"]
+    assert sources.folder_labels(["a/x/0.png", "b/y/1.png"]) == ["a", "b"], "the first level"
     assert sources.folder_labels(["a/0.png", "a/1.png"]) == ["a", "a"], "one class"
     with pytest.raises(ValueError, match=r"has two labels for a/0.png, 4 and 5; keep one"):
         sources.edm_labels(b'{"labels": [["a/0.png", 4], ["a/0.png", 5]]}', ["a/0.png"], "x")
     with pytest.raises(ValueError, match="labels must be whole numbers"):
         sources.edm_labels(b'{"labels": [["a/0.png", true]]}', ["a/0.png"], "x")
     table = tmp_path / "t.csv"
-    table.write_text('\ufeff"name", "class"\n"./a/0.png", "big cat"\n', encoding="utf-8")
-    assert sources.csv_labels(table, ["a/0.png"]) == ["big cat"]
+    for header in ("", '"name", "class"\n'):
+        table.write_text(f'\ufeff{header}"./a/0.png", "big cat"\n', encoding="utf-8")
+        assert sources.csv_labels(table, ["a/0.png"]) == ["big cat"]
     table.write_text("a/0.png,\n")
     with pytest.raises(ValueError, match="a row has no label"):
         sources.csv_labels(table, ["a/0.png"])
@@ -325,11 +359,13 @@ def test_torchvision_reads_from_its_root_and_says_what_to_do_offline(tmp_path, m
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     for part in ("train", "t10k"):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 20, 28, 28) + pixels.tobytes())
+        shown = pixels if part == "train" else 255 - pixels
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 20, 28, 28) + shown.tobytes())
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 20) + bytes(i % 2 for i in range(20)))
     data = ImageDataModule("torchvision:MNIST", root=str(tmp_path), labels=True, held_out="torchvision:MNIST:test")
     assert (data.shape, data.num_classes, len(data.train), len(data.held_out)) == ((1, 28, 28), 2, 20, 20)
     assert np.array_equal(data.train.x[:, 0].numpy(), pixels)
+    assert np.array_equal(data.held_out.x[:, 0].numpy(), 255 - pixels)
     assert data.train.label.tolist() == [i % 2 for i in range(20)]
 
     def offline(*args, **kwargs):
@@ -533,6 +569,8 @@ def test_folders_without_images_or_labels_are_named(tmp_path):
     np.save(tmp_path / "floats.npy", np.random.default_rng(0).random((9, 8, 8)))
     with pytest.raises(ValueError, match=r"holds float64; images are .*pfgm.data.Arrays"):
         ImageDataModule(str(tmp_path / "floats.npy"))
+    np.save(tmp_path / "first.npy", np.zeros((9, 3, 8, 1), np.uint8))
+    assert sources.open_source(str(tmp_path / "first.npy")).x.shape == (9, 8, 1, 3), "channels first if it can be"
     np.save(tmp_path / "vectors.npy", np.zeros((9, 8), np.uint8))
     np.save(tmp_path / "long.npy", np.arange(9 * 64).reshape(9, 8, 8) % 256)
     with pytest.raises(ValueError, match=r"holds int64; images are uint8 .0..255. or uint16"):
