@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pfgm.images import Resize
 from pfgm.imageset import ImageSet, Survey
-from pfgm.sources import Source, csv_labels, numbered, open_source
+from pfgm.labels import csv_labels, numbered
+from pfgm.sources import Source, open_source
 from pfgm.stream import Part, split_rows
 
 

@@ -16,7 +16,7 @@ from test_training import ROOT, SMALL, fit, last
 from torch.utils.data import DataLoader
 
 import pfgm
-from pfgm import cli, images, sources
+from pfgm import cli, images, labels, sources
 from pfgm.data import ImageDataModule
 from pfgm.files import read_images
 from pfgm.images import Form, ImageError, read_header, read_pixels
@@ -273,37 +273,37 @@ def test_the_summary_does_not_depend_on_memory(tmp_path, monkeypatch):
 
 
 def test_numbered_labels():
-    assert sources.numbered([3, 1, 1])[0].tolist() == [3, 1, 1]
-    assert sources.numbered(["10.0", "2.0"])[0].tolist() == [10, 2]
-    assert sources.numbered(["2000", "1999", "2001"])[0].tolist() == [1, 0, 2], "years are names"
-    assert sources.numbered(["10", "9", "-1"])[0].tolist() == [2, 1, 0]
-    assert sources.numbered(["1", "01"])[0].tolist() == [1, 0]
-    assert sources.numbered([2**70, 5])[0].tolist() == [1, 0]
-    assert sources.numbered([13, 0])[0].tolist() == [13, 0]
-    assert sources.numbered([14, 0])[0].tolist() == [1, 0]
+    assert labels.numbered([3, 1, 1])[0].tolist() == [3, 1, 1]
+    assert labels.numbered(["10.0", "2.0"])[0].tolist() == [10, 2]
+    assert labels.numbered(["2000", "1999", "2001"])[0].tolist() == [1, 0, 2], "years are names"
+    assert labels.numbered(["10", "9", "-1"])[0].tolist() == [2, 1, 0]
+    assert labels.numbered(["1", "01"])[0].tolist() == [1, 0]
+    assert labels.numbered([2**70, 5])[0].tolist() == [1, 0]
+    assert labels.numbered([13, 0])[0].tolist() == [13, 0]
+    assert labels.numbered([14, 0])[0].tolist() == [1, 0]
 
 
 def test_tables_of_labels_within_folders_and_their_faults(tmp_path):
     names = ["top/a/0.png", "top/b/1.png"]
     text = json.dumps({"labels": [["a/0.png", 4], ["b/1.png", 2]]}).encode()
-    found = sources.table_or_folders(
+    found = labels.table_or_folders(
         [*names, "top/dataset.json", "top/a/dataset.json"], names, {"top/dataset.json": text}.get, "x"
     )
     assert found == [4, 2]
-    assert sources.folder_labels(names) == ["a", "b"]
-    assert sources.folder_labels(["a/x/0.png", "b/y/1.png"]) == ["a", "b"], "the first level"
-    assert sources.folder_labels(["a/0.png", "a/1.png"]) == ["a", "a"], "one class"
+    assert labels.folder_labels(names) == ["a", "b"]
+    assert labels.folder_labels(["a/x/0.png", "b/y/1.png"]) == ["a", "b"], "the first level"
+    assert labels.folder_labels(["a/0.png", "a/1.png"]) == ["a", "a"], "one class"
     with pytest.raises(ValueError, match=r"has two labels for a/0.png, 4 and 5; keep one"):
-        sources.edm_labels(b'{"labels": [["a/0.png", 4], ["a/0.png", 5]]}', ["a/0.png"], "x")
+        labels.edm_labels(b'{"labels": [["a/0.png", 4], ["a/0.png", 5]]}', ["a/0.png"], "x")
     with pytest.raises(ValueError, match="labels must be whole numbers"):
-        sources.edm_labels(b'{"labels": [["a/0.png", true]]}', ["a/0.png"], "x")
+        labels.edm_labels(b'{"labels": [["a/0.png", true]]}', ["a/0.png"], "x")
     table = tmp_path / "t.csv"
     for header in ("", '"name", "class"\n'):
         table.write_text(f'\ufeff{header}"./a/0.png", "big cat"\n', encoding="utf-8")
-        assert sources.csv_labels(table, ["a/0.png"]) == ["big cat"]
+        assert labels.csv_labels(table, ["a/0.png"]) == ["big cat"]
     table.write_text("a/0.png,\n")
     with pytest.raises(ValueError, match="a row has no label"):
-        sources.csv_labels(table, ["a/0.png"])
+        labels.csv_labels(table, ["a/0.png"])
 
 
 def test_labels_from_a_csv_file(tmp_path):
@@ -313,9 +313,9 @@ def test_labels_from_a_csv_file(tmp_path):
     table.write_text("file,class\n" + "".join(f"{name},{10 if int(name[-6:-4]) < 12 else 9}\n" for name in reversed(names)))
     data = ImageDataModule(str(folder), size=8, labels=str(table))
     assert contents(data) == [(10 * i, 10 if i < 12 else 9) for i in range(24)], "numbers are kept as they are"
-    words = sources.csv_labels(table, names)
-    assert sources.numbered(["b", "a", "b"])[0].tolist() == [1, 0, 1]
-    assert sources.numbered(["10", "9"])[1] == ["9", "10"]
+    words = labels.csv_labels(table, names)
+    assert labels.numbered(["b", "a", "b"])[0].tolist() == [1, 0, 1]
+    assert labels.numbered(["10", "9"])[1] == ["9", "10"]
     assert len(words) == 24
     table.write_text(f"{names[0]},1\n")
     with pytest.raises(ValueError, match=f"has no label for 23 of 24 images, such as {names[1]}"):
@@ -510,7 +510,7 @@ def test_sets_read_from_the_disk_train_and_are_tested(tmp_path):
     base += ["--trainer.val_check_interval=2"]
     fit(tmp_path / "memory", "--trainer.max_steps=4", base=base)
     fit(tmp_path / "disk", "--trainer.max_steps=2", "--data.memory=0", base=base)
-    fit(tmp_path / "disk", "--trainer.max_steps=4", "--data.memory=0", base=base)
+    fit(tmp_path / "disk", "--trainer.max_steps=4", base=base)  # resumed in memory
     a, b = (last(tmp_path / name)["state_dict"] for name in ("memory", "disk"))
     assert all(torch.equal(a[key], b[key]) for key in a)
     cli.main(["test", *base, "--run_dir", str(tmp_path / "disk"), "--data.memory=0", "--evaluation.n=8", "--evaluation.sets=1"])
