@@ -207,6 +207,7 @@ def main(args: list[str] | None = None) -> TrainCLI:
         trainer_defaults=TRAINER_DEFAULTS,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={"description": f"Train and test a Poisson flow. Before that: {', '.join(COMMANDS)} (each with --help)."},
         args=args,
     )
 
