@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import re
 import struct
 import warnings
@@ -474,6 +475,8 @@ def test_images_read_from_the_disk_by_workers_make_the_same_batches(reference_si
     held, read = (ImageDataModule(archive, size=8, labels=True, memory=memory) for memory in (None, 0))
     assert isinstance(held.train.x, torch.Tensor)
     assert isinstance(read.train.x, ImageSet)
+    sent = pickle.loads(pickle.dumps(read.train.x))  # as to workers that are not forked
+    assert torch.equal(sent[:], held.train.x)
     assert read.summary.norm == held.summary.norm
     assert torch.equal(read.summary.mean, held.summary.mean)
     options = {"batch_size": 3, "seed": 5, "start": 7, "rank": 1, "world": 2, "accumulate": 2, "reference_size": reference_size}
