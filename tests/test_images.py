@@ -61,6 +61,7 @@ KINDS = [
     (lambda: encoded(RGB, exif=exif(3)), RGB[::-1, ::-1]),
     (lambda: encoded(RGB, exif=exif(5)), RGB.transpose(1, 0, 2)),
     (lambda: encoded(RGB, suffix="tif", exif=exif(8)), np.rot90(RGB)),
+    (lambda: encoded(RGB, suffix="tif", tiffinfo={0x0112: 8, 700: b"<x:xmpmeta/>"}), np.rot90(RGB)),
     (lambda: encoded(RGB, suffix="webp", lossless=True, exif=exif(7)), RGB[::-1, ::-1].transpose(1, 0, 2)),
     (lambda: encoded(RGB, suffix="bmp"), RGB),
     (lambda: encoded(RGB, suffix="webp", lossless=True), RGB),
@@ -116,8 +117,9 @@ def test_channels_and_depth_are_converted():
     eight = images.fit(DEEP[..., None], Form(6, 5, 1, 8))[..., 0]
     assert np.abs(eight / 255 - DEEP / 65535).max() <= 0.5 / 255 + 1e-9
     assert np.array_equal(images.fit(GREY[..., None], Form(6, 5, 1, 16))[..., 0] / 65535, GREY / 255)
-    flat = np.full((50, 70, 1), 1001, np.uint16)
-    assert np.array_equal(images.fit(flat, Form(24, 24, 1, 16)), np.full((24, 24, 1), 1001))
+    fine = np.random.default_rng(3).integers(20_000, 40_000, (40, 40)).astype(np.uint16)
+    exact = np.asarray(Image.fromarray(fine.astype(np.float32)).resize((16, 16), Image.Resampling.LANCZOS))
+    assert np.array_equal(images.fit(fine[..., None], Form(16, 16, 1, 16))[..., 0], exact.round())
     large = np.random.default_rng(2).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     lanczos = Image.fromarray(large).resize((16, 16), Image.Resampling.LANCZOS)
     assert np.array_equal(images.fit(large, Form(16, 16, 3, 8)), np.asarray(lanczos))
