@@ -67,8 +67,8 @@ class Preparation:
         """`part`, in memory, mirrored, with condition and noise."""
         x, condition = part[:].x, part.condition
         if self.flip:
-            mirrored = rng.uniform(len(x), generator) < 0.5
-            x = torch.where(mirrored.reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+            mirrored = (rng.uniform(len(x), generator) < 0.5).nonzero()[:, 0]
+            x = x.index_copy(0, mirrored, x[mirrored].flip(-1))
         if self.degrade or self.width:
             x = x if x.is_floating_point() else x.float()
         if self.degrade is not None:
