@@ -46,7 +46,7 @@ def collect(path: str, held_out: float | str, wanted: Wanted, seed: int) -> tupl
         sources, labels = sources * 2, labels * 2
     sets = [ImageSet(source, part, form, wanted.resize, wanted.crop) for source, part in zip(sources, rows, strict=True)]
     in_memory = sum(images.bytes for images in sets) <= wanted.memory
-    _announce(path, surveys, sets, in_memory)
+    _announce(path, sum(source.ignored for source in dict.fromkeys(sources)), surveys, sets, in_memory)
     damaged = [(source, i, why) for source, survey in zip(sources, surveys, strict=False) for i, why in survey.damaged.items()]
     parts = []
     for images, label in zip(sets, labels, strict=True):
@@ -77,15 +77,16 @@ def _labels(sources: Sequence[Source], labels: bool | str) -> list[Tensor | None
     return list(numbers.split([len(words) for words in found]))
 
 
-def _announce(path: str, surveys: Sequence[Survey], sets: Sequence[ImageSet], in_memory: bool) -> None:
+def _announce(path: str, ignored: int, surveys: Sequence[Survey], sets: Sequence[ImageSet], in_memory: bool) -> None:
     """What was found and what becomes of it, in a line or two."""
     train, held_out = sets
     _, channels, height, width = train.shape
     size = (train.bytes + held_out.bytes) / 1e9
     small = sum(form.height < height or form.width < width for survey in surveys for form in survey.forms.values())
     enlarged = f" ({small} smaller ones are enlarged)" if small and train.crop is None else ""
+    others = f", {ignored} other files ignored" if ignored else ""
     rank_zero_info(
-        f"{path}: {'; '.join(survey.kinds() for survey in surveys)}. As {channels} x {height} x {width}{enlarged}: "
+        f"{path}: {'; '.join(survey.kinds() for survey in surveys)}{others}. As {channels} x {height} x {width}{enlarged}: "
         f"{len(train)} for training, {len(held_out)} held out, {size:.3g} GB, "
         + ("in memory" if in_memory else "more than data.memory: read from the disk each time, by data.workers")
     )

@@ -179,10 +179,14 @@ def contents(data):
     return sorted(zip(x[:, 0].tolist(), label.tolist(), strict=True))
 
 
-def test_folders_and_zips_are_read_with_their_labels(tmp_path):
+def test_folders_and_zips_are_read_with_their_labels(tmp_path, caplog):
     folder = write_set(tmp_path / "images")
     expected = [(10 * i, i % 2) for i in range(24)]
-    data = ImageDataModule(str(folder), size=8, labels=True, held_out=0.25)
+    with caplog.at_level("INFO"):
+        data = ImageDataModule(str(folder), size=8, labels=True, held_out=0.25)
+    assert "2 classes: cat, dog" in caplog.text
+    assert "18 8-bit RGB, 6 8-bit grey, 10 x 10 to 20 x 14, 3 other files ignored. As 3 x 8 x 8: 18 for training" in caplog.text
+    assert "in memory" in caplog.text
     assert (data.shape, data.num_classes, len(data.train), len(data.held_out)) == ((3, 8, 8), 2, 18, 6)
     assert contents(data) == expected
     assert data.train.x.dtype == torch.uint8
@@ -190,7 +194,10 @@ def test_folders_and_zips_are_read_with_their_labels(tmp_path):
     assert data.held_out.label.bincount().tolist() == [3, 3], "each class in proportion"
     archive = str(pack(folder, tmp_path / "images.zip"))
     assert contents(ImageDataModule(archive, size=8, labels=True)) == expected
-    assert contents(ImageDataModule(archive, size=(9, 7), memory=0)) == [(value, -1) for value, _ in expected]
+    with caplog.at_level("INFO"):
+        assert contents(ImageDataModule(archive, size=(12, 7), memory=0)) == [(value, -1) for value, _ in expected]
+    assert "As 3 x 12 x 7 (8 smaller ones are enlarged)" in caplog.text
+    assert "more than data.memory: read from the disk each time" in caplog.text
     names = sources.open_source(archive).names
     table = [[name, 5 - i // 5] for i, name in enumerate(names)]
     edm = ImageDataModule(str(pack(folder, tmp_path / "edm.zip", table)), size=8, labels=True)
