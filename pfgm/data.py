@@ -150,8 +150,9 @@ class ImageDataModule(DataModule):
     `labels` are taken from dataset.json (EDM's zips), the first level of sub-folders, the array or the set, if true, or from a
     CSV of files and labels. `held_out` is a share, or the path of other images. Damaged images are named and end the run,
     unless `skip_damaged`. All are kept in memory, as bytes, if they take no more than `memory` GB (default: half of what is
-    free; each process of several devices has its own), else read from the disk each time by so many `workers` (default: the cores, 8 at most); either way all are read once
-    at the start. `flip` mirrors images left to right in training, each with probability 1/2.
+    free; each process of several devices has its own), else read from the disk each time by so many `workers` (default: the
+    cores, 8 at most); either way all are read once at the start. `flip` mirrors images left to right in training, each with
+    probability 1/2.
     """
 
     PLACES = ("path", "root", "memory", "workers")
