@@ -10,7 +10,7 @@
 #   first   eight minutes of training at full width                    -> run/, with sample grids
 #   second  eight minutes more of the same run, resumed, and samples   -> run/, samples.png
 set -euo pipefail
-data=${1:?give the array file of CIFAR-10} out=${2:?give a folder for the results}
+data=${1:?give CIFAR-10, such as torchvision:CIFAR10} out=${2:?give a folder for the results}
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
 "$python" -c "import torch; print(torch.cuda.get_device_name(), 'torch', torch.__version__)" | tee "$out/machine.txt"

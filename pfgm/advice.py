@@ -53,7 +53,7 @@ class Measured:
         assert data.summary.mean is not None
         centred = x / data.summary.scale - data.summary.mean
         flat = centred.flatten(1)
-        images = x.ndim == 4
+        images = x.ndim == 4 and len(x) >= 4
         return cls(
             count=len(data.train),
             summary=data.summary,

@@ -18,12 +18,14 @@ def numbered(labels: Labels) -> tuple[torch.Tensor, list[str]]:
 
     Whole numbers are taken as they are if most from 0 to the largest occur, else in their order; words in theirs.
     """
-    words = [str(label).strip().removesuffix(".0") for label in labels]
-    names = sorted(set(words))
-    if all(word.removeprefix("-").isdecimal() and word == str(int(word)) for word in names):
-        names.sort(key=int)
+    words = [str(label).strip() for label in labels]
+    whole = [word.removesuffix(".0") for word in words]
+    if all(word.removeprefix("-").isdecimal() and word == str(int(word)) for word in whole):
+        words, names = whole, sorted(set(whole), key=int)
         if int(names[0]) >= 0 and int(names[-1]) < 2 * len(names) + 10:
             return torch.tensor([int(word) for word in words]), names
+    else:
+        names = sorted(set(words))
     place = {name: k for k, name in enumerate(names)}
     return torch.tensor([place[word] for word in words]), names
 

@@ -175,6 +175,13 @@ def test_heavy_tails_are_seen(tmp_path):
     assert values(recommend(Measured.of(data), data.spec, 128, False))["model"]["start"] == "hyperplane"
 
 
+def test_three_images_are_enough_for_advice(tmp_path, capsys):
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 90 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    prepare.prepare(["advise", str(tmp_path)])
+    assert "flip" not in yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+
+
 def test_what_cannot_be_looked_at_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="path = nowhere does not exist"):
         prepare.prepare(["advise", "nowhere"])

@@ -290,6 +290,7 @@ def test_numbered_labels():
     assert labels.numbered(["1", "01"])[0].tolist() == [1, 0]
     assert labels.numbered([2**70, 5])[0].tolist() == [1, 0]
     assert labels.numbered([13, 0])[0].tolist() == [13, 0]
+    assert labels.numbered(["v1.0", "v1", "v1.0"])[0].tolist() == [1, 0, 1], "names stay as they are"
     assert labels.numbered([14, 0])[0].tolist() == [1, 0]
 
 
