@@ -1,11 +1,11 @@
-"""Where training meets sampling: checkpoints, sample grids, the progress bar."""
+"""Where training meets sampling: how the network runs, sample grids, the progress bar."""
 
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
@@ -13,12 +13,6 @@ from pfgm import plot
 from pfgm.datamodule import DataModule
 from pfgm.module import PFGM
 from pfgm.ode import SolverError
-from pfgm.storage import replacing
-
-
-def checkpoint_path(run_dir: str | Path) -> Path:
-    """The newest checkpoint of a run."""
-    return Path(run_dir) / "checkpoints" / "last.ckpt"
 
 
 class Speed(Callback):
@@ -56,43 +50,6 @@ class Speed(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """As if nothing had been validated."""
         self.on_validation_end(trainer, pl_module)
-
-
-class LastCheckpoint(Checkpoint):
-    """Writes `<run_dir>/checkpoints/last.ckpt` at the start, every `every_n_steps` optimizer steps, and at the end.
-
-    The file is written beside the old one and then takes its place, so that there is always a whole one.
-    """
-
-    def __init__(self, every_n_steps: int = 500):
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps = {every_n_steps} must be at least 1")
-        self.every_n_steps, self.saved = every_n_steps, -1
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not checkpoint_path(trainer.default_root_dir).exists():
-            self._save(trainer)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
-            self._save(trainer)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer)
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        path = checkpoint_path(trainer.default_root_dir)
-        if trainer.global_step == self.saved:
-            return
-        assert isinstance(trainer.lightning_module, PFGM)
-        trainer.lightning_module.check_finite()
-        if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                trainer.save_checkpoint(temporary)
-        else:
-            trainer.save_checkpoint(path)  # writes nothing, but waits for the others
-        self.saved = trainer.global_step
 
 
 class SampleGrid(Callback):

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from pfgm import storage
-from pfgm.callbacks import LastCheckpoint, SampleGrid, Speed, StepProgressBar, checkpoint_path
+from pfgm import rundir, storage
+from pfgm.atomic import replacing
+from pfgm.callbacks import SampleGrid, Speed, StepProgressBar
+from pfgm.checkpointing import LastCheckpoint, Stopped
 from pfgm.datamodule import DataModule
 from pfgm.ema import EMA, PowerAverages
 from pfgm.evaluation import Evaluation
@@ -48,7 +51,9 @@ class SaveConfig(SaveConfigCallback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Once, since the stream of batches is one epoch."""
-        super().setup(trainer, pl_module, "fit")
+        if trainer.is_global_zero:
+            with replacing(Path(trainer.default_root_dir) / self.config_filename) as temporary:
+                self.parser.save(self.config, temporary, skip_none=False, overwrite=True, multifile=False)
 
 
 class TrainCLI(LightningCLI):
@@ -94,24 +99,30 @@ class TrainCLI(LightningCLI):
 
     def fit(self, model: PFGM, datamodule: DataModule) -> None:
         """Resume if the run has a checkpoint, else start, from `--init_from` if given."""
-        run_dir, source = Path(self._get(self.config, "run_dir")), self._get(self.config, "init_from")
-        last = checkpoint_path(run_dir)
-        if last.exists():
-            if source is not None:
-                raise ValueError(
-                    f"init_from = {source}: {run_dir} holds a run already; leave it out, or give another --run_dir"
-                )
-            check_same_run(storage.read_checkpoint(last), model, datamodule, run_dir)
-            print(f"resuming {last}", file=sys.stderr)
-        else:
-            check_no_other_files(run_dir)
+        run_dir = Path(self._get(self.config, "run_dir"))
+        first = self.trainer.is_global_zero
+        with rundir.held(run_dir) if first else nullcontext():
+            start = self._start(model, datamodule, run_dir, first)
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=start, weights_only=True)
+
+    def _start(self, model: PFGM, datamodule: DataModule, run_dir: Path, mend: bool) -> Path | None:
+        """The checkpoint to resume, None for a new run."""
+        source, found = self._get(self.config, "init_from"), rundir.newest(run_dir, mend)
+        if found is None:
+            rundir.check_no_other_files(run_dir)
             if source is not None:
                 initialize(model, source)
-        self.trainer.fit(model, datamodule=datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
+            return None
+        path, checkpoint = found
+        if source is not None:
+            raise ValueError(f"init_from = {source}: {run_dir} holds a run already; leave it out, or give another --run_dir")
+        check_same_run(checkpoint, model, datamodule, run_dir)
+        print(f"resuming {path}", file=sys.stderr)
+        return path
 
     def test(self, model: PFGM, datamodule: DataModule) -> None:
         """Evaluate the newest checkpoint of the run."""
-        last = checkpoint_path(self._get(self.config, "run_dir"))
+        last = rundir.checkpoint_path(self._get(self.config, "run_dir"))
         if not last.exists():
             raise FileNotFoundError(f"run_dir = {last.parent.parent} has no checkpoint to test; run fit first")
         check_same_run(storage.read_checkpoint(last), model, datamodule, last.parent.parent)
@@ -127,19 +138,6 @@ def check_trainer(config: Any) -> None:
     on_cpu = config["accelerator"] == "cpu" or (config["accelerator"] == "auto" and not torch.cuda.is_available())
     if on_cpu and str(devices).isdigit() and int(devices) > cores:
         raise ValueError(f"trainer.devices = {devices}: each is a process here, and this machine has {cores} cores")
-
-
-def check_no_other_files(run_dir: Path) -> None:
-    """FileExistsError if a run would write over files of others; those of a run come after its first checkpoint."""
-    found = [
-        name
-        for name in ("config.yaml", "metrics.csv", "loss.png", "grids", "averages", "checkpoints")
-        if (run_dir / name).exists()
-    ]
-    if found and found != ["checkpoints"]:
-        raise FileExistsError(
-            f"run_dir = {run_dir} has {', '.join(found)} but no checkpoints/last.ckpt; restore that, or give another --run_dir"
-        )
 
 
 def check_same_run(checkpoint: dict[str, Any], model: PFGM, data: DataModule, run_dir: Path) -> None:
@@ -220,6 +218,9 @@ def run() -> None:
             prepare(words)
         else:
             main()
+    except Stopped as stop:
+        print(f"train.py: {stop}", file=sys.stderr)
+        sys.exit(stop.code)
     except (ValueError, OSError, ImportError, NonFiniteLoss, SolverError, MisconfigurationException) as error:
         print(f"train.py: error: {cause(error)}", file=sys.stderr)
         sys.exit(2)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfgm import metrics, plot, rng
+from pfgm.atomic import replacing
 from pfgm.datamodule import DataModule
 from pfgm.features import extract, load_features, name_of
 from pfgm.metrics import Points
 from pfgm.module import PFGM
 from pfgm.ode import SolverError
-from pfgm.storage import replacing
 
 MEASURES: dict[str, Callable[[Points, Points], float]] = {
     "energy": metrics.energy_distance,

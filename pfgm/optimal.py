@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfgm.atomic import replacing
 from pfgm.coordinates import Angle
 from pfgm.flow import PoissonFlow
 from pfgm.sampler import seed_pairs
-from pfgm.storage import digest, replacing
+from pfgm.storage import digest
 
 SEED = 2**32 - 1
 """Of the samples: not one that a user would draw with."""

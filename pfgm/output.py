@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pfgm import plot
-from pfgm.storage import replacing
+from pfgm.atomic import replacing
 
 ARRAYS = (".npz", ".pt")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfgm.storage import replacing
+from pfgm.atomic import replacing
 
 ValueRange = Sequence[float] | None
 

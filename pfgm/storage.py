@@ -1,13 +1,15 @@
-"""Files: written whole or not at all, read with a reason when they cannot be.
+"""Checkpoints and exports: what they hold, and the reasons why one cannot be read.
 
-Checkpoints and exports carry a SHA-256 digest of their content, since a flipped bit passes torch.load unnoticed.
+All carry a SHA-256 digest of their content, and checkpoints a stamp of all their bytes, since a flipped bit passes torch.load
+unnoticed.
 """
 
+import errno
 import hashlib
 import json
 import os
 import pickle
-import tempfile
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,13 +19,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfgm.atomic import PARTIAL, DamagedError, check_stamp, replacing, save_torch, stamp
+from pfgm.intake import RefusedError, check_safetensors, load_torch, read_text
+
 FORMAT = 2
 KEY = "pfgm"
 """Where a Lightning checkpoint holds this package's part: {"format", "flow", "data", "digest"}."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or export is missing a part, damaged, or of another format."""
+    """A checkpoint or export is missing a part, damaged, refused, or of another format."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not what was written."""
+
+
+UNREADABLE = (
+    RuntimeError,  # of torch, and RecursionError
+    pickle.UnpicklingError,
+    EOFError,
+    zipfile.BadZipFile,
+    struct.error,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+)
+"""What the libraries make of a damaged file."""
 
 
 def digest(content: Any) -> str:
@@ -66,32 +92,50 @@ def check_seal(checkpoint: Mapping[str, Any], path: object = "the checkpoint") -
             f"{path} has format {part.get('format')!r}, this version reads {FORMAT}; install the version that wrote it"
         )
     if part.get("digest") != digest(_sealed(checkpoint)):
-        raise CheckpointError(f"{path} has been altered: its content does not have the digest stored in it; use another copy")
+        raise DamagedCheckpointError(
+            f"{path} has been altered: its content does not have the digest stored in it; use another copy"
+        )
+
+
+def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any], previous: str | Path | None = None) -> None:
+    """Write a Lightning `checkpoint`, stamped and as a whole. What was at `path` becomes `previous`, if that is given."""
+    with replacing(path) as temporary:
+        save_torch(temporary, checkpoint)
+        stamp(temporary)
+        if previous is not None and Path(path).exists():
+            _rename(Path(path), Path(previous))
+
+
+def _rename(path: Path, other: Path) -> None:
+    """`path` as `other`, and until it is replaced under its own name as well, if the file system has links."""
+    link = other.with_name(f"{PARTIAL}{other.name}")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+    except OSError:
+        os.replace(path, other)
+    else:
+        os.replace(link, other)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The Lightning checkpoint at `path`, on the CPU, checked; no code of the file is run (weights_only).
 
-    FileNotFoundError if there is none, CheckpointError if it is truncated, altered or of another format.
+    FileNotFoundError if there is none, DamagedCheckpointError if it is truncated or altered, CheckpointError if it is refused
+    or of another format.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is no file; give a .ckpt file or an exported folder")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        zipfile.BadZipFile,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-    ) as error:
+        check_stamp(Path(path))
+        checkpoint = load_torch(Path(path), path)
+    except RefusedError as error:
+        raise CheckpointError(str(error)) from error
+    except DamagedError as error:
+        raise DamagedCheckpointError(f"{error}; use another copy") from error
+    except UNREADABLE as error:
         # Not torch's own words: they advise to load the file without weights_only.
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} cannot be read: truncated, altered or not a checkpoint ({type(error).__name__}); use another copy"
         ) from error
     if not isinstance(checkpoint, dict):
@@ -104,76 +148,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def write_export(folder: str | Path, flow: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write `folder`/config.json (strict JSON) and `folder`/model.safetensors, each as a whole."""
-    from safetensors.torch import save_file
-
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    parts = {"format": FORMAT, "flow": flow}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, parts = _plain(state), {"format": FORMAT, "flow": flow}
     config = json.dumps(parts | {"digest": digest(parts | {"tensors": tensors})}, indent=2, allow_nan=False)
-    with replacing(Path(folder) / "model.safetensors") as temporary:
-        save_file(tensors, temporary)
-    with replacing(Path(folder) / "config.json") as temporary:
-        temporary.write_text(config + "\n")
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write `tensors` to a safetensors file, as a whole, with a JSON `header` and a digest of both."""
-    from safetensors.torch import save_file
-
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    parts = {"format": FORMAT} | dict(header)
-    parts["digest"] = digest(parts | {"tensors": plain})
-    with replacing(path) as temporary:
-        save_file(plain, temporary, metadata={KEY: json.dumps(parts)})
-
-
-def read_header(path: str | Path) -> dict[str, Any]:
-    """The header of a file of `write_tensors`. CheckpointError if it is none, or of another format."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[KEY])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: truncated or altered ({type(error).__name__}); delete it") from error
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {header.get('format')!r}, this version reads {FORMAT}")
-    return header
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file of `write_tensors`. CheckpointError if it is damaged or altered."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    header = read_header(path)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read: truncated or altered; delete it") from error
-    found = digest({name: value for name, value in header.items() if name != "digest"} | {"tensors": tensors})
-    if header.get("digest") != found:
-        raise CheckpointError(f"{path} has been altered: its content does not have the digest in it; delete it")
-    return tensors
+    with replacing(folder / "model.safetensors") as weights, replacing(folder / "config.json") as text:
+        _save(weights, tensors)
+        text.write_text(config + "\n")
 
 
 def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description of the flow and its tensors from an exported `folder`. Errors as for `read_checkpoint`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
-        if not (Path(folder) / name).is_file():
+        if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; give a folder written by save_pretrained, or a .ckpt file")
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-        state = load_file(Path(folder) / "model.safetensors")
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be read: truncated or altered ({type(error).__name__}); use another copy"
-        ) from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    with _readable(folder, "use another copy"):
+        config = json.loads(read_text(folder / "config.json", folder / "config.json"))
+    if not isinstance(config, dict) or config.get("format") != FORMAT or not isinstance(config.get("flow"), dict):
         raise CheckpointError(f"{folder}/config.json is not an export of this package in format {FORMAT}")
+    state = _load(folder / "model.safetensors", folder, "use another copy")
     found = digest({name: value for name, value in config.items() if name != "digest"} | {"tensors": state})
     if config.get("digest") != found:
         raise CheckpointError(
@@ -182,25 +176,71 @@ def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config["flow"], state
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends, and vanishes if the block fails."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write `tensors` to a safetensors file, as a whole, with a JSON `header` and a digest of both."""
+    plain, parts = _plain(tensors), {"format": FORMAT} | dict(header)
+    parts["digest"] = digest(parts | {"tensors": plain})
+    with replacing(path) as temporary:
+        _save(temporary, plain, {KEY: json.dumps(parts)})
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The header of a file of `write_tensors`. CheckpointError if it is none, or of another format."""
+    from safetensors import safe_open
+
+    with _readable(path, "delete it"):
+        check_safetensors(Path(path), path)
+        with safe_open(path, framework="pt") as file:
+            header = dict(json.loads((file.metadata() or {})[KEY]))
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {header.get('format')!r}, this version reads {FORMAT}")
+    return header
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file of `write_tensors`. CheckpointError if it is damaged or altered."""
+    header, tensors = read_header(path), _load(Path(path), path, "delete it")
+    found = digest({name: value for name, value in header.items() if name != "digest"} | {"tensors": tensors})
+    if header.get("digest") != found:
+        raise CheckpointError(f"{path} has been altered: its content does not have the digest in it; delete it")
+    return tensors
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # which hides the system's reason in its text
+        raise OSError(errno.EIO, f"not all could be written ({error})") from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _load(path: Path, place: object, remedy: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    with _readable(place, remedy):
+        check_safetensors(path, path)
+        return load_file(path)
+
+
+@contextmanager
+def _readable(place: object, remedy: str) -> Iterator[None]:
+    """What goes wrong in the block as a CheckpointError about `place`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except RefusedError as error:
+        raise CheckpointError(str(error)) from error
+    except FileNotFoundError:
+        raise
+    except (*UNREADABLE, SafetensorError) as error:
+        raise CheckpointError(f"{place} cannot be read: truncated or altered ({type(error).__name__}); {remedy}") from error
 
 
 def _sealed(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

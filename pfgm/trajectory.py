@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pfgm import plot
+from pfgm.atomic import replacing
 from pfgm.flow import PoissonFlow
 from pfgm.kernel import expand
 from pfgm.sampler import Samples, Trajectory
-from pfgm.storage import replacing
 
 ENDINGS = (".png", ".gif", ".npz")
 POINTS = {"strip": 12, "lines": 120, "film": 48, "cloud": 48, "arrays": 48}

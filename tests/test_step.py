@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfgm import rng
-from pfgm.callbacks import LastCheckpoint, Speed
+from pfgm.callbacks import Speed
+from pfgm.checkpointing import LastCheckpoint
 from pfgm.data import DataModule, Digits
 from pfgm.degrade import AddNoise
 from pfgm.ema import EMA, PowerAverages

@@ -167,7 +167,7 @@ def test_checkpoints_hold_the_average_and_the_raw_weights(tmp_path):
 
     data = Toy(size=200, batch_size=16)
     model = PFGM(TimeMLP((2,), 0, 1, width=8, depth=1), data.summary, PoissonFieldLoss(0.5, 100), D=1, lr=0.05, warmup_steps=0)
-    from pfgm.callbacks import LastCheckpoint
+    from pfgm.checkpointing import LastCheckpoint
 
     callbacks = [EMA(half_life=40, warmup=0.5), Record(), LastCheckpoint()]
     settings = {"max_epochs": -1, "max_steps": 6, "logger": False, "enable_progress_bar": False, "limit_val_batches": 0}

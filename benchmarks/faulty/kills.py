@@ -1,0 +1,157 @@
+"""Training runs that are killed, resumed by the same command, and compared with one that was not."""
+
+import contextlib
+import csv
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from pfgm.atomic import PARTIAL
+from pfgm.rundir import LAST, checkpoint_path
+from pfgm.storage import CheckpointError, digest, read_checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+COMMON = [
+    "fit",
+    "--config",
+    str(ROOT / "configs" / "heart.yaml"),
+    "--data.init_args.size=300",
+    "--data.init_args.batch_size=32",
+]
+COMMON += ["--model.net.init_args.width=16", "--model.net.init_args.depth=1", "--grid.n=16", "--averages.every_n_steps=20"]
+COMMON += ["--checkpoint.every_n_steps=5", "--trainer.val_check_interval=15", "--trainer.log_every_n_steps=1"]
+COMMON += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+OBJECTIVES = {
+    "Poisson field": [],
+    "denoising": ["--model.loss=pfgm.loss.DenoisingLoss", "--model.D=128", "--model.net.init_args.extra_channels=0"],
+}
+OBJECTIVES["denoising"].pop()  # the network's channels follow the loss
+MOMENTS = ("at random", "while saving", "while drawing a grid", "signal")
+GRACE = 60.0
+
+
+def command(folder: Path, objective: str, steps: int) -> list[str]:
+    """Of one run."""
+    return [*COMMON, *OBJECTIVES[objective], f"--trainer.max_steps={steps}", f"--run_dir={folder}"]
+
+
+def start(arguments: Sequence[str]) -> multiprocessing.Process:
+    """train.py in a process of its own, forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pfgm.cli", "matplotlib.figure", "torchvision.utils"])
+    process = context.Process(target=_train, args=(list(arguments),))
+    process.start()
+    return process
+
+
+def _train(arguments: list[str]) -> None:
+    import logging
+
+    import torch
+
+    from pfgm import cli
+
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    sys.argv = ["train.py", *arguments]
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        cli.run()
+
+
+def finish(arguments: Sequence[str]) -> int:
+    """The exit code of an undisturbed run."""
+    process = start(arguments)
+    process.join()
+    return process.exitcode
+
+
+def kill(process: multiprocessing.Process, folder: Path, moment: str, chance: random.Random, length: float) -> bool:
+    """Send a signal at some `moment` of a run of about `length` seconds; whether it was still running then."""
+    began, patience = time.monotonic(), chance.uniform(0, length)
+    watched = {"while saving": folder / "checkpoints", "while drawing a grid": folder / "grids"}.get(moment)
+    passed = chance.randrange(4)
+    while process.is_alive():
+        if watched is None and time.monotonic() - began > patience:
+            break
+        if watched is not None and any(watched.glob(f"{PARTIAL}*")):
+            passed -= 1
+            if passed < 0:
+                time.sleep(chance.uniform(0, 0.01))
+                break
+            time.sleep(0.05)
+        time.sleep(0.0005)
+    alive = process.is_alive()
+    number = chance.choice((signal.SIGTERM, signal.SIGUSR1)) if moment == "signal" else signal.SIGKILL
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, number)
+    process.join(GRACE)
+    return alive and process.exitcode != 0
+
+
+def reached(folder: Path) -> int:
+    """The last step that the log knows."""
+    with contextlib.suppress(OSError, ValueError, KeyError), (folder / "metrics.csv").open(newline="") as file:
+        return max((int(row["step"]) + bool(row["train_loss"]) for row in csv.DictReader(file)), default=0)
+    return 0
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Of all that a run leaves: the bytes of its files, of checkpoints the content."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    parts = (
+        "state_dict",
+        "current_model_state",
+        "averaging_state",
+        "optimizer_states",
+        "lr_schedulers",
+        "global_step",
+        "callbacks",
+    )
+    last = read_checkpoint(files[f"checkpoints/{LAST}"])
+    found = {name: digest({"bytes": path.read_bytes()}) for name, path in files.items() if path.suffix in (".csv", ".png")}
+    found |= {name: digest({"bytes": path.read_bytes()}) for name, path in files.items() if path.suffix == ".safetensors"}
+    return found | {part: digest({part: last[part]}) for part in parts}
+
+
+def chain(folder: Path, objective: str, kills: int, seed: int, steps: int = 60) -> Counter:
+    """One run that is killed so often, then left to end, against one that was not killed; counts of what happened."""
+    chance, counts = random.Random(seed), Counter()
+    began = time.monotonic()
+    assert finish(command(folder / "whole", objective, steps)) == 0
+    length = time.monotonic() - began
+    run, expected, turn = folder / "killed", fingerprint(folder / "whole"), 0
+    while counts["kills"] < kills:
+        turn += 1
+        arguments = command(run / str(counts["runs"]), objective, steps)
+        where = run / str(counts["runs"])
+        moment = MOMENTS[chance.randrange(len(MOMENTS))]
+        if kill(start(arguments), where, moment, chance, length):
+            counts["kills"] += 1
+            counts[moment] += 1
+            _look(where, counts)
+        else:
+            counts["runs"] += 1
+            counts["different"] += fingerprint(where) != expected
+    where = run / str(counts["runs"])
+    counts["failed"] += finish(command(where, objective, steps)) != 0
+    counts["runs"] += 1
+    counts["different"] += fingerprint(where) != expected
+    return counts
+
+
+def _look(folder: Path, counts: Counter) -> None:
+    """What a killed run left: torn checkpoints, lost steps."""
+    path, step = checkpoint_path(folder), 0
+    try:
+        step = read_checkpoint(path)["global_step"] if path.exists() else 0
+    except CheckpointError:
+        counts["torn"] += 1
+    lost = max(0, reached(folder) - step)
+    counts["lost"] += lost
+    counts["most lost"] = max(counts["most lost"], lost)

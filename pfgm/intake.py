@@ -1,0 +1,174 @@
+"""Files from strangers: what they claim to hold is looked at before a library opens them.
+
+Nothing here unpacks more than a few megabytes. A file passes if reading it runs no code and takes memory in proportion to its
+own size: FREE bytes, or RATIO times as much as it has.
+"""
+
+import math
+import os
+import pickletools
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FREE, RATIO = 2**28, 100
+"""Bytes that any archive may unpack to, and how many times its own size; real data are compressed less."""
+MAX_DESCRIPTION = 2**23
+"""Bytes of what describes tensors: a pickle, a JSON text, a header."""
+MAX_NODES, MAX_DEPTH = 10**6, 100
+"""Of nested values. Lists that hold each other many times are small in a file, and endless to walk through."""
+
+PICKLED = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "torch Size",
+    "torch device",
+}
+"""What a pickle of tensors and plain values names, besides dtypes and storages."""
+
+
+class RefusedError(ValueError):
+    """A file that claims too much, or holds something other than numbers and plain values."""
+
+
+@contextmanager
+def opened_zip(path: str | Path | BinaryIO, place: object) -> Iterator[zipfile.ZipFile]:
+    """The zip archive at `path`. RefusedError, which calls it `place`, if it would unpack to far more than it is, or if two
+    entries have one name; zipfile.BadZipFile if it is none."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        names = {entry.filename.lower() for entry in entries}
+        if len(names) < len(entries):
+            raise RefusedError(f"{place}: several entries have one name; pack it again")
+        packed, total = _size(path), sum(entry.file_size for entry in entries)
+        if total > max(FREE, RATIO * packed):
+            raise RefusedError(
+                f"{place} has {packed / 1e6:.3g} MB and would unpack to {total / 1e6:.3g} MB; if that is meant, unpack it "
+                "yourself, or save without compression"
+            )
+        yield archive
+
+
+def load_torch(path: Path, place: object) -> Any:
+    """What `torch.save` wrote to `path`: tensors and plain values, nested, on the CPU. No code of the file is run.
+
+    RefusedError for other objects, for tensors larger than their storage, compressed ones, or values nested without end; the
+    errors of torch.load for damaged files.
+    """
+    with opened_zip(path, place) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise RefusedError(f"{place}: {entry.filename} is compressed, which torch.save never does")
+        _check_pickle(archive, place)
+        total = sum(entry.file_size for entry in archive.infolist())
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    _check_values(content, total, place)
+    return content
+
+
+def _check_pickle(archive: zipfile.ZipFile, place: object) -> None:
+    """RefusedError unless the archive's pickles name nothing but tensors and plain values."""
+    for entry in archive.infolist():
+        if not entry.filename.lower().endswith(".pkl"):
+            continue
+        if entry.file_size > MAX_DESCRIPTION:
+            raise RefusedError(f"{place}: {entry.filename} has {entry.file_size / 1e6:.3g} MB, far more than tensors need")
+        for code, argument, _ in pickletools.genops(archive.read(entry)):
+            if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _is_plain(argument):
+                raise RefusedError(
+                    f"{place} holds {str(argument).replace(' ', '.')}, no tensor or plain value; it was not read"
+                )
+
+
+def _is_plain(name: Any) -> bool:
+    module, _, kind = str(name).partition(" ")
+    known = module == "torch" and (kind.endswith("Storage") or isinstance(getattr(torch, kind, None), torch.dtype))
+    return known or name in PICKLED
+
+
+def _check_values(content: Any, total: int, place: object) -> None:
+    """RefusedError for tensors that are larger than what is stored of them, `total` bytes, and for too many values."""
+    waiting, count = [(content, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        if count > MAX_NODES or depth > MAX_DEPTH:
+            raise RefusedError(f"{place}: its values are nested more than {MAX_DEPTH} deep, or are more than {MAX_NODES}")
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_meta or value.numel() * value.itemsize > _stored(value, total):
+                raise RefusedError(f"{place}: a tensor {tuple(value.shape)} is larger than what is stored of it")
+        elif isinstance(value, Mapping):
+            waiting += [(item, depth + 1) for pair in value.items() for item in pair]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(item, depth + 1) for item in value]
+
+
+def _stored(value: Tensor, total: int) -> int:
+    return min(value.untyped_storage().nbytes(), total)
+
+
+def check_arrays(path: Path, place: object) -> None:
+    """RefusedError unless each array of a .npz file is of numbers and as large as its header says."""
+    with opened_zip(path, place) as archive:
+        for entry in archive.infolist():
+            with archive.open(entry) as file:
+                _check_header(file, entry.file_size, f"{place}: {entry.filename}")
+
+
+def _check_header(file: Any, size: int, place: str) -> None:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
+        raise RefusedError(f"{place} has numpy's format {version}, which is not for numbers; give plain arrays")
+    check_claim(shape, dtype, size, place)
+
+
+def check_claim(shape: tuple[int, ...], dtype: np.dtype, size: int, place: object) -> None:
+    """RefusedError unless an array of that `shape` and `dtype` is of numbers and fits into `size` bytes."""
+    if dtype.kind not in "biufc":
+        raise RefusedError(f"{place} holds {dtype}, no numbers; give arrays of numbers")
+    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize > size:
+        raise RefusedError(f"{place} claims the shape {shape} of {dtype}, but has only {size} bytes; use another copy")
+
+
+def check_safetensors(path: Path, place: object) -> None:
+    """RefusedError if the header of a safetensors file is larger than any need."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > min(MAX_DESCRIPTION, os.path.getsize(path)):
+        raise RefusedError(f"{place} claims a header of {length / 1e6:.3g} MB; it is damaged, or made to be")
+
+
+def read_text(path: Path, place: object) -> str:
+    """A text file. RefusedError if it is longer than any description; OSError, UnicodeDecodeError."""
+    if os.path.getsize(path) > MAX_DESCRIPTION:
+        raise RefusedError(f"{place} has {os.path.getsize(path) / 1e6:.3g} MB, more than a description needs")
+    return path.read_text()
+
+
+def is_regular(path: str | Path) -> bool:
+    """Whether it is a file with an end: no pipe, device or folder."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _size(path: str | Path | BinaryIO) -> int:
+    if isinstance(path, (str, Path)):
+        return os.path.getsize(path)
+    place = path.tell()
+    size = path.seek(0, os.SEEK_END)
+    path.seek(place)
+    return size
