@@ -92,7 +92,7 @@ class LastCheckpoint(Checkpoint):
             raise self._stopped(trainer, number)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The state before it, with a note that it is due; not if it is the last, since a run at its last step is not resumed."""
+        """The state before it, with a note that it is due; not at the last step, from which no run is resumed."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or 0 <= trainer.max_steps <= trainer.global_step:
             return
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed

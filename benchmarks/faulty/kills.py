@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pfgm.atomic import PARTIAL
-from pfgm.rundir import LAST, checkpoint_path
+from pfgm.rundir import checkpoint_path
 from pfgm.storage import CheckpointError, digest, read_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,9 +29,8 @@ COMMON += ["--checkpoint.every_n_steps=5", "--trainer.val_check_interval=15", "-
 COMMON += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 OBJECTIVES = {
     "Poisson field": [],
-    "denoising": ["--model.loss=pfgm.loss.DenoisingLoss", "--model.D=128", "--model.net.init_args.extra_channels=0"],
+    "denoising": ["--model.loss=pfgm.loss.DenoisingLoss", "--model.D=128"],
 }
-OBJECTIVES["denoising"].pop()  # the network's channels follow the loss
 MOMENTS = ("at random", "while saving", "while drawing a grid", "signal")
 GRACE = 60.0
 
@@ -101,48 +100,46 @@ def reached(folder: Path) -> int:
     return 0
 
 
+PARTS = (
+    "state_dict",
+    "current_model_state",
+    "averaging_state",
+    "optimizer_states",
+    "lr_schedulers",
+    "global_step",
+    "callbacks",
+)
+
+
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Of all that a run leaves: the bytes of its files, of checkpoints the content."""
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    parts = (
-        "state_dict",
-        "current_model_state",
-        "averaging_state",
-        "optimizer_states",
-        "lr_schedulers",
-        "global_step",
-        "callbacks",
-    )
-    last = read_checkpoint(files[f"checkpoints/{LAST}"])
-    found = {name: digest({"bytes": path.read_bytes()}) for name, path in files.items() if path.suffix in (".csv", ".png")}
-    found |= {name: digest({"bytes": path.read_bytes()}) for name, path in files.items() if path.suffix == ".safetensors"}
-    return found | {part: digest({part: last[part]}) for part in parts}
+    """Of all that a run leaves: the bytes of its log, pictures and averages, the content of its last checkpoint."""
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".csv", ".png", ".safetensors")]
+    last = read_checkpoint(checkpoint_path(folder))
+    found = {path.relative_to(folder).as_posix(): digest(path.read_bytes()) for path in files}
+    return found | {part: digest(last[part]) for part in PARTS}
 
 
 def chain(folder: Path, objective: str, kills: int, seed: int, steps: int = 60) -> Counter:
-    """One run that is killed so often, then left to end, against one that was not killed; counts of what happened."""
+    """Runs that are killed and resumed, `kills` times in all, each against one that was not; counts of what happened."""
     chance, counts = random.Random(seed), Counter()
     began = time.monotonic()
-    assert finish(command(folder / "whole", objective, steps)) == 0
-    length = time.monotonic() - began
-    run, expected, turn = folder / "killed", fingerprint(folder / "whole"), 0
-    while counts["kills"] < kills:
-        turn += 1
-        arguments = command(run / str(counts["runs"]), objective, steps)
-        where = run / str(counts["runs"])
-        moment = MOMENTS[chance.randrange(len(MOMENTS))]
-        if kill(start(arguments), where, moment, chance, length):
-            counts["kills"] += 1
-            counts[moment] += 1
-            _look(where, counts)
-        else:
-            counts["runs"] += 1
-            counts["different"] += fingerprint(where) != expected
-    where = run / str(counts["runs"])
-    counts["failed"] += finish(command(where, objective, steps)) != 0
-    counts["runs"] += 1
-    counts["different"] += fingerprint(where) != expected
-    return counts
+    whole = folder / "whole"
+    assert finish(command(whole, objective, steps)) == 0
+    length, expected = time.monotonic() - began, fingerprint(whole)
+    while True:
+        run = folder / f"run {counts['runs']}"
+        if counts["kills"] < kills:
+            moment = chance.choice(MOMENTS)
+            if kill(start(command(run, objective, steps)), run, moment, chance, length):
+                counts["kills"] += 1
+                counts[moment] += 1
+                _look(run, counts)
+                continue
+        counts["failed"] += finish(command(run, objective, steps)) != 0
+        counts["runs"] += 1
+        counts["different"] += fingerprint(run) != expected
+        if counts["kills"] >= kills:
+            return counts
 
 
 def _look(folder: Path, counts: Counter) -> None:
