@@ -11,7 +11,8 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from pfgm import storage
 from pfgm.module import PFGM
-from pfgm.rundir import LAST, PREVIOUS, checkpoint_path
+from pfgm.rundir import checkpoint_path
+from pfgm.storage import LAST, PREVIOUS
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 """What asks a run to save and stop; Windows has no SIGUSR1."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pfgm import rng, storage
 from pfgm.images import first_line
+from pfgm.intake import check_network
 from pfgm.spec import Recorded, build
 from pfgm.stream import Part, Preparation, Stream
 
@@ -113,10 +114,12 @@ def load_features(value: str | Path | nn.Module) -> nn.Module:
             "network"
         )
     header = storage.read_header(path)
-    if "classifier" not in header:
+    if not isinstance(header.get("classifier"), Mapping):
         raise ValueError(f"features = {value} holds {sorted(header)}, no classifier; make one with python train.py features")
+    state = storage.read_tensors(path)
+    check_network(lambda: build(header["classifier"], kind=Classifier), state, f"features = {value}")
     net = build(header["classifier"], kind=Classifier)
-    net.load_state_dict(storage.read_tensors(path))
+    net.load_state_dict(state)
     net.digest = header["digest"]
     return net.eval()
 

@@ -1,8 +1,6 @@
 """Samples from files: arrays and images. No code in a file is run."""
 
 import math
-import pickle
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pfgm.images import SUFFIXES, Form, ImageError, fit, read_pixels
+from pfgm.intake import UNREADABLE, RefusedError, check_arrays, check_claim, is_regular, load_torch
 
 ARRAYS = (".npy", ".npz", ".pt")
 
@@ -55,7 +54,7 @@ def raw_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (), 
     if not path.is_file():
         raise FileNotFoundError(f"{name} = {path} does not exist or is no file; give a .npy, .npz or .pt file")
     with _readable(path, name):
-        content: Any = torch.load(path, weights_only=True) if path.suffix == ".pt" else np.load(path, allow_pickle=False)
+        content: Any = _opened(path, f"{name} = {path}")
         if not hasattr(content, "keys"):
             content = {needed[0]: content}
         names = {key: key for key in content}
@@ -68,12 +67,26 @@ def raw_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (), 
         return {key: content[names[key]] for key in (*needed, *optional) if key in names}
 
 
+def _opened(path: Path, place: str) -> Any:
+    """An array, or some by name; RefusedError for files that claim too much or hold other things than numbers."""
+    if path.suffix == ".pt":
+        return load_torch(path, place)
+    if path.suffix == ".npz":
+        check_arrays(path, place)
+        return np.load(path, allow_pickle=False)
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # which checks its size against the file's
+    check_claim(array.shape, array.dtype, path.stat().st_size, place)
+    return np.array(array)
+
+
 @contextmanager
 def _readable(path: Path, name: str) -> Iterator[None]:
     """What goes wrong in the block as a ValueError without the libraries' own words, which advise to load pickles."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except RefusedError:
+        raise
+    except UNREADABLE as error:
         raise ValueError(
             f"{name} = {path} cannot be read as samples of one shape ({type(error).__name__}): give arrays of numbers, [n, ...]"
         ) from error
@@ -98,7 +111,11 @@ def read_images(path: Path, shape: Sequence[int], name: str = "path") -> Tensor:
         raise ValueError(f"{name} = {path}: samples of shape {tuple(shape)} are no images; give a .npy, .npz or .pt file")
     if not path.exists():
         raise FileNotFoundError(f"{name} = {path} does not exist; give an image, a folder of them, a .npy, .npz or .pt file")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    files = (
+        sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and is_regular(file))
+        if path.is_dir()
+        else [path]
+    )
     if not files or files[0].suffix.lower() not in SUFFIXES:
         raise ValueError(f"{name} = {path}: give images ({', '.join(SUFFIXES)}), a folder of them, or a .npy, .npz or .pt file")
     return torch.stack([_read_image(file, shape, name) for file in files])

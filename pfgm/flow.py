@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pfgm import rng, storage
 from pfgm.conditioning import Conditioning, Given, check_conditioning
 from pfgm.guidance import cost
+from pfgm.intake import RefusedError, check_network
 from pfgm.kernel import StudentTKernel, check_positive, per_sample
 from pfgm.latent import Latent, check_points, interpolate
 from pfgm.likelihood import LogProb, estimate_log_prob
@@ -369,12 +370,11 @@ def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True,
         weights = checkpoint["state_dict"] if ema else checkpoint.get("current_model_state", checkpoint["state_dict"])
         state = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
     try:
+        check_network(lambda: PoissonFlow.from_config(config, trust), state, path)
         flow = PoissonFlow.from_config(config, trust)
         flow.load_state_dict(state)
-    except RuntimeError as error:
-        raise storage.CheckpointError(
-            f"{path}: the weights do not match the network that the file describes: {error}"
-        ) from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except RefusedError as error:
+        raise storage.CheckpointError(str(error)) from error
+    except (RuntimeError, KeyError, TypeError, AttributeError, OverflowError, AssertionError) as error:
         raise storage.CheckpointError(f"{path}: the file's description of the flow is incomplete ({error})") from error
     return flow.to(device).eval()

@@ -6,22 +6,28 @@ own size: FREE bytes, or RATIO times as much as it has.
 
 import math
 import os
+import pickle
 import pickletools
 import stat
+import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
 FREE, RATIO = 2**28, 100
 """Bytes that any archive may unpack to, and how many times its own size; real data are compressed less."""
 MAX_DESCRIPTION = 2**23
 """Bytes of what describes tensors: a pickle, a JSON text, a header."""
+MAX_TABLE = 2**26
+"""Bytes of a table of labels."""
 MAX_NODES, MAX_DEPTH = 10**6, 100
 """Of nested values. Lists that hold each other many times are small in a file, and endless to walk through."""
 
@@ -33,6 +39,25 @@ PICKLED = {
     "torch device",
 }
 """What a pickle of tensors and plain values names, besides dtypes and storages."""
+
+
+UNREADABLE = (
+    RuntimeError,  # of torch, and RecursionError
+    pickle.UnpicklingError,
+    EOFError,
+    zipfile.BadZipFile,
+    struct.error,
+    zlib.error,
+    OSError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+)
+"""What the libraries make of a damaged file."""
 
 
 class RefusedError(ValueError):
@@ -83,9 +108,8 @@ def _check_pickle(archive: zipfile.ZipFile, place: object) -> None:
             raise RefusedError(f"{place}: {entry.filename} has {entry.file_size / 1e6:.3g} MB, far more than tensors need")
         for code, argument, _ in pickletools.genops(archive.read(entry)):
             if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _is_plain(argument):
-                raise RefusedError(
-                    f"{place} holds {str(argument).replace(' ', '.')}, no tensor or plain value; it was not read"
-                )
+                name = str(argument).replace(" ", ".") if argument else "an object"
+                raise RefusedError(f"{place} holds {name}, no tensor or plain value; it was not read")
 
 
 def _is_plain(name: Any) -> bool:
@@ -146,15 +170,52 @@ def check_safetensors(path: Path, place: object) -> None:
     """RefusedError if the header of a safetensors file is larger than any need."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-    if length > min(MAX_DESCRIPTION, os.path.getsize(path)):
+    if length > MAX_DESCRIPTION:
         raise RefusedError(f"{place} claims a header of {length / 1e6:.3g} MB; it is damaged, or made to be")
 
 
 def read_text(path: Path, place: object) -> str:
     """A text file. RefusedError if it is longer than any description; OSError, UnicodeDecodeError."""
-    if os.path.getsize(path) > MAX_DESCRIPTION:
-        raise RefusedError(f"{place} has {os.path.getsize(path) / 1e6:.3g} MB, more than a description needs")
-    return path.read_text()
+    return read_bytes(path, place, MAX_DESCRIPTION).decode()
+
+
+def read_bytes(path: Path, place: object, most: int = MAX_TABLE) -> bytes:
+    """A file. RefusedError if it has more than `most` bytes."""
+    size = os.path.getsize(path)
+    if size > most or not is_regular(path):
+        raise RefusedError(f"{place} has {size / 1e6:.3g} MB, or is no file; at most {most / 1e6:.3g} MB are read")
+    return path.read_bytes()
+
+
+def check_network(make: Callable[[], nn.Module], state: Mapping[str, Tensor], place: object) -> None:
+    """RefusedError unless the module that `make` makes has exactly the tensors of `state`. It is made without memory, and no
+    further than its tensors go."""
+    made, most = 0, 1000 + 20 * len(state)
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > most:
+            raise RefusedError(f"{place} describes a network of more parts than it has weights ({len(state)} tensors)")
+
+    hooks = [register_module_parameter_registration_hook(count), register_module_module_registration_hook(count)]
+    try:
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise RefusedError(
+            f"{place}: the weights do not match the network that it describes: {len(wrong)} of {len(expected)} tensors, such "
+            f"as {name}, which is {found.get(name, 'missing')} in the file, {expected.get(name, 'missing')} in the network"
+        )
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise RefusedError(f"{place}: {len(bad)} of its tensors, such as {bad[0]}, are not finite; use an earlier checkpoint")
 
 
 def is_regular(path: str | Path) -> bool:

@@ -1,6 +1,7 @@
 """Labels of images: from dataset.json, from the names of folders, from a CSV, and as numbers."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from pfgm.images import ImageError
+from pfgm.intake import MAX_TABLE, RefusedError, read_bytes
 
 Labels = Sequence[str | int]
 
@@ -39,8 +41,8 @@ def csv_labels(table: Path, names: Sequence[str]) -> Labels:
     if not table.is_file():
         raise FileNotFoundError(f"{place} does not exist or is no file; give a CSV of files and labels, true or false")
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file, skipinitialspace=True) if row]
+        text = read_bytes(table, place).decode("utf-8-sig")
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), skipinitialspace=True) if row]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{place} cannot be read as CSV: {error}") from error
     if not all(len(row) >= 2 and row[1].strip() for row in rows):
@@ -56,7 +58,9 @@ def table_or_folders(files: Sequence[str], names: Sequence[str], read: Callable[
     table = min(tables, key=lambda name: len(PurePosixPath(name).parts))
     try:
         text = read(table)
-    except (ImageError, OSError) as error:
+        if len(text) > MAX_TABLE:
+            raise RefusedError(f"it has {len(text) / 1e6:.3g} MB, at most {MAX_TABLE / 1e6:.3g} MB are read")
+    except (ImageError, RefusedError, OSError) as error:
         raise ValueError(f"{place}: {table} cannot be read: {error}") from error
     parent = PurePosixPath(table).parent
     return edm_labels(text, names, f"{place}/{table}", "" if parent == PurePosixPath() else f"{parent}/")
@@ -70,7 +74,7 @@ def edm_labels(text: bytes, names: Sequence[str], place: str, folder: str = "") 
     try:
         pairs = json.loads(text)["labels"]
         found = None if pairs is None else [(f"{folder}{name}", label) for name, label in pairs]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{place} is not as EDM writes it, {{'labels': [[name, class], ...]}}: {error!r}") from error
     if found is None:
         return None

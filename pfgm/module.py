@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,9 +14,10 @@ from pfgm import augment, rng, storage
 from pfgm.augment import Augment
 from pfgm.conditioning import normalized_condition
 from pfgm.flow import PoissonFlow
+from pfgm.intake import RefusedError, check_network
 from pfgm.kernel import check_dimensions, check_positive
 from pfgm.loss import DenoisingLoss, Loss
-from pfgm.noise import DataSummary, PoissonFlowNoise, recommended_sigma_min
+from pfgm.noise import DataSummary, LogNormal, LogUniform, PoissonFlowNoise, recommended_sigma_min
 from pfgm.spec import Recorded, build
 
 
@@ -225,6 +227,29 @@ class PFGM(Recorded, pl.LightningModule):
         """CheckpointError if the weights are not those that were stored."""
         storage.check_seal(checkpoint)
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's has arguments for files that need them
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", weights_only: bool = True, **arguments: Any
+    ) -> "PFGM":
+        """The module of a `.ckpt` file with its averaged weights; `arguments` replace stored ones.
+
+        CheckpointError if it is damaged, of another format, or if weights and network do not match. ValueError for
+        `weights_only` = False: no code of a file is run.
+        """
+        if not weights_only:
+            raise ValueError(
+                "weights_only = False would run code of the file; leave it out, checkpoints hold all that is needed"
+            )
+        checkpoint = storage.read_checkpoint(checkpoint_path)
+        stored, weights = checkpoint["hyper_parameters"] | arguments, checkpoint["state_dict"]
+        try:
+            check_network(lambda: cls(**stored), weights, checkpoint_path)
+            module = cls(**stored)
+        except (RefusedError, KeyError, TypeError, AttributeError) as error:
+            raise storage.CheckpointError(f"{checkpoint_path} describes no module: {error}") from error
+        module.load_state_dict(weights)
+        return module.to(map_location)
+
     def _loss(self, batch: dict[str, Any], stream: int) -> Tensor:
         x, augmentation = batch["x"].float(), None
         if self.augment is not None and stream == rng.TRAINING:
@@ -265,6 +290,10 @@ def check_augment(net: nn.Module, data: DataSummary, loss: Loss) -> None:
         )
 
 
+PARTS = (nn.Module, DataSummary, LogNormal, LogUniform, PoissonFlowNoise, Augment)
+"""What a stored module is made of; other classes of this package, such as data modules, read and write files."""
+
+
 def _made(value: Any) -> Any:
     """`value`, or what a stored spec describes."""
-    return build(value) if isinstance(value, Mapping) else value
+    return build(value, kind=PARTS) if isinstance(value, Mapping) else value

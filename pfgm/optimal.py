@@ -10,6 +10,7 @@ from torch import Tensor
 from pfgm.atomic import replacing
 from pfgm.coordinates import Angle
 from pfgm.flow import PoissonFlow
+from pfgm.intake import read_text
 from pfgm.sampler import seed_pairs
 from pfgm.storage import digest
 
@@ -77,7 +78,7 @@ def _read(path: Path) -> dict[str, dict[str, list[float]]]:
     if not path.exists():
         return {}
     try:
-        grids = json.loads(path.read_text())
+        grids = json.loads(read_text(path, path))
         return {name: {steps: [*map(float, found)] for steps, found in table.items()} for name, table in grids.items()}
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is no file of grids ({error}); delete it and it will be made again") from error

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pfgm import plot
-from pfgm.atomic import replacing
+from pfgm.atomic import replacing, save_torch
 
 ARRAYS = (".npz", ".pt")
 
@@ -74,7 +73,7 @@ def save_arrays(out: Path, arrays: dict[str, Tensor]) -> None:
     here = {name: tensor.detach().cpu().contiguous() for name, tensor in arrays.items()}
     with replacing(out) as temporary:
         if out.suffix == ".pt":
-            torch.save(here, temporary)
+            save_torch(temporary, here)
         else:
             numbers: dict[str, Any] = {name: tensor.numpy() for name, tensor in here.items()}
             np.savez(temporary, **numbers)

@@ -13,9 +13,10 @@ import psutil
 from filelock import FileLock, Timeout
 
 from pfgm.atomic import clear_partial
-from pfgm.storage import CheckpointError, DamagedCheckpointError, read_checkpoint
+from pfgm.storage import LAST, PREVIOUS, CheckpointError, DamagedCheckpointError, read_checkpoint
 
-LAST, PREVIOUS, DAMAGED = "last.ckpt", "previous.ckpt", "damaged.ckpt"
+DAMAGED = "damaged.ckpt"
+"""What a last checkpoint that cannot be read is called from then on."""
 PARTS = ("config.yaml", "metrics.csv", "loss.png", "grids", "averages", "checkpoints")
 """What a run writes."""
 PATIENCE = 10.0

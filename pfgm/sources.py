@@ -6,6 +6,7 @@ A source knows its images by number, their names, forms and labels; nothing is d
 import inspect
 import io
 import os
+import struct
 import threading
 import zipfile
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ import numpy as np
 
 from pfgm.files import ARRAYS, raw_arrays
 from pfgm.images import SUFFIXES, Form, ImageError, first_line, pixels, read_header, read_pixels
+from pfgm.intake import FREE, UNREADABLE, is_regular, opened_zip, read_bytes
 from pfgm.labels import Labels, table_or_folders
 
 
@@ -86,7 +88,7 @@ class Folder(Source):
         return read_pixels(self.path / self.names[i])
 
     def labels(self) -> Labels | None:
-        return table_or_folders(self.files, self.names, lambda name: (self.path / name).read_bytes(), self.place)
+        return table_or_folders(self.files, self.names, lambda name: read_bytes(self.path / name, name), self.place)
 
 
 class Zip(Source):
@@ -97,8 +99,9 @@ class Zip(Source):
         self._open: tuple[int, zipfile.ZipFile] | None = None
         self._lock = threading.Lock()
         try:
-            names = self._zip().namelist()
-        except zipfile.BadZipFile as error:
+            with opened_zip(path, place) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
             raise ValueError(f"{place} is no zip, or was not copied to its end ({error}); use another copy") from error
         self.files = sorted({name for name in names if not name.endswith("/")})
         self.names, self.ignored = _images(self.files)
@@ -118,7 +121,12 @@ class Zip(Source):
 
     def _bytes(self, name: str) -> bytes:
         try:
+            size = self._zip().getinfo(name).file_size
+            if size > FREE:
+                raise ImageError(f"it would unpack to {size / 1e6:.3g} MB")
             return self._zip().read(name)
+        except ImageError:
+            raise
         except Exception as error:  # a wrong checksum, a password, an unknown compression
             raise ImageError(f"{type(error).__name__}: {error}") from error
 
@@ -231,7 +239,8 @@ def _walk(path: Path) -> Iterator[str]:
             below.clear()
             continue
         seen.add(real)
-        yield from (Path(folder, file).relative_to(path).as_posix() for file in files)
+        paths = (Path(folder, file) for file in files)
+        yield from (file.relative_to(path).as_posix() for file in paths if is_regular(file))
 
 
 def _name(place: str) -> str:
@@ -254,7 +263,7 @@ def _mapped(path: Path, place: str) -> np.ndarray:
     """A .npy file as it lies on the disk."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{place} cannot be read as an array ({type(error).__name__}); use another copy") from error
 
 

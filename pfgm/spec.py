@@ -82,11 +82,17 @@ def _is_spec(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}
 
 
-def build(spec: Mapping[str, Any], trust: Sequence[str] = (), kind: type = object) -> Any:
+Kind = type | tuple[type, ...]
+
+
+def build(spec: Mapping[str, Any], trust: Sequence[str] = (), kind: Kind = object) -> Any:
     """The object of a subclass of `kind` that `spec` describes; nested specs, of that kind as well, are built first.
 
-    ValueError if the class is neither in this package nor in one of the modules `trust`, or cannot be made from its arguments.
+    ValueError if the class is neither in this package nor in one of the modules `trust`, or cannot be made from its arguments;
+    TypeError if `spec` is none.
     """
+    if not _is_spec(spec) or not isinstance(spec["class_path"], str) or not isinstance(spec["init_args"], Mapping):
+        raise TypeError(f"{str(spec)[:100]} is no description of an object; it needs a class_path and init_args")
     class_ = _find_class(spec["class_path"], trust, kind)
     arguments = {name: _build_nested(value, trust, kind) for name, value in spec["init_args"].items()}
     try:
@@ -97,11 +103,11 @@ def build(spec: Mapping[str, Any], trust: Sequence[str] = (), kind: type = objec
         ) from error
 
 
-def _build_nested(value: Any, trust: Sequence[str], kind: type) -> Any:
+def _build_nested(value: Any, trust: Sequence[str], kind: Kind) -> Any:
     return build(value, trust, kind) if _is_spec(value) else value
 
 
-def _find_class(class_path: str, trust: Sequence[str], kind: type) -> type:
+def _find_class(class_path: str, trust: Sequence[str], kind: Kind) -> type:
     module_name, _, name = class_path.rpartition(".")
     own = module_name.partition(".")[0] == PACKAGE
     if not own and not any(module_name == t or module_name.startswith(t + ".") for t in trust):
@@ -111,7 +117,7 @@ def _find_class(class_path: str, trust: Sequence[str], kind: type) -> type:
         )
     try:
         class_ = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"class_path {class_path!r} does not exist here: {error}") from error
     if not (
         isinstance(class_, type) and issubclass(class_, Recorded if own else (Recorded, nn.Module)) and issubclass(class_, kind)

@@ -8,9 +8,6 @@ import errno
 import hashlib
 import json
 import os
-import pickle
-import struct
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +17,11 @@ import torch
 from torch import Tensor
 
 from pfgm.atomic import PARTIAL, DamagedError, check_stamp, replacing, save_torch, stamp
-from pfgm.intake import RefusedError, check_safetensors, load_torch, read_text
+from pfgm.intake import UNREADABLE, RefusedError, check_safetensors, load_torch, read_text
 
 FORMAT = 2
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+"""Of a run: its newest checkpoint, and the one before."""
 KEY = "pfgm"
 """Where a Lightning checkpoint holds this package's part: {"format", "flow", "data", "digest"}."""
 
@@ -33,23 +32,6 @@ class CheckpointError(ValueError):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint is not what was written."""
-
-
-UNREADABLE = (
-    RuntimeError,  # of torch, and RecursionError
-    pickle.UnpicklingError,
-    EOFError,
-    zipfile.BadZipFile,
-    struct.error,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-)
-"""What the libraries make of a damaged file."""
 
 
 def digest(content: Any) -> str:
@@ -93,7 +75,7 @@ def check_seal(checkpoint: Mapping[str, Any], path: object = "the checkpoint") -
         )
     if part.get("digest") != digest(_sealed(checkpoint)):
         raise DamagedCheckpointError(
-            f"{path} has been altered: its content does not have the digest stored in it; use another copy"
+            f"{path} has been altered: its content does not have the digest stored in it; {_remedy(path)}"
         )
 
 
@@ -132,11 +114,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except RefusedError as error:
         raise CheckpointError(str(error)) from error
     except DamagedError as error:
-        raise DamagedCheckpointError(f"{error}; use another copy") from error
+        raise DamagedCheckpointError(f"{error}; {_remedy(path)}") from error
     except UNREADABLE as error:
         # Not torch's own words: they advise to load the file without weights_only.
         raise DamagedCheckpointError(
-            f"{path} cannot be read: truncated, altered or not a checkpoint ({type(error).__name__}); use another copy"
+            f"{path} cannot be read: truncated, altered or not a checkpoint ({type(error).__name__}); {_remedy(path)}"
         ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
@@ -144,6 +126,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     check_seal(checkpoint, path)
     return checkpoint
+
+
+def _remedy(path: Any) -> str:
+    beside = Path(str(path)).with_name(PREVIOUS)
+    return f"use another copy, such as {beside}" if beside.exists() and beside != Path(str(path)) else "use another copy"
 
 
 def write_export(folder: str | Path, flow: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:

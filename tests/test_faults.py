@@ -1,6 +1,11 @@
-"""Nothing lost: runs that are killed, stopped and resumed; checkpoints that are damaged; disks that are full."""
+"""Nothing lost, nothing let in: killed runs, damaged checkpoints, full disks, files of strangers. The bench in small."""
 
+import contextlib
+import csv
 import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,9 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.faulty import kills
-from pfgm import rundir, storage
+import pfgm
+from benchmarks.faulty import damage, hostile_data, hostile_models, kills, strangers
+from pfgm import cli, output, plot, rundir, storage
+from pfgm.module import PFGM
+from pfgm.runlog import RunLog
 
 
 @pytest.mark.parametrize("objective", kills.OBJECTIVES)
@@ -81,3 +90,126 @@ def test_a_second_run_is_refused(tmp_path):
     assert f"is in use by process {os.getpid()}" in process.stderr
     assert "Traceback" not in process.stderr
     assert not Path(tmp_path / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of ten steps with checkpoints of its steps 5 and 10."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert kills.finish(kills.command(folder, "denoising", 10)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("harm", damage.HARMS)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_resumed(harm, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    path = rundir.checkpoint_path(tmp_path / "run")
+    damage.HARMS[harm](path, random.Random(1))
+    with pytest.raises(storage.DamagedCheckpointError, match=r"last\.ckpt .*such as .*previous\.ckpt"):
+        pfgm.load(path)
+    with pytest.raises(storage.DamagedCheckpointError):
+        PFGM.load_from_checkpoint(path)
+    cli.main(kills.command(tmp_path / "run", "denoising", 10))
+    told = capsys.readouterr().err
+    assert "last.ckpt" in told
+    assert f"Resuming from {path.with_name('previous.ckpt')} instead" in told
+    assert kills.fingerprint(tmp_path / "run") == kills.fingerprint(run)
+    assert path.with_name("damaged.ckpt").exists()
+
+
+def test_two_damaged_checkpoints_are_no_run(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for name in ("last.ckpt", "previous.ckpt"):
+        damage.empty(rundir.checkpoint_path(tmp_path / "run", name), random.Random(1))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(storage.CheckpointError, match=r"run cannot be resumed: .*last\.ckpt is empty.*previous\.ckpt is empty"):
+        cli.main(kills.command(tmp_path / "run", "denoising", 12))
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_missing_checkpoint_is_replaced_by_the_one_before(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    rundir.checkpoint_path(tmp_path / "run").unlink()
+    cli.main(kills.command(tmp_path / "run", "denoising", 10))
+    assert kills.fingerprint(tmp_path / "run") == kills.fingerprint(run)
+
+
+def test_bits_flipped_anywhere_are_seen(run, tmp_path):
+    counts = damage.trial(rundir.checkpoint_path(run), tmp_path, tries=60, seed=2)
+    assert counts == {"tried": 60, "named": 60}
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file of this process can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_what_was_there_and_says_so(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = rundir.checkpoint_path(tmp_path / "run")
+    names, before = sorted(path.parent.iterdir()), path.read_bytes()
+    with (
+        full_disk(20_000),
+        pytest.raises(OSError, match=r"last\.ckpt cannot be written: .*is unchanged; make room"),
+    ):
+        cli.main(kills.command(tmp_path / "run", "denoising", 12))
+    assert path.read_bytes() == before
+    assert sorted(path.parent.iterdir()) == names
+    cli.main(kills.command(tmp_path / "run", "denoising", 12))
+    assert storage.read_checkpoint(path)["global_step"] == 12
+
+
+WRITERS = {
+    "a.ckpt": lambda path: storage.write_checkpoint(path, {"x": torch.zeros(10_000)}),
+    "a.safetensors": lambda path: storage.write_tensors(path, {"x": torch.zeros(10_000)}, {}),
+    "a.npz": lambda path: output.save_arrays(path, {"x": torch.zeros(10_000)}),
+    "a.pt": lambda path: output.save_arrays(path, {"x": torch.zeros(10_000)}),
+    "a.png": lambda path: plot.save_grid(path, torch.rand(16, 3, 40, 40)),
+    "a.gif": lambda path: plot.save_animation(path, *torch.rand(2, 3, 4, 1, 32, 32)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_writer_is_whole_or_leaves_the_old_file(name, tmp_path):
+    path = tmp_path / name
+    path.write_text("old")
+    with full_disk(2_000), pytest.raises(OSError, match=rf"{name} cannot be written: .*unchanged; make room, or change folder"):
+        WRITERS[name](path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    WRITERS[name](path)
+    assert path.stat().st_size > 2_000
+
+
+def test_the_log_keeps_its_rows_on_a_full_disk_and_drops_torn_ones(tmp_path):
+    log = RunLog(tmp_path)
+    log.log_metrics({"train_loss": 0.5}, 1)
+    before = log.path.read_bytes()
+    with full_disk(len(before) + 5), pytest.raises(OSError, match=r"metrics\.csv cannot be written: .*make room"):
+        log.log_metrics({"train_loss": 0.25}, 2)
+    assert log.path.read_bytes() == before
+    log.path.write_bytes(before + b"2,0.2\n3,abc,,,\n4,0.125,,,\n5,0.1,,,,,7\n\0\0\0")
+    with pytest.warns(UserWarning, match="4 of 6 rows are damaged and left out"):
+        RunLog(tmp_path).log_metrics({"train_loss": 0.0625}, 9)
+    with log.path.open(newline="") as file:
+        assert [(row["step"], row["train_loss"]) for row in csv.DictReader(file)] == [
+            ("1", "0.5"),
+            ("4", "0.125"),
+            ("9", "0.0625"),
+        ]
+
+
+HOSTILE = [*hostile_models.corpus(), *hostile_data.corpus()]
+
+
+@pytest.mark.parametrize("file", [f for f in HOSTILE if f.quick][::2], ids=lambda file: file.name)
+def test_files_of_strangers_run_no_code_write_nothing_and_take_little_memory(file, tmp_path):
+    kind, text, memory = strangers.attempt(file, tmp_path / "a")
+    assert kind == "refused" or (kind == "read" and file.harmless), text
+    assert memory < 1000

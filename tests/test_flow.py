@@ -172,9 +172,13 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         pfgm.load(tmp_path)
     make_flow(shape=(5,)).save_pretrained(tmp_path / "good")
-    for name, content in (("empty", b""), ("text", b"hello"), ("zip", b"PK\x03\x04" + b"0" * 100)):
+    for name, content, message in (
+        ("empty", b"", r"empty\.ckpt is empty"),
+        ("text", b"hello", "truncated, altered or not a checkpoint"),
+        ("zip", b"PK\x03\x04" + b"0" * 100, "truncated, altered or not a checkpoint"),
+    ):
         (tmp_path / f"{name}.ckpt").write_bytes(content)
-        with pytest.raises(storage.CheckpointError, match="cannot be read"):
+        with pytest.raises(storage.DamagedCheckpointError, match=message):
             pfgm.load(tmp_path / f"{name}.ckpt")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.ckpt")
     with pytest.raises(storage.CheckpointError, match="not a checkpoint of this package"):

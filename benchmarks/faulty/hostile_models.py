@@ -1,0 +1,212 @@
+"""Hostile checkpoints, exports and weights."""
+
+import io
+import json
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import pfgm
+from benchmarks.faulty.hostile import CANARY, Call, Hostile, averages, flow, samples, written
+from pfgm import storage
+from pfgm.data import ImageDataModule
+from pfgm.features import load_features
+from pfgm.module import PFGM
+
+
+def _calls() -> Iterator[tuple[str, bytes]]:
+    """Pickles that make the canary, by many ways to call something."""
+    touch, write = f"touch {CANARY}", f"open('{CANARY}', 'w').close()"
+    import importlib
+    import runpy
+    import shutil
+    import subprocess
+
+    script = Path(__file__).with_name("payload.py")
+    yield "os.system", pickle.dumps(Call(os.system, touch), 2)
+    yield "os.system, protocol 4", pickle.dumps(Call(os.system, touch), 4)
+    yield "os.system, protocol 0", pickle.dumps(Call(os.system, touch), 0)
+    yield "exec", pickle.dumps(Call(exec, write), 2)
+    yield "eval", pickle.dumps(Call(eval, write), 2)
+    yield "open", pickle.dumps(Call(open, CANARY, "w"), 2)
+    yield "subprocess.Popen", pickle.dumps(Call(subprocess.Popen, ["touch", CANARY]), 2)
+    yield "shutil.copy", pickle.dumps(Call(shutil.copy, __file__, CANARY), 2)
+    yield "runpy", pickle.dumps(Call(runpy.run_path, str(script)), 2)
+    yield "os.mkdir", pickle.dumps(Call(os.mkdir, CANARY), 2)
+    yield "import", pickle.dumps(Call(importlib.import_module, "benchmarks.faulty.payload"), 2)
+    yield "np.save", pickle.dumps(Call(np.save, CANARY, [1]), 2)
+    yield "torch.save", pickle.dumps(Call(torch.save, 1, CANARY), 2)
+    yield "own class", pickle.dumps(Call(ImageDataModule, "torchvision:MNIST"), 2)
+    argument = b"X" + struct.pack("<I", len(touch)) + touch.encode()
+    yield "getattr", b"cbuiltins\ngetattr\n(cos\nX\x06\x00\x00\x00systemtR(" + argument + b"tR."
+    yield "INST", b"(S'" + touch.encode() + b"'\nios\nsystem\n."
+
+
+def torch_zip(data: bytes, records: dict[str, bytes] | None = None, compressed: bool = False) -> bytes:
+    """An archive such as torch.save writes, around a pickle."""
+    out = io.BytesIO()
+    kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(out, "w", kind) as archive:
+        for name, content in ({"data.pkl": data, "version": b"3\n", "byteorder": b"little"} | (records or {})).items():
+            archive.writestr(f"archive/{name}", content)
+    return out.getvalue()
+
+
+def tensor_pickle(numel: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+    """A pickle {"x": tensor} of a storage of `numel` floats under the key 0."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: Any) -> Any:
+            return ("storage", torch.FloatStorage, "0", "cpu", numel) if isinstance(value, _Storage) else None
+
+    out = io.BytesIO()
+    rebuilt = Call(torch._utils._rebuild_tensor_v2, _Storage(), 0, shape, stride, False, {})
+    Pickler(out, 2).dump({"x": rebuilt})
+    return out.getvalue()
+
+
+class _Storage:
+    """Stands for a storage in a pickle."""
+
+
+def _torch_files() -> Iterator[Hostile]:
+    for name, data in _calls():
+        yield Hostile(f"checkpoint: {name}", written("a.ckpt", torch_zip(data)), pfgm.load)
+        yield Hostile(f"bare pickle: {name}", written("a.ckpt", data), PFGM.load_from_checkpoint)
+        yield Hostile(f"array file: {name}", written("a.pt", torch_zip(data)), samples)
+    plain = pickle.dumps({"x": 1}, 2)
+    evil = next(_calls())[1]
+    laugh: Any = ["ha"] * 10
+    for _ in range(12):
+        laugh = [laugh] * 10
+    ring: list[Any] = []
+    ring.append(ring)
+    files = {
+        "two pickles of one name": torch_zip(plain, {"DATA.pkl": evil}),
+        "a second pickle": torch_zip(plain, {"constants.pkl": evil}),
+        "compressed records": torch_zip(tensor_pickle(10**7, (10**7,), (1,)), {"data/0": bytes(4 * 10**7)}, True),
+        "a storage larger than its record": torch_zip(tensor_pickle(2**40, (2**40,), (1,)), {"data/0": bytes(64)}),
+        "a tensor larger than its storage": torch_zip(tensor_pickle(16, (10**5, 10**5), (0, 0)), {"data/0": bytes(64)}),
+        "a tensor beyond its storage": torch_zip(tensor_pickle(16, (64,), (1,)), {"data/0": bytes(64)}),
+        "lists in lists": torch_zip(pickle.dumps(laugh, 2)),
+        "deep lists": torch_zip(b"\x80\x02" + b"]" * 900 + b"a" * 899 + b"."),
+        "a ring": torch_zip(pickle.dumps(ring, 2)),
+        "a large pickle": torch_zip(b"\x80\x02](" + b"}" * (2**23 + 1) + b"e."),
+        "a huge integer": torch_zip(pickle.dumps({"x": 10**100_000}, 2)),
+        "old format": _old_format(),
+    }
+    for name, content in files.items():
+        yield Hostile(f"checkpoint: {name}", written("a.ckpt", content), pfgm.load)
+        yield Hostile(f"array file: {name}", written("a.pt", content), samples)
+
+
+def _old_format() -> bytes:
+    out = io.BytesIO()
+    torch.save({"x": torch.zeros(3)}, out, _use_new_zipfile_serialization=False)
+    return out.getvalue()
+
+
+def _descriptions() -> Iterator[Hostile]:
+    """Exports whose digest is right: anyone can make one."""
+    good = flow()
+    spec = good.config["denoiser"]
+    net = spec["init_args"]["net"]
+
+    def with_net(**arguments: Any) -> dict[str, Any]:
+        inner = net | {"init_args": net["init_args"] | arguments}
+        return {"denoiser": spec | {"init_args": spec["init_args"] | {"net": inner}}}
+
+    def named(class_path: str, **arguments: Any) -> dict[str, Any]:
+        return {"denoiser": {"class_path": class_path, "init_args": arguments}}
+
+    nested: Any = spec
+    for _ in range(400):
+        nested = {"class_path": spec["class_path"], "init_args": {"net": nested}}
+    changes = {
+        "os.system": named("os.system", command=f"touch {CANARY}"),
+        "subprocess": named("subprocess.Popen", args=["touch", CANARY]),
+        "a module that runs on import": named("benchmarks.faulty.payload.Net"),
+        "a function of ours": named("pfgm.cli.main", args=["fit"]),
+        "a data module of ours": named("pfgm.data.ImageDataModule", path="torchvision:MNIST", root=CANARY),
+        "another package": named("torch.nn.Linear", in_features=1, out_features=1),
+        "no class": named("pfgm.rng"),
+        "a path that is none": named("..", x=1),
+        "nested": {"denoiser": nested},
+        "a wide network": with_net(width=10**6),
+        "a deep network": with_net(depth=10**9),
+        "a negative width": with_net(width=-1),
+        "a huge shape": {"shape": [10**6, 10**6]},
+        "a shape beyond int64": {"shape": [10**30]},
+        "a negative shape": {"shape": [-4]},
+        "text for a level": {"sigma_max": "os.system"},
+        "no dimensions": {"D": "nan"},
+        "a list of dimensions": {"D": [1]},
+        "no description": {"denoiser": 7},
+        "more arguments": {"harm": True},
+    }
+    for name, change in changes.items():
+        yield Hostile(
+            f"export: {name}", lambda folder, c=change: _export(folder, good.config | c, good.state_dict()), pfgm.load
+        )
+    weights = {key: value.clone().fill_(math.nan) for key, value in good.state_dict().items()}
+    yield Hostile("export: weights that are NaN", lambda folder: _export(folder, good.config, weights), pfgm.load)
+    text = '{"format": 2, "flow": ' + "[" * 200_000
+    yield Hostile("export: deep JSON", lambda folder: _export(folder, good.config, {}, text), pfgm.load)
+    yield Hostile("export: long JSON", lambda folder: _export(folder, good.config, {}, " " * 10**7), pfgm.load)
+
+
+def _export(folder: Path, config: dict[str, Any], state: Any, text: str | None = None) -> Path:
+    storage.write_export(folder, config, state)
+    if text is not None:
+        (folder / "config.json").write_text(text)
+    return folder
+
+
+def _tensor_files() -> Iterator[Hostile]:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4]}}).encode()
+    contents = {
+        "a header without end": struct.pack("<Q", 2**62) + b"{}",
+        "a header of a gigabyte": struct.pack("<Q", 10**9) + b"{}",
+        "a long header": struct.pack("<Q", 2 * 10**7) + b" " * 2 * 10**7,
+        "a tensor without data": struct.pack("<Q", len(header)) + header + bytes(4),
+        "deep JSON": struct.pack("<Q", 10**5) + b"[" * 10**5,
+    }
+    for name, content in contents.items():
+        yield Hostile(f"features: {name}", written("a.safetensors", content), load_features)
+        yield Hostile(f"averages: {name}", _average(content), averages)
+    for name, spec in {
+        "os.system": {"class_path": "os.system", "init_args": {"command": f"touch {CANARY}"}},
+        "no class": 3,
+        "a wide network": {
+            "class_path": "pfgm.features.Classifier",
+            "init_args": {"channels": 1, "classes": 2, "width": 10**6},
+        },
+    }.items():
+        yield Hostile(f"features: {name}", lambda folder, s=spec: _classifier(folder, s), load_features)
+
+
+def _average(content: bytes) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / "averages").mkdir()
+        (folder / "averages" / "00000001.safetensors").write_bytes(content)
+        return folder
+
+    return make
+
+
+def _classifier(folder: Path, spec: Any) -> Path:
+    storage.write_tensors(folder / "a.safetensors", {"x": torch.zeros(1)}, {"classifier": spec, "made": {}})
+    return folder / "a.safetensors"
+
+
+def corpus() -> list[Hostile]:
+    """All of them."""
+    return [*_torch_files(), *_descriptions(), *_tensor_files()]
