@@ -21,10 +21,11 @@ from pfgm.ema import EMA, PowerAverages
 from pfgm.evaluation import Evaluation
 from pfgm.flow import load
 from pfgm.loss import DenoisingLoss, Loss
-from pfgm.module import PFGM, NonFiniteLoss
+from pfgm.module import PFGM
 from pfgm.ode import SolverError
 from pfgm.prepare import COMMANDS, prepare
 from pfgm.runlog import RunLog
+from pfgm.skips import NonFiniteLoss
 from pfgm.spec import cause, with_defaults
 
 TRAINER_DEFAULTS = {

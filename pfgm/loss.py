@@ -37,6 +37,10 @@ class Loss(Recorded, nn.Module, ABC):
         """Where the flow should start, in model units."""
 
     @abstractmethod
+    def levels(self, y: Tensor, data: DataSummary, generator: Generators = None) -> Tensor:
+        """The noise levels [B] that `forward` draws for clean `y` [B, ...] from a generator in the same state."""
+
+    @abstractmethod
     def forward(
         self,
         denoiser: Any,
@@ -83,6 +87,9 @@ class DenoisingLoss(Loss):
     def recommended_sigma_max(self, data: DataSummary) -> float:
         return recommended_sigma_max(data.sigma_data)
 
+    def levels(self, y: Tensor, data: DataSummary, generator: Generators = None) -> Tensor:
+        return self.noise.sample(y, data.sigma_data, generator)
+
     def forward(
         self,
         denoiser: PreconditionedDenoiser,
@@ -96,7 +103,7 @@ class DenoisingLoss(Loss):
         reference_label: Tensor | None = None,
         generator: Generators = None,
     ) -> Tensor:
-        sigma = self.noise.sample(y, data.sigma_data, generator)
+        sigma = self.levels(y, data, generator)
         x = denoiser.kernel.sample(y, sigma, generator)
         target = y
         if reference is not None:
@@ -147,6 +154,9 @@ class PoissonFieldLoss(Loss):
 
     def recommended_sigma_max(self, data: DataSummary) -> float:
         return self.noise.z_max(data.norm, math.prod(data.shape))
+
+    def levels(self, y: Tensor, data: DataSummary, generator: Generators = None) -> Tensor:
+        return self.noise.perturb(y, data.norm, generator)[1]
 
     def forward(
         self,

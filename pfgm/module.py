@@ -18,18 +18,16 @@ from pfgm.intake import RefusedError, check_network
 from pfgm.kernel import check_dimensions, check_positive
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.noise import DataSummary, LogNormal, LogUniform, PoissonFlowNoise, recommended_sigma_min
+from pfgm.skips import MAX_SKIPPED, NonFiniteLoss, Skips
 from pfgm.spec import Recorded, build
-
-
-class NonFiniteLoss(RuntimeError):
-    """The training loss or its gradient became NaN or infinite."""
+from pfgm.stream import one_of
 
 
 class PFGM(Recorded, pl.LightningModule):
     """A flow, its objective and its optimizer (Adam with linear warm-up).
 
-    A training step never waits for an accelerator: what is not finite is kept from the weights there, and noticed when the loss
-    is logged or a checkpoint saved.
+    A step whose loss or gradient is not finite leaves the weights alone and is counted; after MAX_SKIPPED of them in a row
+    training stops. No step waits for an accelerator to know that: it is looked at when loss or checkpoint are written.
 
     `net` is the network (see `pfgm.nn.Network`), `data` the summary of the training data, `loss` the objective (default
     DenoisingLoss), `D` the number of augmented dimensions, a real number from .5 to inf. `sigma_min`, `sigma_max`, `sigma_data`
@@ -94,7 +92,8 @@ class PFGM(Recorded, pl.LightningModule):
         self.lr, self.betas, self.warmup_steps, self.decay_steps = lr, betas, warmup_steps, decay_steps
         self.label_dropout, self.seed = label_dropout, seed
         self._losses: list[Tensor] = []
-        self._bad: Tensor | None = None
+        self._batches: list[dict[str, Any]] = []
+        self._skips = Skips()
         self.flow = PoissonFlow(
             self.loss.make_denoiser(net, D, self.data),
             D,
@@ -121,9 +120,12 @@ class PFGM(Recorded, pl.LightningModule):
         """Charges that the objective asks of each batch; 0 if none."""
         return self.loss.reference_size
 
+    def setup(self, stage: str) -> None:
+        """Forget an earlier fit."""
+        self._losses, self._batches, self._skips = [], [], Skips()
+
     def on_fit_start(self) -> None:
-        """Forget an earlier fit, and say what the flow took from the data."""
-        self._losses, self._bad = [], None
+        """Say what the flow took from the data."""
         flow, data, noise = self.flow, self.data, getattr(self.loss, "noise", None)
         text = f"D = {flow.kernel.D:g}, N = {math.prod(flow.shape)}, scale {data.scale:.4g}, sigma_data {data.sigma_data:.4g}, "
         text += f"data norm {data.norm:.4g}, sigma {flow.sigma_min:.4g} .. {flow.sigma_max:.4g}"
@@ -146,6 +148,7 @@ class PFGM(Recorded, pl.LightningModule):
         torch.manual_seed(rng.seed(self.seed, rng.UNITS, batch["step"], batch["rows"][0]))  # what dropout draws from
         loss = self._loss(batch, rng.TRAINING).mean()
         self._losses.append(loss.detach())
+        self._batches.append(batch)
         return loss
 
     def configure_gradient_clipping(
@@ -159,8 +162,7 @@ class PFGM(Recorded, pl.LightningModule):
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         loss = torch.stack(self._losses).mean()
-        self._losses.clear()
-        self._guard(loss, norm, optimizer)
+        self._skips.add(loss, norm, optimizer, trainer.world_size)
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
@@ -168,31 +170,52 @@ class PFGM(Recorded, pl.LightningModule):
         logs = (self.global_step + 1) % trainer.log_every_n_steps == 0
         if logs or self.device.type == "cpu":
             self.check_finite()
+        self._losses.clear()
+        self._batches.clear()
         if logs:
             values = {"train_loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
-            self.log_dict(values, logger=False)
-            for logger in self.loggers:
-                logger.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
+            self._log({name: float(value) for name, value in (values | {"skipped": self._skips.total}).items()})
 
-    def _guard(self, loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Remember, on the device, the first step that was not finite; a fused optimizer then leaves the weights alone."""
-        bad = ~torch.isfinite(loss)
-        if optimizer.defaults.get("fused", False):
-            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # as a gradient scaler does
-        if self.trainer.precision != "16-mixed":  # whose scaler tries gradients that are not finite, and skips them
-            bad = bad | ~torch.isfinite(norm)
-        now = torch.stack([torch.full_like(loss, self.global_step, dtype=torch.float64), loss.double(), norm.double()])
-        before = torch.full_like(now, -1) if self._bad is None else self._bad
-        self._bad = torch.where(bad & (before[0] < 0), now, before)
+    def _log(self, values: dict[str, float]) -> None:
+        """To all loggers, and a warning if steps were skipped since the last time."""
+        self.log_dict(values, logger=False)
+        for logger in self.loggers:
+            logger.log_metrics(values, self.global_step)
+        if self._skips.told < values["skipped"] and self.trainer.precision != "16-mixed":
+            self._skips.told = int(values["skipped"])
+            pl.utilities.rank_zero_warn(
+                f"{self._skips.told} of {self.global_step + 1} steps were skipped so far: their loss or gradient was not finite"
+            )
 
     def check_finite(self) -> None:
-        """NonFiniteLoss if the loss or the gradient of any step so far was not finite."""
-        step, loss, norm = (-1.0, 0.0, 0.0) if self._bad is None else self._bad.tolist()
-        if step >= 0:
+        """NonFiniteLoss, which says where, if the last MAX_SKIPPED steps were skipped."""
+        row = self._skips.state[1]
+        if row >= MAX_SKIPPED:
             raise NonFiniteLoss(
-                f"the training loss is {loss} at step {step:.0f} (norm of its gradient {norm}); the last checkpoint is from "
-                "before it and is kept. A lower model.lr, a longer model.warmup_steps or trainer.precision=32 usually helps"
+                f"the loss or its gradient was not finite in the last {row} steps, to step {self.global_step}, which were "
+                f"skipped. {self._culprit()}. The last checkpoint is good and is kept. A lower model.lr, a longer "
+                "model.warmup_steps or trainer.precision=32 usually helps, if it is not the data"
             )
+
+    def _culprit(self) -> str:
+        """The first sample of the present step whose loss, or its gradient, is not finite, and its noise level."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        for batch in [one_of(part, i) for part in self._batches for i in range(len(part["x"]))]:
+            with torch.enable_grad(), self.trainer.precision_plugin.train_step_context():
+                (loss,) = self._loss(batch, rng.TRAINING)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+            if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+                y = self.flow.to_model(batch["x"].float())
+                sigma = self.loss.levels(y, self.data, self._generator(rng.TRAINING, batch, y.device))
+                which = (
+                    f" {int(batch['index'])} of the training data" if "index" in batch else f" {batch['rows'][0]} of the step"
+                )
+                return (
+                    f"At step {batch['step']} sample{which}, at noise level {float(sigma):.4g} (model units), has loss "
+                    f"{float(loss):.4g} and a gradient of norm {float(norm):.4g}"
+                )
+        return "No sample of this process is to blame alone"
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Mean loss on held-out data, with the same noise for each sample every time."""
@@ -219,13 +242,15 @@ class PFGM(Recorded, pl.LightningModule):
         return min(1.0, (step + 1) / (self.warmup_steps + 1)) * decayed
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what loading needs, and a digest of the weights."""
+        """Store what loading needs, and a digest of all."""
+        checkpoint["skipped"] = self._skips.state
         checkpoint["hyper_parameters"] = self.spec["init_args"]
         storage.seal(checkpoint, self.flow.config, getattr(getattr(self.trainer, "datamodule", None), "spec", None))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """CheckpointError if the weights are not those that were stored."""
         storage.check_seal(checkpoint)
+        self._skips = Skips(checkpoint.get("skipped", (0, 0)))  # earlier versions skipped none
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's has arguments for files that need them

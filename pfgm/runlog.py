@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 
 from pfgm.atomic import replacing
 
-COLUMNS = ("step", "train_loss", "val_loss", "lr", "grad_norm")
+COLUMNS = ("step", "train_loss", "val_loss", "lr", "grad_norm", "skipped")
 
 
 class RunLog(Logger):

@@ -23,8 +23,9 @@ from pfgm.rng import Generators, Rows
 
 Batch = dict[str, Any]
 """"x" [B, *shape]; "label" [B] and "condition" [B, ...] if there are any; "step", the number of the optimizer step or of the
-first held-out sample, and "rows" (first, total), the place of the batch among all samples of that step; and "reference"
-[L, *shape], with "reference_label" [L] if there are labels, if the objective asks for charges."""
+first held-out sample, and "rows" (first, total), the place of the batch among all samples of that step; in training "index"
+[B], the numbers of the samples in the data; and "reference" [L, *shape], with "reference_label" [L] if there are labels, if
+the objective asks for charges."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Stream(IterableDataset):
         index = stream_indices(step * self.total, self.total, len(self.part), self.seed)
         first = (i * self.world + self.rank) * self.batch_size
         mine, generator = slice(first, first + self.batch_size), rng.generator(self.seed, rng.PREPARATION, step)
-        place = {"step": step, "rows": (first, self.total)}
+        place = {"step": step, "rows": (first, self.total), "index": index[mine]}
         if not self.reference_size:
             return self.preparation(self.part[index[mine]], Rows(generator, first, self.total)).batch() | place
         charges, position = self._charges(index, step)
@@ -137,6 +138,13 @@ def _reference(part: Part) -> Batch:
     """`part` as charges."""
     labels = {} if part.label is None else {"reference_label": part.label}
     return {"reference": part.x} | labels
+
+
+def one_of(batch: Batch, i: int) -> Batch:
+    """Sample `i` of a training batch as a batch, with the noise that it has there."""
+    own = {name: batch[name][i : i + 1] for name in ("x", "label", "condition", "index") if name in batch}
+    first, total = batch["rows"]
+    return batch | own | {"rows": (first + i, total)}
 
 
 def stream_indices(first: int, count: int, n: int, seed: int) -> Tensor:

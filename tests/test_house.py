@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "pfgm"
 ORDER = "rng spec kernel field analytic noise nn denoiser guidance inverse loss coordinates grid multistep adaptive solver "
 ORDER += "ode stochastic latent sampler likelihood conditioning progress atomic intake storage rundir flow posthoc optimal "
 ORDER += "plot trajectory images files output draw edit commands metrics toys degrade augment labels sources imageset stream "
-ORDER += "features collect datamodule data ema module runlog callbacks checkpointing evaluation advice prepare cli"
+ORDER += "features collect datamodule data ema skips module runlog callbacks checkpointing evaluation advice prepare cli"
 
 
 def room(module):

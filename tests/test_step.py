@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import re
 
 import pytest
 import pytorch_lightning as pl
@@ -16,10 +17,13 @@ from pfgm.checkpointing import LastCheckpoint
 from pfgm.data import DataModule, Digits
 from pfgm.degrade import AddNoise
 from pfgm.ema import EMA, PowerAverages
+from pfgm.field import normalized_field, poisson_field, posterior_mean
 from pfgm.kernel import StudentTKernel
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
-from pfgm.module import PFGM, NonFiniteLoss
+from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
+from pfgm.noise import PoissonFlowNoise
+from pfgm.skips import NonFiniteLoss, Skips
 from pfgm.stream import Part, Stream
 
 OBJECTIVES = {
@@ -160,8 +164,9 @@ def test_a_training_step_waits_for_nothing(objective):
     assert waits.seen == ["_local_scalar_dense", "index by a mask"]
 
 
+@pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
 def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, monkeypatch):
-    """Neither does its gradient alone; the error names the first such step."""
+    """Neither does its gradient alone; it is counted, and Adam does not count it."""
     for which in ("loss", "gradient"):
         data, whole, weights = digits(), PFGM._loss, []
         module = model(data)
@@ -183,13 +188,92 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, monkeypatch):
         monkeypatch.undo()
         same = [all(torch.equal(a, b) for a, b in zip(x, y, strict=True)) for x, y in itertools.pairwise(weights)]
         assert same == [False, True, True, False, False]
-        with pytest.raises(NonFiniteLoss, match="at step 2"):
-            module.check_finite()
-        monkeypatch.setattr(PFGM, "_loss", loss)
-        with pytest.raises(NonFiniteLoss, match="at step 2"):
-            train(data, module, 3, folder=tmp_path, log_every_n_steps=50)
-        assert module.global_step == 2, "a CPU is asked at every step"
-        monkeypatch.undo()
+        assert module._skips.state == [2, 0]
+        assert {int(state["step"]) for state in module.optimizers(False).state.values()} == {4}
+
+
+@pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
+@pytest.mark.parametrize("objective", ["PFGM", "PFGM++"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_training_that_only_skips_stops_and_names_sample_and_level(objective, what, tmp_path, monkeypatch):
+    """32 samples in two parts of 16: one of the second part is bad in each step from step 2 on."""
+    whole, data = PFGM._loss, digits(batch_size=16)
+    data.train = data.train[slice(0, 32)]
+    size = OBJECTIVES[objective]["loss"].reference_size
+    batch = Stream(data.train, batch_size=32, seed=0, start=0, reference_size=size).batch(4)
+    bad = int(batch["index"][20])
+
+    def loss(self, batch, stream):
+        values, bias = whole(self, batch, stream), self.flow.denoiser.net.last[-1].bias
+        if bad not in batch["index"] or batch["step"] < 2:
+            return values
+        if what == "gradient":
+            return values + (bias - bias.detach()).sum().abs().sqrt()
+        return torch.where(batch["index"] == bad, math.nan, values)
+
+    module = model(data, objective)
+    monkeypatch.setattr(PFGM, "_loss", loss)
+    monkeypatch.setattr("pfgm.module.MAX_SKIPPED", 3)
+    with pytest.raises(NonFiniteLoss) as error:
+        train(data, module, 9, folder=tmp_path, accumulate_grad_batches=2)
+    assert module._skips.state == [3, 3]
+    assert f"in the last 3 steps, to step 4, which were skipped. At step 4 sample {bad} of the training data" in str(
+        error.value
+    )
+    drawn = []
+    owner, name = (PoissonFlowNoise, "perturb") if objective == "PFGM" else (StudentTKernel, "sample")
+    draw = getattr(owner, name)
+
+    def record(self, y, sigma, generator):
+        out = draw(self, y, sigma, generator)
+        drawn.append(out[1] if objective == "PFGM" else sigma)
+        return out
+
+    monkeypatch.setattr(owner, name, record)
+    whole(module, batch, rng.TRAINING)
+    level = float(re.search(r"at noise level (\S+) ", str(error.value))[1])
+    assert level == pytest.approx(float(drawn[0][20]), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:1 of 2 steps were skipped so far")
+def test_a_run_that_is_resumed_keeps_the_count_of_skipped_steps(tmp_path, monkeypatch):
+    whole, data, rows = PFGM._loss, digits(), []
+    monkeypatch.setattr(PFGM, "_loss", lambda self, b, s: whole(self, b, s) * (math.nan if b["step"] in (1, 2, 4) else 1))
+    options = {"max_epochs": -1, "log_every_n_steps": 1, "limit_val_batches": 0, "enable_progress_bar": False}
+    options |= {"accelerator": "cpu", "default_root_dir": tmp_path, "logger": Log(rows)}
+    for steps, path, message in ((3, None, "2 of 3 steps"), (6, tmp_path / "checkpoints" / "last.ckpt", "3 of 5 steps")):
+        trainer = pl.Trainer(**options, max_steps=steps, callbacks=[LastCheckpoint()])
+        with pytest.warns(UserWarning, match=f"{message} were skipped so far"):
+            trainer.fit(model(data), data, ckpt_path=path, weights_only=True)
+    assert [(step, values["skipped"]) for step, values in rows] == [(0, 0), (1, 1), (2, 2), (3, 2), (4, 3), (5, 3)]
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+def test_field_and_kernel_are_never_computed_in_less_than_float32(D):
+    """Neither autocast nor TF32, which the user may have switched on for the network, reaches them."""
+    y, x = torch.randn(50, 6), torch.randn(20, 6)
+    sigma = torch.rand(20) + 0.1
+    kernel = StudentTKernel(D)
+
+    def all_of_them():
+        found = [posterior_mean(x, sigma, y, D), kernel.sample(x, sigma, rng.generator(1)), kernel.log_prob(x, y[:20], sigma)]
+        found.append(kernel.renoise(x, y[:20], sigma, sigma + 0.1, rng.generator(2)))
+        if D == 1:
+            found += [*normalized_field(x, sigma, y, 0.1), *poisson_field(x, sigma, y, 1.0)]
+        return found
+
+    exact = all_of_them()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype == torch.bfloat16
+            rough = all_of_them()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for a, b in zip(exact, rough, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
 
 
 def test_gradients_are_clipped_and_their_norm_is_logged(tmp_path):
@@ -224,7 +308,8 @@ def test_gradients_are_clipped_and_their_norm_is_logged(tmp_path):
         train(data, model(data, lr=0.5), 5, check, folder=tmp_path, **options)
         assert [step for step, _ in rows] == [1, 3]
         for step, values in rows:
-            assert values == pytest.approx({"train_loss": check.losses[step], "lr": 0.5, "grad_norm": check.norms[step]})
+            expected = {"train_loss": check.losses[step], "lr": 0.5, "grad_norm": check.norms[step], "skipped": 0}
+            assert values == pytest.approx(expected)
 
 
 def test_callbacks_and_models_may_be_used_for_a_second_fit(tmp_path):
@@ -233,11 +318,12 @@ def test_callbacks_and_models_may_be_used_for_a_second_fit(tmp_path):
     ema, averages = EMA(half_life=0), PowerAverages(every_n_steps=100)
     train(data, model(data), 5, ema, averages, folder=tmp_path)
     module = model(data)
-    module._bad = torch.tensor([3.0, math.nan, 1.0])
+    module._skips = Skips((3, 3))
     before = [p.detach().clone() for p in module.parameters()]
     after = train(data, module, 3, ema, averages, folder=tmp_path)
     assert max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)) > 1e-4
     assert averages.step == 3
+    assert module._skips.state == [0, 0]
     assert sorted(p.name for p in (tmp_path / "averages").iterdir()) == ["00000003.safetensors", "00000005.safetensors"]
 
 
