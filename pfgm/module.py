@@ -208,12 +208,10 @@ class PFGM(Recorded, pl.LightningModule):
             if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
                 y = self.flow.to_model(batch["x"].float())
                 sigma = self.loss.levels(y, self.data, self._generator(rng.TRAINING, batch, y.device))
-                which = (
-                    f" {int(batch['index'])} of the training data" if "index" in batch else f" {batch['rows'][0]} of the step"
-                )
+                number, of = (int(batch["index"]), "training data") if "index" in batch else (batch["rows"][0], "step")
                 return (
-                    f"At step {batch['step']} sample{which}, at noise level {float(sigma):.4g} (model units), has loss "
-                    f"{float(loss):.4g} and a gradient of norm {float(norm):.4g}"
+                    f"At step {batch['step']} sample {number} of the {of}, at noise level {float(sigma):.4g} (model units), has "
+                    f"loss {float(loss.detach()):.4g} and a gradient of norm {float(norm):.4g}"
                 )
         return "No sample of this process is to blame alone"
 
