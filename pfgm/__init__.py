@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pfgm.flow import PoissonFlow, load
+    from pfgm.flow import PoissonFlow
+    from pfgm.loading import load
     from pfgm.module import PFGM
     from pfgm.optimal import optimize_grid
 
 __all__ = ["PFGM", "PoissonFlow", "load", "optimize_grid"]
 
-_HOMES = {"PoissonFlow": "pfgm.flow", "load": "pfgm.flow", "PFGM": "pfgm.module", "optimize_grid": "pfgm.optimal"}
+_HOMES = {"PoissonFlow": "pfgm.flow", "load": "pfgm.loading", "PFGM": "pfgm.module", "optimize_grid": "pfgm.optimal"}
 _ROOMS = [
     "kernel",
     "field",

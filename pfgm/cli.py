@@ -11,15 +11,17 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
 
 from pfgm import rundir, storage
 from pfgm.atomic import replacing
 from pfgm.callbacks import SampleGrid, Speed, StepProgressBar
 from pfgm.checkpointing import LastCheckpoint, Stopped
 from pfgm.datamodule import DataModule
+from pfgm.draw import draw
 from pfgm.ema import EMA, PowerAverages
 from pfgm.evaluation import Evaluation
-from pfgm.flow import load
+from pfgm.loading import load
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.module import PFGM
 from pfgm.ode import SolverError
@@ -57,13 +59,37 @@ class SaveConfig(SaveConfigCallback):
                 self.parser.save(self.config, temporary, skip_none=False, overwrite=True, multifile=False)
 
 
+class Draw(pl.LightningModule):
+    """Calls `pfgm.draw.draw` once in each process that a trainer starts for `predict`."""
+
+    def __init__(self, checkpoint: Path, options: dict[str, Any]):
+        super().__init__()
+        self.checkpoint, self.options = checkpoint, options
+
+    def predict_step(self, batch: Any) -> Path:
+        """Its share, on its device: where it is."""
+        trainer = self.trainer
+        share = f"{trainer.global_rank + 1}/{trainer.world_size}"
+        draw(self.checkpoint, **self.options, device=str(trainer.strategy.root_device), share=share)
+        return self.options["out"]
+
+
 class TrainCLI(LightningCLI):
-    """`fit` starts a run or resumes it, `test` evaluates it; `--run_dir` is where it lives."""
+    """`fit` starts a run or resumes it, `test` evaluates it, `predict` draws from it; `--run_dir` is where it lives."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         hidden = {"model", "datamodule", "ckpt_path", "weights_only", "verbose"}
-        return {"fit": hidden | {"train_dataloaders", "val_dataloaders"}, "test": hidden | {"dataloaders"}}
+        of_loaders = {"fit": {"train_dataloaders", "val_dataloaders"}, "test": {"dataloaders"}}
+        of_loaders["predict"] = {"dataloaders", "return_predictions"}
+        return {name: hidden | loaders for name, loaders in of_loaders.items()}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_function_arguments(draw, "draw", skip={"checkpoint", "device", "share", "out"})
+            parser.add_argument("--draw.out", type=Path | None, help="As of sample.py (default: samples in the run_dir).")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, required=True, help="Folder of the run: checkpoints, log, pictures.")
@@ -103,6 +129,8 @@ class TrainCLI(LightningCLI):
         run_dir = Path(self._get(self.config, "run_dir"))
         first = self.trainer.is_global_zero
         with rundir.held(run_dir) if first else nullcontext():
+            if first:
+                rundir.clear(run_dir)
             start = self._start(model, datamodule, run_dir, first)
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=start, weights_only=True)
 
@@ -129,16 +157,36 @@ class TrainCLI(LightningCLI):
         check_same_run(storage.read_checkpoint(last), model, datamodule, last.parent.parent)
         self.trainer.test(model, datamodule=datamodule, ckpt_path=last, weights_only=True, verbose=False)
 
+    def predict(self, model: PFGM, datamodule: DataModule) -> None:
+        """Draw from the newest checkpoint of the run, by `pfgm.draw.draw`, on all devices of the trainer."""
+        run_dir = Path(self._get(self.config, "run_dir"))
+        last, options = rundir.checkpoint_path(run_dir), {**self._get(self.config_init, "draw")}
+        if not last.exists():
+            raise FileNotFoundError(f"run_dir = {run_dir} has no checkpoint to draw from; run fit first")
+        options["out"] = options["out"] or run_dir / "samples"
+        self.trainer.callbacks.clear()  # type: ignore[attr-defined]  # those of the run are for its module
+        self.trainer.predict(Draw(last, options), DataLoader(range(1), batch_size=None), return_predictions=False)  # type: ignore
+
 
 def check_trainer(config: Any) -> None:
     """ValueError for settings of the trainer that Lightning would stumble over, or worse, later."""
     for name, lowest in SMALLEST.items():
         if config.get(name) is not None and not config[name] >= lowest:
             raise ValueError(f"trainer.{name} = {config[name]}: give a number >= {lowest}")
+    check_strategy(str(getattr(config["strategy"], "class_path", config["strategy"])))
     devices, cores = config["devices"], os.cpu_count() or 1
     on_cpu = config["accelerator"] == "cpu" or (config["accelerator"] == "auto" and not torch.cuda.is_available())
     if on_cpu and str(devices).isdigit() and int(devices) > cores:
         raise ValueError(f"trainer.devices = {devices}: each is a process here, and this machine has {cores} cores")
+
+
+def check_strategy(name: str) -> None:
+    """ValueError for strategies that keep a part of the weights on each device."""
+    if any(word in name.lower() for word in ("fsdp", "deepspeed", "modelparallel", "model_parallel")):
+        raise ValueError(
+            f"trainer.strategy = {name}: weights that are shared out over devices can be neither averaged (ema) nor stored in "
+            "one file; give ddp, with a smaller batch or network if memory is short"
+        )
 
 
 def check_same_run(checkpoint: dict[str, Any], model: PFGM, data: DataModule, run_dir: Path) -> None:

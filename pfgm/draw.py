@@ -1,5 +1,6 @@
 """Drawing to disk: samples of a flow as pictures or arrays."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +11,27 @@ from torch import Tensor
 
 from pfgm import files, plot
 from pfgm.conditioning import check_conditioning, check_labels
+from pfgm.drawing import Drawing, Share
 from pfgm.files import read_inputs
-from pfgm.flow import PoissonFlow, check_batch_size, load
+from pfgm.flow import PoissonFlow, check_batch_size
 from pfgm.guidance import cost
 from pfgm.inverse import Mask, Measurement
 from pfgm.kernel import check_positive
+from pfgm.loading import load
 from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
-from pfgm.output import ARRAYS, check_columns, check_other_file, check_output, check_writable, save_arrays, write_images
+from pfgm.output import (
+    ARRAYS,
+    check_columns,
+    check_folder,
+    check_other_file,
+    check_output,
+    check_writable,
+    save_arrays,
+    write_images,
+)
 from pfgm.sampler import Samples, check_max_calls, seed_pairs
+from pfgm.spec import to_json
+from pfgm.storage import digest
 from pfgm.trajectory import check_trajectory, write_trajectory
 
 
@@ -43,12 +57,12 @@ def write_samples(
     value_range: plot.ValueRange,
     columns: int | None = None,
 ) -> None:
-    """Write drawn `samples` of (seed, index) `pairs` to `out`, by its ending; see `check_output`."""
+    """Write drawn `samples` of (seed, index) `pairs` to the file `out`, by its ending; see `check_output`."""
     if out.suffix in ARRAYS:
         arrays = {"x": samples.x.float(), "seeds": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)}
         save_arrays(out, arrays if labels is None else arrays | {"labels": labels})
     else:
-        write_images(out, samples.x, [f"{seed:06d}-{index:06d}" for seed, index in pairs], value_range, columns)
+        write_images(out, samples.x, (), value_range, columns)
 
 
 def draw(
@@ -84,6 +98,7 @@ def draw(
     max_calls: int | None = None,
     batch_size: int = 256,
     device: str | None = None,
+    share: str | None = None,
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
     ema: bool = True,
     trust: list[str] = [],  # noqa: B006 (read only; jsonargparse shows it as the default)
@@ -104,7 +119,8 @@ def draw(
         guide: checkpoint of a weaker model of the same data, for autoguidance.
         inpaint: an image, and a mask that is white where the image is to be filled in: --inpaint image.png mask.png.
         measurement_noise: of the image's known part, in the units of the data (default: the model's lowest noise level).
-        out: a file .png (grid, or scatter plot of 2-D data), .npz or .pt, or a folder of separate PNGs; replaced if it exists.
+        out: a file .png (grid, or scatter plot of 2-D data), .npz or .pt, replaced if it exists; or a folder of separate PNGs,
+            or .npy files for other data, which are written as they come and continued by the same command.
         columns: of the grid in a .png file of images (default: as many as rows).
         trajectory: the way from the hemisphere: .png (strip, field lines of 2-D data), .gif or .npz (noisy and denoised).
         preset: fast (6 calls), balanced (10 calls, the default) or reference (dopri5 at tolerance 1e-4).
@@ -124,12 +140,14 @@ def draw(
         restart: intervals [[t_min, t_max, K], ...] of levels; each is passed K times more, lifted from t_min to t_max by noise.
         max_calls: network calls after which a batch ends where it is.
         batch_size: samples drawn at a time.
-        device: cpu, cuda, cuda:1, ... (default: cuda if there is one).
+        device: cpu, cuda, cuda:1, ... (default: cuda if there is one, of several the one of this process).
+        share: which part of a folder this process draws, such as 1/4 to 4/4 (default: as torchrun or srun say, else all).
         dtype: of the network's weights and arithmetic.
         ema: use the averaged weights rather than the raw ones.
         trust: modules outside pfgm whose networks the checkpoint may name.
     """
-    place = check_device(device)
+    part = Share.found() if share is None else Share.parse(share)
+    place = check_device(device, part.local)
     flow = load(checkpoint, place, ema, trust)
     c = read_condition(condition, flow)
     one_each = None if seeds is None else parse_seeds(seeds)
@@ -145,17 +163,49 @@ def draw(
     check_solver(flow, options)
     check_pairs(pairs, out)
     check_batch_size(batch_size)
-    check_outputs(flow.shape, out, columns, trajectory, max_calls, [condition, *(inpaint or ())])
+    check_outputs(flow.shape, out, columns, trajectory, max_calls, [condition, *(inpaint or ())], part)
     if grid == "optimized":
         options |= {"method": "ab3", "grid": optimized_grid(checkpoint, flow, options["steps"], c), "steps": None}
+    made = options | given | {"flow": flow, "dtype": dtype, "labels": labels, "batch_size": batch_size, "max_calls": max_calls}
+    made = recorded(made | {"seeds": seeds if isinstance(labels, list) or c is not None else None})
     for one in (flow, given["guide"] or flow):
         one.denoiser.to(getattr(torch, dtype))
-    samples = flow.draw(pairs, labels=label, batch_size=batch_size, max_calls=max_calls, progress=True, **options, **given)
-    write_samples(out, samples, pairs, label, flow.value_range, columns)
-    report(samples, max_calls, out)
+    settings: dict[str, Any] = {"labels": label, "batch_size": batch_size, "max_calls": max_calls, **options, **given}
+    if out.suffix:
+        samples = flow.draw(pairs, progress=True, **settings)
+        write_samples(out, samples, pairs, label, flow.value_range, columns)
+        report(len(samples.x), [samples], max_calls, out)
+    else:
+        drawing = Drawing(out, pairs, flow.shape, flow.value_range, made, batch_size=batch_size, share=part)
+        draw_to_folder(flow, drawing, pairs, settings)
     if trajectory is not None:
         write_trajectory(trajectory, flow, pairs, label, samples, batch_size, options, given)
         print(f"their way from the {flow.sampler(**options).start} -> {trajectory}")
+
+
+def draw_to_folder(flow: PoissonFlow, drawing: Drawing, pairs: Sequence[tuple[int, int]], settings: dict[str, Any]) -> None:
+    """Draw what is missing of this process's share, and write each batch as it comes."""
+    parts = []
+    with drawing.opened() as missing:
+        for number, samples in flow.batches(pairs, only=missing, progress=drawing.share.number == 0, **settings):
+            drawing.write(drawing.rows(number), samples.x)
+            parts.append(dataclasses.replace(samples, x=samples.x[:0], error=None))
+    here, new = (sum(len(drawing.rows(batch)) for batch in batches) for batches in (drawing.mine, missing))
+    if new < here:
+        print(f"{here - new} of {here} samples were there already")
+    report(new, parts, settings["max_calls"], drawing.out)
+
+
+def recorded(made: dict[str, Any]) -> dict[str, Any]:
+    """What makes samples as plain data: large parts by their digest, what is not given left out."""
+    flows = {name: value for name, value in made.items() if isinstance(value, PoissonFlow)}
+    digests = {name: digest({"flow": flow.config, "tensors": flow.state_dict()}) for name, flow in flows.items()}
+    measured = made.pop("measurement")
+    if measured is not None:
+        digests["measurement"] = digest([measured.operator.known, measured.values, measured.noise])
+    if made["condition"] is not None:
+        digests["condition"] = digest(made["condition"])
+    return to_json({name: value for name, value in (made | digests).items() if value is not None})
 
 
 def default_n(labels: int | list[int] | None, condition: Tensor | None) -> int:
@@ -180,24 +230,36 @@ def check_outputs(
     trajectory: Path | None,
     max_calls: int | None,
     inputs: Sequence[Path | None],
+    share: Share,
 ) -> None:
     """ValueError or OSError unless samples of `shape` and their trajectory can be written; makes the folders."""
     check_columns(columns, out, shape)
     check_other_file(out, *inputs)
-    if trajectory is not None and max_calls is not None:
-        raise ValueError(f"trajectory = {trajectory}, max_calls = {max_calls}: a trajectory is whole; leave one of them out")
+    if share.of > 1 and (out.suffix or trajectory is not None):
+        raise ValueError(
+            f"share = {share}, out = {out}, trajectory = {trajectory}: several processes draw to a folder, and no trajectory"
+        )
+    if trajectory is not None and (max_calls is not None or not out.suffix):
+        raise ValueError(
+            f"trajectory = {trajectory}, out = {out}, max_calls = {max_calls}: a trajectory is whole, and beside a file; leave "
+            "max_calls out, and give a file as out"
+        )
     if trajectory is not None:
         check_other_file(trajectory, *inputs, name="trajectory")
         check_trajectory(trajectory, out, shape)
-    check_output(out, shape)
+    if out.suffix:
+        check_output(out, shape)
+    else:
+        check_folder(out)
     if trajectory is not None:
         check_writable(trajectory.parent, "trajectory", trajectory)
 
 
-def report(samples: Samples, max_calls: int | None, out: Path) -> None:
+def report(n: int, parts: Sequence[Samples], max_calls: int | None, out: Path) -> None:
     """Say what was drawn, and warn if it is not complete."""
-    print(f"{len(samples.x)} samples in {samples.calls} network calls and {samples.seconds:.2f} s -> {out}")
-    if not samples.complete:
+    calls, seconds = max((part.calls for part in parts), default=0), sum(part.seconds for part in parts)
+    print(f"{n} samples in {calls} network calls and {seconds:.2f} s -> {out}")
+    if not all(part.complete for part in parts):
         print(
             f"sample.py: warning: stopped by max_calls = {max_calls}: the samples are what the network makes of states above "
             "the data; give more calls, larger tolerances or fewer steps",
@@ -278,10 +340,11 @@ def check_pairs(pairs: Sequence[tuple[int, int]], out: Path) -> None:
         raise ValueError(f"seeds: some are given twice, and each names a file of the folder {out}; give each once")
 
 
-def check_device(device: str | None) -> torch.device:
-    """The device of that name, or the best there is. ValueError if it is unknown or not here."""
+def check_device(device: str | None, local: int = 0) -> torch.device:
+    """The device of that name, or the best for process `local` of this machine. ValueError if it is unknown or not here."""
     try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        place = torch.device(device or (f"cuda:{local % gpus}" if gpus else "cpu"))
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device = {device!r} cannot be used here ({str(error).partition(chr(10))[0]}); try cpu") from error

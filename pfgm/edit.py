@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pfgm.draw import check_device, parse_seeds, read_condition
 from pfgm.files import load_arrays, read_inputs
-from pfgm.flow import PoissonFlow, load
+from pfgm.flow import PoissonFlow
 from pfgm.latent import Latent, check_points
 from pfgm.latent import interpolate as between
+from pfgm.loading import load
 from pfgm.output import (
     ARRAYS,
     check_array_output,

@@ -6,6 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, WeightAveraging
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -38,7 +39,12 @@ class EMA(WeightAveraging):
         return 0.5 ** (images / half_life) if half_life else 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """A copy of the model, if it is to be trained."""
+        """A copy of the model, if it is to be trained. ValueError for strategies that share the weights out."""
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+            raise ValueError(
+                f"strategy = {type(trainer.strategy).__name__}: weights that are shared out over devices cannot be averaged; "
+                "use ddp, or leave EMA out"
+            )
         super().setup(trainer, pl_module, stage)
         self._latest_update_step = 0
 

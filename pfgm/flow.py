@@ -6,7 +6,7 @@ model = user / scale - mean; here, and only here, samples come and go in the use
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from pfgm import rng, storage
 from pfgm.conditioning import Conditioning, Given, check_conditioning
 from pfgm.guidance import cost
-from pfgm.intake import RefusedError, check_network
 from pfgm.kernel import StudentTKernel, check_positive, per_sample
 from pfgm.latent import Latent, check_points, interpolate
 from pfgm.likelihood import LogProb, estimate_log_prob
@@ -35,9 +34,6 @@ from pfgm.sampler import (
 )
 from pfgm.solver import SolverOptions
 from pfgm.spec import build, to_json
-
-PREFIX = "flow."
-"""Of the flow's tensors in the state of the training module."""
 
 
 class Options(SamplerOptions, Conditioning, total=False):
@@ -182,25 +178,42 @@ class PoissonFlow(nn.Module):
     ) -> Samples:
         """One sample for each (seed, index) of `pairs`, around `source` [n, *shape] (in model space; default 0); the other
         arguments are those of `sample`."""
+        settings: dict[str, Any] = {"labels": labels, "batch_size": batch_size, "max_calls": max_calls, "progress": progress}
+        parts = [part for _, part in self.batches(pairs, source=source, **settings, **options)]
+        most = {name: max(getattr(part, name) for part in parts) for name in ("calls", "accepted", "rejected")}
+        errors = [part.error for part in parts if part.error is not None]
+        error = torch.cat(errors) if len(errors) == len(parts) else None
+        complete = all(part.complete for part in parts)
+        x, seconds = torch.cat([part.x for part in parts]), sum(part.seconds for part in parts)
+        return Samples(x, seconds=seconds, error=error, complete=complete, **most)
+
+    def batches(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        *,
+        labels: Any = None,
+        batch_size: int = 256,
+        max_calls: int | None = None,
+        progress: bool = False,
+        source: Tensor | None = None,
+        only: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[int, Samples]]:
+        """The batches of `draw` one by one, each with its number; `only` those of some numbers."""
         given, options = self._given(len(pairs), labels, options)
         sampler = self.sampler(**options)
         check_batch_size(batch_size)
         check_max_calls(max_calls, cost(given.denoiser()))
-        parts = []
-        with DrawProgress(len(pairs), sampler, progress) as bar:
-            for i in range(0, max(1, len(pairs)), batch_size):
-                rows = slice(i, i + batch_size)
+        numbers = range(max(1, -(-len(pairs) // batch_size))) if only is None else only
+        chunks = {k: slice(k * batch_size, (k + 1) * batch_size) for k in numbers}
+        with DrawProgress(sum(len(pairs[rows]) for rows in chunks.values()), sampler, progress) as bar:
+            for number, rows in chunks.items():
                 bar.batch(len(pairs[rows]))
                 around = None if source is None else source[rows]
                 some = given[rows]
-                asking = sampler.asking(some.denoiser())
-                parts.append(asking.draw(pairs[rows], some.network_label, max_calls, bar, around))
-        x = self.to_user(torch.cat([part.x for part in parts]))
-        most = {name: max(getattr(part, name) for part in parts) for name in ("calls", "accepted", "rejected")}
-        errors = [part.error for part in parts if part.error is not None]
-        error = torch.cat(errors) * self.scale if len(errors) == len(parts) else None
-        complete = all(part.complete for part in parts)
-        return Samples(x, seconds=sum(part.seconds for part in parts), error=error, complete=complete, **most)
+                part = sampler.asking(some.denoiser()).draw(pairs[rows], some.network_label, max_calls, bar, around)
+                error = None if part.error is None else part.error * self.scale
+                yield number, dataclasses.replace(part, x=self.to_user(part.x), error=error)
 
     def trajectory(
         self,
@@ -351,30 +364,3 @@ def check_batch_size(batch_size: int) -> None:
     """ValueError unless `batch_size` is at least 1."""
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size} must be at least 1")
-
-
-def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True, trust: Sequence[str] = ()) -> PoissonFlow:
-    """The flow of a checkpoint (`.ckpt`) or of a folder written by `save_pretrained`, in eval mode on `device`.
-
-    `ema` takes the averaged weights of a checkpoint, otherwise the raw ones. No code of the file is run; networks from other
-    packages are made only if their module is in `trust`. FileNotFoundError if there is nothing, CheckpointError if it is
-    damaged, altered, of another format, or if weights and network do not match; ValueError for a class path not trusted.
-    """
-    if Path(path).is_dir():
-        if not ema:
-            raise ValueError(f"ema = False: the export {path} holds the averaged weights only; give a .ckpt file")
-        config, state = storage.read_export(path)
-    else:
-        checkpoint = storage.read_checkpoint(path)
-        config = checkpoint[storage.KEY]["flow"]
-        weights = checkpoint["state_dict"] if ema else checkpoint.get("current_model_state", checkpoint["state_dict"])
-        state = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
-    try:
-        check_network(lambda: PoissonFlow.from_config(config, trust), state, path)
-        flow = PoissonFlow.from_config(config, trust)
-        flow.load_state_dict(state)
-    except RefusedError as error:
-        raise storage.CheckpointError(str(error)) from error
-    except (RuntimeError, KeyError, TypeError, AttributeError, OverflowError, AssertionError) as error:
-        raise storage.CheckpointError(f"{path}: the file's description of the flow is incomplete ({error})") from error
-    return flow.to(device).eval()

@@ -177,7 +177,8 @@ class PFGM(Recorded, pl.LightningModule):
             self._log({name: float(value) for name, value in (values | {"skipped": self._skips.total}).items()})
 
     def _log(self, values: dict[str, float]) -> None:
-        """To all loggers, and a warning if steps were skipped since the last time."""
+        """To all loggers, and a warning if steps were skipped since the last time; the loss is the mean over ranks."""
+        values["train_loss"] = float(self.trainer.strategy.reduce(torch.tensor(values["train_loss"]).to(self.device)))
         self.log_dict(values, logger=False)
         for logger in self.loggers:
             logger.log_metrics(values, self.global_step)
@@ -210,8 +211,8 @@ class PFGM(Recorded, pl.LightningModule):
                 sigma = self.loss.levels(y, self.data, self._generator(rng.TRAINING, batch, y.device))
                 number, of = (int(batch["index"]), "training data") if "index" in batch else (batch["rows"][0], "step")
                 return (
-                    f"At step {batch['step']} sample {number} of the {of}, at noise level {float(sigma):.4g} (model units), has "
-                    f"loss {float(loss.detach()):.4g} and a gradient of norm {float(norm):.4g}"
+                    f"At step {batch['step']} sample {number} of the {of}, at noise level {float(sigma):.4g} (model units), "
+                    f"has loss {float(loss.detach()):.4g} and a gradient of norm {float(norm):.4g}"
                 )
         return "No sample of this process is to blame alone"
 

@@ -31,6 +31,13 @@ def check_output(out: Path, shape: Sequence[int]) -> None:
     check_writable(out.parent if out.suffix else out, "out", out)
 
 
+def check_folder(out: Path) -> None:
+    """Make the folder `out`. ValueError or OSError if it is a file, or cannot be written."""
+    if out.is_file():
+        raise ValueError(f"out = {out} is a file; choose another name")
+    check_writable(out, "out", out)
+
+
 def check_writable(folder: Path, name: str, path: Path) -> None:
     """Make `folder`. OSError that names the argument `name` and its `path` if it cannot be written."""
     try:

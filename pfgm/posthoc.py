@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from pfgm import storage
-from pfgm.flow import load
+from pfgm.loading import load
 
 FOLDER = "averages"
 WIDEST = 12**-0.5

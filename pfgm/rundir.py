@@ -29,14 +29,14 @@ def checkpoint_path(run_dir: str | Path, name: str = LAST) -> Path:
 
 
 @contextmanager
-def held(folder: str | Path, name: str = "run_dir") -> Iterator[None]:
-    """Be the only process that writes to `folder`, which is made if needed, as far as the file system has locks.
+def held(folder: str | Path, name: str = "run_dir", part: str = "") -> Iterator[None]:
+    """Be the only process that writes to `folder`, which is made if needed, or to a `part` of it.
 
-    BlockingIOError, which calls the folder `name` and says who has it, if another process does. Of a dead one its lock is taken
-    over, and what it left unfinished is removed.
+    BlockingIOError, which calls the folder `name` and says who has it, if another process does. The lock of a dead one is taken
+    over. OSError if the folder cannot be written.
     """
     folder = Path(folder)
-    lock, owner = FileLock(folder / ".lock"), folder / ".owner"
+    lock, owner = FileLock(folder / f".lock{part}"), folder / f".owner{part}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         told = owner.read_text() if owner.exists() else "another process"
@@ -48,11 +48,16 @@ def held(folder: str | Path, name: str = "run_dir") -> Iterator[None]:
         lock.release()
         raise OSError(f"{name} = {folder} cannot be written: {error.strerror or error}; give another folder") from error
     try:
-        clear_partial(folder, *(folder / part for part in ("checkpoints", "grids", "averages")))
         yield
     finally:
-        owner.unlink(missing_ok=True)
+        for path in (owner, Path(lock.lock_file)):  # while it is locked: who opens it now finds that it is gone
+            path.unlink(missing_ok=True)
         lock.release()
+
+
+def clear(run_dir: str | Path) -> None:
+    """Remove what killed processes left unfinished in a run that this process holds."""
+    clear_partial(*(Path(run_dir) / name for name in ("", "checkpoints", "grids", "averages")))
 
 
 def _alive(owner: str) -> bool:

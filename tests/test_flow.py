@@ -321,7 +321,7 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
     )
     assert torch.load(f"{out}/x.pt")["seeds"].tolist() == [[1, 0], [4, 0], [5, 0]]
     commands.main([export, "--n=2", "--out", f"{out}/folder", "--method=euler", "--steps=3"])
-    assert sorted(os.listdir(f"{out}/folder")) == ["000000-000000.png", "000000-000001.png"]
+    assert sorted(os.listdir(f"{out}/folder")) == ["000000-000000.png", "000000-000001.png", "draw.json"]
     commands.main(
         [export, "--n=5", "--out", f"{out}/grid.png", "--method=euler", "--steps=3", "--trajectory", f"{out}/way.png"]
     )
@@ -367,7 +367,7 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
         (["--trajectory=/proc/none/x.png"], "trajectory = /proc/none/x.png cannot be written"),
         (["--out=new/x.png", "--grid=[9,1]"], "grid begins at 9"),
         (["--steps=1000000"], "steps = 1000000: the fixed method ab3 needs a number of steps from 1 to 100000"),
-        (["--max_calls=3", "--trajectory=x.png"], "leave one of them out"),
+        (["--max_calls=3", "--trajectory=x.png"], "a trajectory is whole"),
         (["--max_calls=0"], "max_calls = 0 must be at least 1"),
         (["--s_churn=5"], "s_churn = 5.0: noise before each step needs fixed steps"),
         (["--restart=[[1,2]]"], "restart"),

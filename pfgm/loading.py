@@ -1,0 +1,40 @@
+"""Loading a flow from a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pfgm import storage
+from pfgm.flow import PoissonFlow
+from pfgm.intake import RefusedError, check_network
+
+PREFIX = "flow."
+"""Of the flow's tensors in the state of the training module."""
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True, trust: Sequence[str] = ()) -> PoissonFlow:
+    """The flow of a checkpoint (`.ckpt`) or of a folder written by `save_pretrained`, in eval mode on `device`.
+
+    `ema` takes the averaged weights of a checkpoint, otherwise the raw ones. No code of the file is run; networks from other
+    packages are made only if their module is in `trust`. FileNotFoundError if there is nothing, CheckpointError if it is
+    damaged, altered, of another format, or if weights and network do not match; ValueError for a class path not trusted.
+    """
+    if Path(path).is_dir():
+        if not ema:
+            raise ValueError(f"ema = False: the export {path} holds the averaged weights only; give a .ckpt file")
+        config, state = storage.read_export(path)
+    else:
+        checkpoint = storage.read_checkpoint(path)
+        config = checkpoint[storage.KEY]["flow"]
+        weights = checkpoint["state_dict"] if ema else checkpoint.get("current_model_state", checkpoint["state_dict"])
+        state = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
+    try:
+        check_network(lambda: PoissonFlow.from_config(config, trust), state, path)
+        flow = PoissonFlow.from_config(config, trust)
+        flow.load_state_dict(state)
+    except RefusedError as error:
+        raise storage.CheckpointError(str(error)) from error
+    except (RuntimeError, KeyError, TypeError, AttributeError, OverflowError, AssertionError) as error:
+        raise storage.CheckpointError(f"{path}: the file's description of the flow is incomplete ({error})") from error
+    return flow.to(device).eval()
