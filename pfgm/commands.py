@@ -31,6 +31,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError, SolverError) as error:
         print(f"sample.py: error: {cause(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("sample.py: interrupted; what is in a folder is whole, and the same command continues it", file=sys.stderr)
+        sys.exit(130)
 
 
 def join_pair(words: list[str]) -> list[str]:

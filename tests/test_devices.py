@@ -1,0 +1,222 @@
+"""Several processes: the loss of one with their batches in one; samples drawn to a folder once each, and continued."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.faulty import kills
+from pfgm import cli, commands, drawing, storage
+from pfgm.denoiser import PreconditionedDenoiser
+from pfgm.drawing import Share
+from pfgm.ema import EMA
+from pfgm.flow import PoissonFlow
+from pfgm.nn import TimeMLP, UNet
+
+
+def two_processes(arguments):
+    """train.py with two devices, each a process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(kills.ROOT / "train.py"), *arguments, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize("objective", kills.OBJECTIVES)
+def test_two_processes_have_the_loss_of_one_with_twice_the_batch(objective, tmp_path):
+    """And its gradient, weights and average; the Poisson field's charges are common to both. Held-out noise goes by the batch."""
+    common = ["--trainer.precision=64-true", "--averages.every_n_steps=0", "--trainer.val_check_interval=5"]
+    one, two = (kills.command(tmp_path / name, objective, 10) + common for name in ("one", "two"))
+    done = two_processes([*two, "--data.init_args.batch_size=16"])
+    assert done.returncode == 0, done.stderr
+    cli.main(one)
+    rows = [np.genfromtxt(tmp_path / name / "metrics.csv", delimiter=",", names=True) for name in ("one", "two")]
+    for column in ("step", "train_loss", "lr", "grad_norm", "skipped"):
+        assert np.allclose(rows[0][column], rows[1][column], rtol=1e-5, equal_nan=True), column
+    a, b = (storage.read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("one", "two"))
+    for part in ("state_dict", "current_model_state"):
+        for name, value in a[part].items():
+            assert torch.allclose(value, b[part][name], rtol=1e-4, atol=1e-7), name
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A flow of small images with random weights, and one of vectors."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("exports")
+    for name, net, shape in (
+        ("images", UNet((1, 8, 8), 3, 0, width=8, blocks=1), (1, 8, 8)),
+        ("vectors", TimeMLP((3,), 0, 0, width=8, depth=1), (3,)),
+    ):
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        given = {"num_classes": 3, "value_range": (-1.0, 1.0)} if name == "images" else {}
+        denoiser = PreconditionedDenoiser(net, 8.0, 0.5, 0.1)
+        PoissonFlow(denoiser, 8.0, shape=shape, sigma_min=0.01, sigma_max=40.0, **given).save_pretrained(folder / name)
+    return folder
+
+
+def draw(export, out, *options, name="images"):
+    labels = ["--labels=[0,1,2]"] if name == "images" else []
+    commands.main([str(export / name), "--n=21", "--batch_size=4", f"--out={out}", "--device=cpu", *labels, *options])
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+SOLVERS = (["--preset=fast"], ["--method=adaptive_heun", "--rtol=0.3"])
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("name", ["images", "vectors"])
+def test_processes_share_out_the_samples_of_one(name, solver, export, tmp_path):
+    draw(export, tmp_path / "one", *solver, name=name)
+    made = []
+    for share in ("3/3", "1/3", "2/3"):
+        before = set(files(tmp_path / "many")) if made else set()
+        draw(export, tmp_path / "many", f"--share={share}", *solver, name=name)
+        made.append(set(files(tmp_path / "many")) - before - {"draw.json"})
+    assert files(tmp_path / "one") == files(tmp_path / "many")
+    assert [len(new) for new in made] == [5, 8, 8], "batches of 4 in turn, the last has one sample"
+    assert len(files(tmp_path / "one")) == 22
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=["fixed", "adaptive"])
+def test_an_interrupted_draw_is_continued_and_draws_nothing_twice(solver, export, tmp_path, monkeypatch, capsys):
+    draw(export, tmp_path / "whole", *solver)
+    write, written = drawing.Drawing.write, []
+
+    def stop(self, rows, x):
+        written.append(rows)
+        if len(written) in (2, 4):
+            write(self, rows[:2], x[:2])
+            raise KeyboardInterrupt
+        write(self, rows, x)
+
+    monkeypatch.setattr(drawing.Drawing, "write", stop)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="130"):
+            draw(export, tmp_path / "parts", *solver)
+    assert "interrupted" in capsys.readouterr().err
+    (tmp_path / "parts" / ".partial-000000-000005-xyz.png").write_text("of a killed process")
+    (tmp_path / "parts" / ".partial-000001-000005-xyz.png").write_text("of another")
+    draw(export, tmp_path / "parts", *solver)
+    assert [rows.start for rows in written] == [0, 4, 4, 8, 8, 12, 16, 20]
+    assert "8 of 21 samples were there already" in capsys.readouterr().out
+    assert files(tmp_path / "parts").pop(".partial-000001-000005-xyz.png")
+    (tmp_path / "parts" / ".partial-000001-000005-xyz.png").unlink()
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    draw(export, tmp_path / "parts", *solver)
+    assert "21 of 21 samples were there already" in capsys.readouterr().out
+
+
+def test_a_folder_holds_samples_of_one_kind(export, tmp_path, capsys):
+    draw(export, tmp_path / "a", "--preset=fast")
+    before = files(tmp_path / "a")
+    torch.manual_seed(1)
+    for options, message in (
+        (["--preset=balanced"], "preset: fast -> balanced"),
+        (["--preset=fast", "--batch_size=5"], "batch_size: 4 -> 5"),
+        (["--preset=fast", "--labels=1"], r"labels: \[0, 1, 2\] -> 1"),
+        (["--preset=fast", "--dtype=float64"], "dtype: float32 -> float64"),
+        (["--preset=fast", "--seeds=0-20", "--n=null"], "seeds: None -> 0-20"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            draw(export, tmp_path / "a", *options)
+        error = capsys.readouterr().err
+        assert "holds samples that were made otherwise" in error
+        assert message.replace("\\", "") in error
+    other = tmp_path / "other"
+    flow_file = storage.read_export(export / "images")
+    storage.write_export(other / "images", flow_file[0], {k: v + 0.01 * v.abs() for k, v in flow_file[1].items()})
+    with pytest.raises(SystemExit, match="2"):
+        draw(other, tmp_path / "a", "--preset=fast")
+    assert "flow: " in capsys.readouterr().err
+    assert files(tmp_path / "a") == before
+    draw(export, tmp_path / "a", "--preset=fast", "--seed=1")
+    assert len(files(tmp_path / "a")) == 22 + 21, "samples of other seeds may join"
+
+
+def test_files_of_which_nothing_is_known_are_left_alone(export, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "000000-000007.png").write_text("old")
+    with pytest.raises(SystemExit, match="2"):
+        draw(export, tmp_path / "a")
+    assert "holds 1 of these samples, and no draw.json" in capsys.readouterr().err
+    assert files(tmp_path / "a") == {"000000-000007.png": b"old"}
+    (tmp_path / "a" / "draw.json").write_text("[1]")
+    with pytest.raises(SystemExit, match="2"):
+        draw(export, tmp_path / "a")
+    assert "draw.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_share_is_drawn_by_one_process(export, tmp_path, capsys):
+    with drawing.held(tmp_path / "a", "out", "-2-of-3"):
+        draw(export, tmp_path / "a", "--share=1/3")
+        with pytest.raises(SystemExit, match="2"):
+            draw(export, tmp_path / "a", "--share=2/3")
+    assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "1/0", "a/b", "1/2/3", "-1/2", "1.0/2"])
+def test_shares_that_are_none_are_named(text, export, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        draw(export, tmp_path / "a", f"--share={text}")
+    assert "share = " in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_several_processes_need_a_folder(export, tmp_path, capsys):
+    for options in (["--out", str(tmp_path / "x.png")], ["--trajectory", str(tmp_path / "x.npz")]):
+        with pytest.raises(SystemExit, match="2"):
+            draw(export, tmp_path / "a", "--share=1/2", *options)
+        assert "several processes draw to a folder" in capsys.readouterr().err
+
+
+def test_torchrun_and_srun_tell_the_share(monkeypatch):
+    assert Share.found() == Share(0, 1)
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    assert Share.found() == Share(0, 1), "half of it is nothing"
+    for name, value in (("SLURM_NTASKS", "8"), ("SLURM_LOCALID", "1")):
+        monkeypatch.setenv(name, value)
+    assert Share.found() == Share(5, 8, 1)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert Share.found() == Share(1, 2, 1)
+    assert str(Share.parse("2/4")) == "2/4"
+
+
+def test_predict_draws_what_sample_does_on_any_number_of_devices(tmp_path):
+    run = kills.command(tmp_path / "run", "denoising", 5)
+    assert kills.finish(run) == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    commands.main([str(checkpoint), "--n=10", "--batch_size=3", f"--out={tmp_path / 'sample'}", "--device=cpu"])
+    arguments = ["predict", *run[1:], "--draw.n=10", "--draw.batch_size=3"]
+    cli.main(arguments)
+    done = two_processes([*arguments, f"--draw.out={tmp_path / 'two'}"])
+    assert done.returncode == 0, done.stderr
+    expected = files(tmp_path / "sample")
+    assert len(expected) == 11
+    assert files(tmp_path / "run" / "samples") == files(tmp_path / "two") == expected
+    assert "samples" not in {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(FileNotFoundError, match=r"run_dir = .*none has no checkpoint to draw from; run fit first"):
+        cli.main(["predict", *kills.command(tmp_path / "none", "denoising", 5)[1:]])
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "FSDPStrategy"])
+def test_weights_that_are_shared_out_are_refused(strategy, tmp_path):
+    with pytest.raises(ValueError, match=rf"trainer\.strategy = .*{strategy}: .* neither averaged .* give ddp"):
+        cli.main([*kills.command(tmp_path, "denoising", 5), f"--trainer.strategy={strategy}"])
+
+
+def test_the_average_refuses_sharded_weights_in_python():
+    from pytorch_lightning.strategies import FSDPStrategy
+
+    class Trainer:
+        strategy = object.__new__(FSDPStrategy)
+
+    with pytest.raises(ValueError, match="FSDPStrategy: weights that are shared out over devices cannot be averaged"):
+        EMA().setup(Trainer(), None, "fit")
