@@ -1,8 +1,11 @@
 """Several processes: the loss of one with their batches in one; samples drawn to a folder once each, and continued."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -18,19 +21,39 @@ from pfgm.nn import TimeMLP, UNet
 
 
 def two_processes(arguments):
-    """train.py with two devices, each a process."""
+    """The exit codes of train.py with two devices, each a process, started as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = [*arguments, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0"}
+    ranks = [kills.start(arguments, common | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}) for rank in "01"]
+    for process in ranks:
+        process.join(120)
+    return [process.exitcode for process in ranks]
+
+
+def test_a_run_on_two_devices_starts_from_one_command(tmp_path):
+    """And stops, saved, with the scheduler's signal to the first process alone."""
+    arguments = [*kills.command(tmp_path, "denoising", 100_000), "--trainer.devices=2", "--trainer.strategy=ddp"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(kills.ROOT / "train.py"), *arguments, "--trainer.devices=2", "--trainer.strategy=ddp"]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    command = [sys.executable, str(kills.ROOT / "train.py"), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    while process.poll() is None and kills.reached(tmp_path) < 20:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert "stopped by SIGTERM after step" in told
+    assert storage.read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == kills.reached(tmp_path)
 
 
 @pytest.mark.parametrize("objective", kills.OBJECTIVES)
 def test_two_processes_have_the_loss_of_one_with_twice_the_batch(objective, tmp_path):
-    """And its gradient, weights and average; the Poisson field's charges are common to both. Held-out noise goes by the batch."""
+    """And its gradient, weights and average; the Poisson field's charges are common to both."""
     common = ["--trainer.precision=64-true", "--averages.every_n_steps=0", "--trainer.val_check_interval=5"]
     one, two = (kills.command(tmp_path / name, objective, 10) + common for name in ("one", "two"))
-    done = two_processes([*two, "--data.init_args.batch_size=16"])
-    assert done.returncode == 0, done.stderr
+    assert two_processes([*two, "--data.init_args.batch_size=16"]) == [0, 0]
     cli.main(one)
     rows = [np.genfromtxt(tmp_path / name / "metrics.csv", delimiter=",", names=True) for name in ("one", "two")]
     for column in ("step", "train_loss", "lr", "grad_norm", "skipped"):
@@ -196,8 +219,7 @@ def test_predict_draws_what_sample_does_on_any_number_of_devices(tmp_path):
     commands.main([str(checkpoint), "--n=10", "--batch_size=3", f"--out={tmp_path / 'sample'}", "--device=cpu"])
     arguments = ["predict", *run[1:], "--draw.n=10", "--draw.batch_size=3"]
     cli.main(arguments)
-    done = two_processes([*arguments, f"--draw.out={tmp_path / 'two'}"])
-    assert done.returncode == 0, done.stderr
+    assert two_processes([*arguments, f"--draw.out={tmp_path / 'two'}"]) == [0, 0]
     expected = files(tmp_path / "sample")
     assert len(expected) == 11
     assert files(tmp_path / "run" / "samples") == files(tmp_path / "two") == expected

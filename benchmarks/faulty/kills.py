@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pfgm.atomic import PARTIAL
@@ -40,22 +40,23 @@ def command(folder: Path, objective: str, steps: int) -> list[str]:
     return [*COMMON, *OBJECTIVES[objective], f"--trainer.max_steps={steps}", f"--run_dir={folder}"]
 
 
-def start(arguments: Sequence[str]) -> multiprocessing.Process:
+def start(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> multiprocessing.Process:
     """train.py in a process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pfgm.cli", "matplotlib.figure", "torchvision.utils"])
-    process = context.Process(target=_train, args=(list(arguments),))
+    process = context.Process(target=_train, args=(list(arguments), dict(environment or {})))
     process.start()
     return process
 
 
-def _train(arguments: list[str]) -> None:
+def _train(arguments: list[str], environment: dict[str, str]) -> None:
     import logging
 
     import torch
 
     from pfgm import cli
 
+    os.environ.update(environment)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     sys.argv = ["train.py", *arguments]
