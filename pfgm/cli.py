@@ -13,7 +13,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from pfgm import rundir, storage
+from pfgm import rundir, shell, storage
 from pfgm.atomic import replacing
 from pfgm.callbacks import SampleGrid, Speed, StepProgressBar
 from pfgm.checkpointing import LastCheckpoint, Stopped
@@ -24,11 +24,10 @@ from pfgm.evaluation import Evaluation
 from pfgm.loading import load
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.module import PFGM
-from pfgm.ode import SolverError
 from pfgm.prepare import COMMANDS, prepare
 from pfgm.runlog import RunLog
 from pfgm.skips import NonFiniteLoss
-from pfgm.spec import cause, with_defaults
+from pfgm.spec import with_defaults
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -260,16 +259,18 @@ def main(args: list[str] | None = None) -> TrainCLI:
 
 
 def run() -> None:
-    """train.py: an error of the user's making is one line on stderr and exit code 2."""
-    words = sys.argv[1:]
+    """train.py: an error of the user's making is one line on stderr and exit code 2; see `pfgm.shell`."""
+    shell.run("train.py", command, sys.argv[1:], (NonFiniteLoss, MisconfigurationException))
+
+
+def command(words: list[str]) -> None:
+    """What comes before a run, or the run; one that a signal stopped says so."""
+    if words and words[0] in COMMANDS:
+        prepare(words)
+        return
+    sys.argv[1:] = words  # where Lightning looks, also for the processes that it starts
     try:
-        if words and words[0] in COMMANDS:
-            prepare(words)
-        else:
-            main()
+        main()
     except Stopped as stop:
         print(f"train.py: {stop}", file=sys.stderr)
-        sys.exit(stop.code)
-    except (ValueError, OSError, ImportError, NonFiniteLoss, SolverError, MisconfigurationException) as error:
-        print(f"train.py: error: {cause(error)}", file=sys.stderr)
-        sys.exit(2)
+        raise

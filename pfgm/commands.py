@@ -4,11 +4,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
+from pfgm import shell
 from pfgm.draw import draw
 from pfgm.edit import decode, encode, interpolate, vary
-from pfgm.ode import SolverError
 from pfgm.posthoc import average
-from pfgm.spec import cause
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "encode": encode,
@@ -20,20 +19,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """An error of the user's making is one line on stderr and exit code 2."""
+    """An error of the user's making is one line on stderr and exit code 2; see `pfgm.shell`."""
+    shell.run("sample.py", command, sys.argv[1:] if args is None else args)
+
+
+def command(words: list[str]) -> None:
+    """What the first of `words` names, or drawing."""
     from jsonargparse import auto_cli
 
-    words = list(sys.argv[1:] if args is None else args)
-    command = COMMANDS.get(words[0]) if words else None
-    prog = "sample.py" if command is None else f"sample.py {words.pop(0)}"
-    try:
-        auto_cli(command or draw, args=join_pair(words), as_positional=True, prog=prog)
-    except (ValueError, OSError, ImportError, SolverError) as error:
-        print(f"sample.py: error: {cause(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("sample.py: interrupted; what is in a folder is whole, and the same command continues it", file=sys.stderr)
-        sys.exit(130)
+    function = COMMANDS.get(words[0]) if words else None
+    prog = "sample.py" if function is None else f"sample.py {words.pop(0)}"
+    auto_cli(function or draw, args=join_pair(words), as_positional=True, prog=prog)
 
 
 def join_pair(words: list[str]) -> list[str]:

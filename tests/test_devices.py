@@ -39,10 +39,12 @@ def test_a_run_on_two_devices_starts_from_one_command(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(kills.ROOT / "train.py"), *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
-    while process.poll() is None and kills.reached(tmp_path) < 20:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    told = process.communicate(timeout=120)[1]
+    try:
+        while process.poll() is None and kills.reached(tmp_path) < 20:
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "stopped by SIGTERM after step" in told
     assert storage.read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == kills.reached(tmp_path)

@@ -1,0 +1,52 @@
+"""How commands end: results on stdout, errors as one line on stderr, and an exit code.
+
+0    done
+1    a defect of this package; --debug shows the traceback
+2    a wrong argument or an unusable file, said in one line, or a training loss that is not finite; repeating does not help
+130, 138, 143    stopped by Ctrl-C, SIGUSR1 or SIGTERM; the same command continues
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+from pfgm.ode import SolverError
+from pfgm.spec import cause
+
+ERRORS: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, SolverError)
+"""What says which argument is wrong, and what to do."""
+
+
+def run(
+    program: str, command: Callable[[list[str]], object], words: Sequence[str], errors: tuple[type[Exception], ...] = ()
+) -> None:
+    """Give `command` its `words`, and end as described above; of its `errors`, and ERRORS, the text is for the user.
+
+    The word --debug shows tracebacks instead.
+    """
+    words, debug = [word for word in words if word != "--debug"], "--debug" in words
+    if debug:
+        command(words)
+        return
+    before = signal.signal(signal.SIGTERM, _end) if threading.current_thread() is threading.main_thread() else None
+    try:
+        command(words)
+    except (*ERRORS, *errors) as error:
+        _exit(f"{program}: error: {cause(error)}", 2)
+    except KeyboardInterrupt:
+        _exit(f"{program}: interrupted; files are whole, and the same command continues a run or a folder", 130)
+    except Exception as error:
+        _exit(f"{program}: {type(error).__name__}: {error}. This is a defect of pfgm: please report it, with --debug", 1)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def _exit(text: str, code: int) -> None:
+    print(text, file=sys.stderr)
+    sys.exit(code)
