@@ -13,6 +13,7 @@ from pfgm import plot
 from pfgm.datamodule import DataModule
 from pfgm.module import PFGM
 from pfgm.ode import SolverError
+from pfgm.typed import checked
 
 
 class Speed(Callback):
@@ -23,6 +24,7 @@ class Speed(Callback):
     batch would be translated anew.
     """
 
+    @checked
     def __init__(self, compile: bool = False, channels_last: bool = False):
         self.compile, self.channels_last = compile, channels_last
 
@@ -59,6 +61,7 @@ class SampleGrid(Callback):
     other shapes nothing. Placed before EMA, so that the averaged weights draw.
     """
 
+    @checked
     def __init__(self, n: int = 64):
         if n < 0:
             raise ValueError(f"n = {n} must not be negative")

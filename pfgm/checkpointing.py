@@ -13,6 +13,7 @@ from pfgm import storage
 from pfgm.module import PFGM
 from pfgm.rundir import checkpoint_path
 from pfgm.storage import LAST, PREVIOUS
+from pfgm.typed import checked
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 """What asks a run to save and stop; Windows has no SIGUSR1."""
@@ -56,6 +57,7 @@ class LastCheckpoint(Checkpoint):
     run that ended during a validation repeats it when resumed.
     """
 
+    @checked
     def __init__(self, every_n_steps: int = 500):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps = {every_n_steps} must be at least 1")

@@ -172,7 +172,7 @@ def check_trainer(config: Any) -> None:
     for name, lowest in SMALLEST.items():
         if config.get(name) is not None and not config[name] >= lowest:
             raise ValueError(f"trainer.{name} = {config[name]}: give a number >= {lowest}")
-    check_strategy(str(getattr(config["strategy"], "class_path", config["strategy"])))
+    check_strategy(str(getattr(config.get("strategy"), "class_path", config.get("strategy"))))
     devices, cores = config["devices"], os.cpu_count() or 1
     on_cpu = config["accelerator"] == "cpu" or (config["accelerator"] == "auto" and not torch.cuda.is_available())
     if on_cpu and str(devices).isdigit() and int(devices) > cores:

@@ -35,7 +35,7 @@ class PreconditionedDenoiser(Recorded, nn.Module):
     `power_std` are those of `DataSummary`; see `Network` for `net`.
     """
 
-    def __init__(self, net: nn.Module, D: float, sigma_data: float, power_std: float):
+    def __init__(self, net: nn.Module, D: float | str, sigma_data: float, power_std: float):
         super().__init__()
         self.net, self.kernel = net, StudentTKernel(D)
         self.sigma_data, self.statistics = sigma_data, (sigma_data, power_std)

@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from pfgm import posthoc
+from pfgm.typed import checked
 
 
 def lerp_(averages: list[Tensor], weights: Sequence[Tensor], share: float) -> None:
@@ -27,6 +28,7 @@ class EMA(WeightAveraging):
     Checkpoints hold the raw weights as well, so that resuming is exact. `half_life` = 0 averages nothing.
     """
 
+    @checked
     def __init__(self, half_life: float = 500_000.0, warmup: float = 0.05):
         if not half_life >= 0 or not warmup > 0:
             raise ValueError(f"half_life = {half_life}, warmup = {warmup}: give a number of images >= 0 and a share > 0")
@@ -90,8 +92,9 @@ class PowerAverages(Callback):
     networks; 0 keeps no averages. They are part of the checkpoint, so that a resumed run continues them.
     """
 
+    @checked
     def __init__(self, every_n_steps: int = 0, sigma_rel: Sequence[float] = (0.05, 0.1)):
-        if every_n_steps < 0 or len(set(sigma_rel)) != len(sigma_rel) or not sigma_rel:
+        if every_n_steps < 0 or len(set(sigma_rel)) != len(sigma_rel) or not len(sigma_rel):
             raise ValueError(
                 f"every_n_steps = {every_n_steps}, sigma_rel = {sigma_rel}: give a number >= 0 and widths that differ"
             )

@@ -20,6 +20,7 @@ from pfgm.features import extract, load_features, name_of
 from pfgm.metrics import Points
 from pfgm.module import PFGM
 from pfgm.ode import SolverError
+from pfgm.typed import checked
 
 MEASURES: dict[str, Callable[[Points, Points], float]] = {
     "energy": metrics.energy_distance,
@@ -44,6 +45,7 @@ class Evaluation(Callback):
     bits/dim with its standard error, if they are discrete and the model has such a likelihood.
     """
 
+    @checked
     def __init__(
         self,
         n: int = 1000,

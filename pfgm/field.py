@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pfgm.kernel import check_dimensions, expand, norm, per_sample, power_law
+from pfgm.typed import checked
 
 BLOCK_BYTES = 2**25
 """Size of the float64 copy of a block of charges."""
@@ -27,6 +28,7 @@ TINY = 1e-30
 """Keeps logarithms and quotients of norms finite in float64."""
 
 
+@checked
 def posterior_mean(
     x: Tensor, sigma: float | Tensor, charges: Tensor, D: float, weights: Tensor | None = None, *, check: bool = True
 ) -> Tensor:
@@ -44,6 +46,7 @@ def posterior_mean(
     return _mean(w, charges).to(x.dtype).reshape(x.shape)
 
 
+@checked
 def poisson_field(
     x: Tensor, r: float | Tensor, charges: Tensor, D: float, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -67,6 +70,7 @@ def poisson_field(
     return (strength[:, None] * away).to(x.dtype).reshape(x.shape), (strength * radius).to(x.dtype)
 
 
+@checked
 def normalized_field(
     x: Tensor, z: float | Tensor, charges: Tensor, gamma: float = 0.0, weights: Tensor | None = None, *, check: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -91,6 +95,7 @@ def field_from_displacement(away: Tensor, z: Tensor, gamma: float) -> tuple[Tens
     return expand(factor, away) * away, (factor * z).to(away.dtype)
 
 
+@checked
 def denoised_from_field(x: Tensor, z: float | Tensor, v_x: Tensor, v_z: Tensor, gamma: float) -> Tensor:
     """Invert the normalised field: the denoised point behind v, like `x` [B, ...].
 
@@ -105,7 +110,7 @@ def denoised_from_field(x: Tensor, z: float | Tensor, v_x: Tensor, v_z: Tensor, 
     with 1/M = 1/N + 1/400, and where n >= 1, which no distance has, (b) answers alone if it can. s is taken from (b), which
     knows 1-s = (z² + gamma R)/(R (R + gamma)) without cancellation.
     """
-    height, N = per_sample(z, x, "z"), x[0].numel()
+    gamma, height, N = float(gamma), per_sample(z, x, "z"), x[0].numel()
     v_norm = norm(v_x)
     n_raw = v_norm / math.sqrt(N)
     n, M = n_raw.clamp(max=1 - 1e-6), 1 / (1 / N + 1 / 400)

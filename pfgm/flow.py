@@ -34,6 +34,7 @@ from pfgm.sampler import (
 )
 from pfgm.solver import SolverOptions
 from pfgm.spec import build, to_json
+from pfgm.typed import Array, checked
 
 
 class Options(SamplerOptions, Conditioning, total=False):
@@ -55,10 +56,11 @@ class PoissonFlow(nn.Module):
     condition_mean: Tensor | None
     condition_std: Tensor | None
 
+    @checked
     def __init__(
         self,
         denoiser: nn.Module,
-        D: float,
+        D: float | str,
         *,
         shape: Sequence[int],
         sigma_min: float,
@@ -77,6 +79,8 @@ class PoissonFlow(nn.Module):
         start: str = "hemisphere",
     ):
         super().__init__()
+        if not len(shape) or min(shape) < 1:
+            raise ValueError(f"shape = {tuple(shape)}: give whole numbers >= 1, one for each dimension of a sample")
         check_levels(sigma_min, sigma_max)
         check_positive("sigma_data", sigma_data)
         check_positive("scale", scale)
@@ -106,7 +110,7 @@ class PoissonFlow(nn.Module):
             build(config["denoiser"], trust, nn.Module), **{name: value for name, value in config.items() if name != "denoiser"}
         )
 
-    def to_model(self, x: Tensor) -> Tensor:
+    def to_model(self, x: Array) -> Tensor:
         """The user's units [B, *shape], also as numpy array -> centred model space."""
         x = torch.as_tensor(x)
         if x.shape[1:] != self.shape or x.is_complex():
@@ -128,6 +132,7 @@ class PoissonFlow(nn.Module):
             self.denoiser, self.kernel, shape=self.shape, sigma_min=self.sigma_min, sigma_data=self.sigma_data, **settings
         )
 
+    @checked
     def sample(
         self,
         n: int | None = None,
@@ -151,7 +156,8 @@ class PoissonFlow(nn.Module):
         pairs = seed_pairs(n, seed, seeds)
         return self.draw(pairs, labels=labels, batch_size=batch_size, max_calls=max_calls, progress=progress, **options)
 
-    def vary(self, x: Tensor, level: float, *, seed: int = 0, labels: Any = None, **options: Unpack[Options]) -> Samples:
+    @checked
+    def vary(self, x: Array, level: float, *, seed: int = 0, labels: Any = None, **options: Unpack[Options]) -> Samples:
         """A variation of each of `x` [n, *shape]: noise up to the effective `level` and the flow back (arXiv 2108.01073).
 
         `x` and `level`, between sigma_min and sigma_max, are in the user's units. Near sigma_min x stays what it is, far above
@@ -215,6 +221,7 @@ class PoissonFlow(nn.Module):
                 error = None if part.error is None else part.error * self.scale
                 yield number, dataclasses.replace(part, x=self.to_user(part.x), error=error)
 
+    @checked
     def trajectory(
         self,
         pairs: Sequence[tuple[int, int]],
@@ -235,8 +242,9 @@ class PoissonFlow(nn.Module):
         x, denoised = (self.to_user(torch.cat([getattr(way, name) for way in ways], 1)) for name in ("x", "denoised"))
         return Trajectory(x, denoised, torch.cat([way.sigma for way in ways], 1) * self.scale, ways[0].level * self.scale)
 
+    @checked
     @torch.no_grad()
-    def denoise(self, x: Tensor, sigma: float | Tensor, label: Any = None, **options: Unpack[Conditioning]) -> Tensor:
+    def denoise(self, x: Array, sigma: float | Tensor, label: Any = None, **options: Unpack[Conditioning]) -> Tensor:
         """E[y | x, sigma] for `x` [B, *shape] and `sigma` (float or [B]) > 0 in the user's units: like x.
 
         ValueError if x or sigma is not finite, sigma not positive, or labels or conditions do not fit.
@@ -249,7 +257,8 @@ class PoissonFlow(nn.Module):
         own = given.network_label
         return self.to_user(given.denoiser()(model, level / self.scale, *(() if own is None else (own,))))
 
-    def encode(self, x: Tensor, *, labels: Any = None, **options: Any) -> Latent:
+    @checked
+    def encode(self, x: Array, *, labels: Any = None, **options: Any) -> Latent:
         """The latent on the plane sigma_max that flows to `x` [B, *shape] (user's units, read at sigma_min).
 
         `options` are those of `sample` (default: preset "reference"); tolerances of 1e-5 make the round trip through `decode`
@@ -261,6 +270,7 @@ class PoissonFlow(nn.Module):
         latent = sampler.encode(model, label)
         return dataclasses.replace(latent, level=latent.level * self.scale)
 
+    @checked
     def decode(self, latent: Latent, *, labels: Any = None, **options: Any) -> Tensor:
         """Follow the flow from `latent`, on the surface that it names, to sigma_min; without the last denoising that
         sampling does. [B, *shape] in the user's units."""
@@ -275,7 +285,8 @@ class PoissonFlow(nn.Module):
         sampler, label = self._accurate(len(latent.t), labels, options)
         return self.to_user(sampler.decode(dataclasses.replace(latent, level=latent.level / self.scale), label))
 
-    def interpolate(self, a: Tensor, b: Tensor, points: int, *, labels: Any = None, **options: Any) -> Tensor:
+    @checked
+    def interpolate(self, a: Array, b: Array, points: int, *, labels: Any = None, **options: Any) -> Tensor:
         """From `a` to `b` [B, *shape] in `points` steps, both ends included: [points, B, *shape] in the user's units.
 
         Encoded, followed along great circles (`pfgm.latent.interpolate`) and decoded; options as for `encode`.
@@ -286,7 +297,8 @@ class PoissonFlow(nn.Module):
         first, last = (self.encode(x, labels=labels, **options) for x in (a, b))
         return torch.stack([self.decode(latent, labels=labels, **options) for latent in interpolate(first, last, points)])
 
-    def log_prob(self, x: Tensor, *, labels: Any = None, condition: Tensor | None = None, **options: Any) -> Tensor:
+    @checked
+    def log_prob(self, x: Array, *, labels: Any = None, condition: Tensor | None = None, **options: Any) -> Tensor:
         """The log-density of `x` [B, *shape], blurred by the noise of sigma_min, in nats in the user's units: [B] in float64.
 
         `options` are those of `pfgm.likelihood.estimate_log_prob`, which also tells the error of the estimate: exact, probes,
@@ -294,7 +306,8 @@ class PoissonFlow(nn.Module):
         """
         return self.estimate_log_prob(x, labels=labels, condition=condition, **options).value
 
-    def estimate_log_prob(self, x: Tensor, *, labels: Any = None, condition: Tensor | None = None, **options: Any) -> LogProb:
+    @checked
+    def estimate_log_prob(self, x: Array, *, labels: Any = None, condition: Tensor | None = None, **options: Any) -> LogProb:
         """`log_prob` with the standard error of each estimate and the network calls."""
         model = self.to_model(x)
         check_finite_samples("x", model)

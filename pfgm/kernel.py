@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pfgm import rng
 from pfgm.rng import Generators
+from pfgm.typed import checked
 
 MIN_D = 0.5
 
@@ -78,10 +79,12 @@ class StudentTKernel:
         kappa = rng.gamma(self.D / 2, shape[0], generator, device=n.device) * (2 / self.D)
         return n * expand(kappa.rsqrt(), n)
 
+    @checked
     def sample(self, y: Tensor, sigma: float | Tensor, generator: Generators = None) -> Tensor:
         """Perturbed data x ~ p(. | y, sigma), like `y` [B, ...]; `sigma` is a float or [B], in the units of y."""
         return y + expand(per_sample(sigma, y), y) * self.direction(y.shape, generator, like=y)
 
+    @checked
     def log_prob(self, x: Tensor, y: Tensor, sigma: float | Tensor) -> Tensor:
         """log p(x | y, sigma) in nats, [B] in float64, for `x`, `y` [B, ...] and `sigma` float or [B]."""
         difference = x.double() - y.double()
@@ -90,6 +93,7 @@ class StudentTKernel:
         q = (norm(difference) / s).square()
         return _log_normalizer(self.D, N) - N * s.log() - 0.5 * power_law(q, self.D, N)
 
+    @checked
     def renoise(
         self, x: Tensor, source: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, generator: Generators = None
     ) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pfgm.kernel import expand, norm
+from pfgm.typed import check_types
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Latent:
     surface: str
 
     def __post_init__(self) -> None:
+        check_types(type(self).__init__, vars(self))
         if self.surface not in ("plane", "hemisphere"):
             raise ValueError(f"surface = {self.surface!r} is unknown; choose plane or hemisphere")
         if not 0 < self.level < math.inf:

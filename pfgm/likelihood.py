@@ -25,6 +25,7 @@ from pfgm.kernel import StudentTKernel, check_positive
 from pfgm.ode import CountedDenoiser, solve
 from pfgm.sampler import check_levels
 from pfgm.solver import ADAPTIVE, make_solver
+from pfgm.typed import checked
 
 EXACT_UP_TO = 32
 """Dimensions up to which the trace is exact if nothing is said."""
@@ -45,11 +46,13 @@ class LogProb:
     calls: int
 
 
+@checked
 def log_prob(denoiser: Callable[..., Tensor], kernel: StudentTKernel, x: Tensor, **options: Any) -> Tensor:
     """The value of `estimate_log_prob`: [B] nats."""
     return estimate_log_prob(denoiser, kernel, x, **options).value
 
 
+@checked
 def estimate_log_prob(
     denoiser: Callable[..., Tensor],
     kernel: StudentTKernel,

@@ -8,11 +8,13 @@ import torch
 from pfgm import storage
 from pfgm.flow import PoissonFlow
 from pfgm.intake import RefusedError, check_network
+from pfgm.typed import checked
 
 PREFIX = "flow."
 """Of the flow's tensors in the state of the training module."""
 
 
+@checked
 def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True, trust: Sequence[str] = ()) -> PoissonFlow:
     """The flow of a checkpoint (`.ckpt`) or of a folder written by `save_pretrained`, in eval mode on `device`.
 

@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pfgm.typed import checked
+
 BLOCK = 2**24
 """Pairs of samples of which distances are held at once."""
 
@@ -19,7 +21,7 @@ class Points:
 
     def __init__(self, x: Tensor):
         if len(x) < 2:
-            raise ValueError(f"a set of shape {tuple(x.shape)}: give two or more samples")
+            raise ValueError(f"x, y: a set of shape {tuple(x.shape)}: give two or more samples")
         self.x = x.flatten(1).double()
         if not bool(torch.isfinite(self.x).all()):
             bad = int((~torch.isfinite(self.x).all(1)).sum())
@@ -66,6 +68,7 @@ class Points:
         return torch.cat([block.kthvalue(k, dim=1).values for block in _blocks(self, self, _distances)])
 
 
+@checked
 def energy_distance(x: Tensor | Points, y: Tensor | Points) -> float:
     """2 E|X-Y| - E|X-X'| - E|Y-Y'|, unbiased: about 0, or a little below, for two samples of one distribution.
 
@@ -75,6 +78,7 @@ def energy_distance(x: Tensor | Points, y: Tensor | Points) -> float:
     return float(2 * _mean(a, b, _distances) - a.mean_distance - b.mean_distance)
 
 
+@checked
 def frechet_distance(x: Tensor | Points, y: Tensor | Points) -> float:
     """|m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^½): the squared 2-Wasserstein distance of Gaussians fitted to each set.
 
@@ -87,6 +91,7 @@ def frechet_distance(x: Tensor | Points, y: Tensor | Points) -> float:
     return float((m_a - m_b).square().sum() + C_a.trace() + C_b.trace() - 2 * cross)
 
 
+@checked
 def kernel_distance(x: Tensor | Points, y: Tensor | Points) -> float:
     """Squared maximum mean discrepancy of the kernel (a·b/F + 1)³, unbiased: 0 on average for one distribution.
 
@@ -97,6 +102,7 @@ def kernel_distance(x: Tensor | Points, y: Tensor | Points) -> float:
     return float(a.mean_kernel + b.mean_kernel - 2 * _mean(a, b, _kernel))
 
 
+@checked
 def precision(x: Tensor | Points, y: Tensor | Points) -> float:
     """Share of samples x that lie among the data y: nearer to some of y than its third nearest neighbour in y.
 
@@ -109,11 +115,13 @@ def precision(x: Tensor | Points, y: Tensor | Points) -> float:
     return float(torch.cat([(block <= b.radii).any(1) for block in _blocks(a, b, _distances)]).double().mean())
 
 
+@checked
 def recall(x: Tensor | Points, y: Tensor | Points) -> float:
     """Share of the data y that lies among the samples x: see `precision`."""
     return precision(y, x)
 
 
+@checked
 def nearest_neighbour_accuracy(x: Tensor | Points, y: Tensor | Points) -> float:
     """Share of samples of the joint set whose nearest neighbour is of their own set: .5 if nothing tells them apart.
 
@@ -138,6 +146,7 @@ def nearest(x: Tensor | Points, y: Tensor | Points, k: int = 1) -> tuple[Tensor,
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
+@checked
 def copying(x: Tensor | Points, train: Tensor | Points, held_out: Tensor | Points) -> float:
     """Probability that a sample is nearer to its nearest training sample than a held-out one is to its own.
 

@@ -13,6 +13,7 @@ from pfgm.flow import PoissonFlow
 from pfgm.intake import read_text
 from pfgm.sampler import seed_pairs
 from pfgm.storage import digest
+from pfgm.typed import checked
 
 SEED = 2**32 - 1
 """Of the samples: not one that a user would draw with."""
@@ -20,6 +21,7 @@ ROUNDS, FIRST_MOVE = 3, 0.3
 """Passes over all levels, and how far each is moved in the first, in parts of the gap to its neighbour; then half as far."""
 
 
+@checked
 def optimize_grid(flow: PoissonFlow, steps: int, n: int = 64, condition: Tensor | None = None) -> list[float]:
     """The falling levels of a grid of `steps` for ab3, from sigma_max to where the final denoising takes over, in model units.
 

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from pfgm import storage
 from pfgm.loading import load
+from pfgm.typed import checked
 
 FOLDER = "averages"
 WIDEST = 12**-0.5
 """sigma_rel of gamma = 0, at which all steps weigh the same."""
 
 
+@checked
 def exponent(sigma_rel: float) -> float:
     """gamma of the profile of width `sigma_rel`: (gamma+1) = sigma_rel² (gamma+2)² (gamma+3). ValueError unless gamma >= 0."""
     if not 0.001 <= sigma_rel <= WIDEST:

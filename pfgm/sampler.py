@@ -22,6 +22,7 @@ from pfgm.latent import Latent
 from pfgm.ode import CountedDenoiser, OutOfCalls, Way, follow
 from pfgm.solver import SolverOptions, Steps, make_solver
 from pfgm.stochastic import Plan, check_churn, check_restart, churn, restart
+from pfgm.typed import checked
 
 STARTS = ("hemisphere", "hyperplane")
 
@@ -90,6 +91,7 @@ class Sampler:
     ValueError for levels that are not 0 < sigma_min < sigma_max < inf, and for unknown names.
     """
 
+    @checked
     def __init__(
         self,
         denoiser: Callable[..., Tensor],

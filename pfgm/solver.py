@@ -17,6 +17,7 @@ from pfgm.coordinates import Angle, Coordinates, LogSigma, Sigma
 from pfgm.grid import Grid, make_grid
 from pfgm.kernel import check_positive
 from pfgm.multistep import Slope, adams_bashforth, dpm_solver
+from pfgm.typed import checked
 
 BOTH, ANGLE, LOG_SIGMA = ("angle", "log_sigma"), ("angle",), ("log_sigma",)
 ADAPTIVE = {"dopri5": BOTH, "dopri8": BOTH, "bosh3": BOTH, "adaptive_heun": BOTH}
@@ -180,6 +181,7 @@ class SolverOptions(TypedDict, total=False):
     grid: str | Sequence[float] | None
 
 
+@checked
 def make_solver(
     preset: str | None = None,
     method: str | None = None,

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from pfgm.typed import check_types
+
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -26,6 +28,7 @@ class Recorded:
         self = super().__new__(cls)
         # bind_partial: copying calls __new__ without arguments and restores `_arguments` with the other attributes.
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
+        check_types(cls.__init__, bound.arguments)
         bound.apply_defaults()
         object.__setattr__(self, "_arguments", dict(list(bound.arguments.items())[1:]))
         return self
@@ -45,6 +48,8 @@ def to_json(value: Any) -> Any:
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy or torch
+        return to_json(value.item())
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, Sequence):

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "pfgm"
-ORDER = "rng spec kernel field analytic noise nn denoiser guidance inverse loss coordinates grid multistep adaptive "
+ORDER = "typed rng spec kernel field analytic noise nn denoiser guidance inverse loss coordinates grid multistep adaptive "
 ORDER += "solver ode shell stochastic latent sampler likelihood conditioning progress atomic intake storage rundir flow "
 ORDER += "loading posthoc optimal plot trajectory images files output drawing draw edit commands metrics toys degrade "
 ORDER += "augment labels sources imageset stream features collect datamodule data ema skips module runlog callbacks "

@@ -1,6 +1,7 @@
 """Reading hostile files, each in a process of its own, and looking at what it did."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import resource
@@ -39,6 +40,7 @@ def attempt(file: Hostile, folder: Path) -> tuple[str, str, float]:
 
 def _read(read: object, path: Path, folder: Path, out: Connection) -> None:
     """Working in the inner folder, so that a way out of it is seen."""
+    logging.disable(logging.WARNING)
     os.chdir(folder / "work" / "below")
     before = set(_tree(folder))
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
