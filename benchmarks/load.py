@@ -15,13 +15,18 @@ from pathlib import Path
 import psutil
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.faulty import kills
 from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
 from pfgm.nn import UNet
+
+
+def start(program: str, words: list[str]) -> psutil.Popen:
+    """A program of ours, silent."""
+    command = [sys.executable, str(kills.ROOT / program), *words]
+    return psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def export(folder: Path) -> Path:
@@ -37,9 +42,7 @@ def export(folder: Path) -> Path:
 def draw(model: Path, out: Path, samples: int, stop_at: int | None = None) -> float:
     """Draw until the folder holds `stop_at` files, then kill; else to the end. Most memory in megabytes."""
     words = [str(model), f"--n={samples}", "--preset=fast", f"--out={out}", "--device=cpu"]
-    process = psutil.Popen(
-        [sys.executable, str(ROOT / "sample.py"), *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start("sample.py", words)
     most = 0.0
     while process.poll() is None:
         with contextlib.suppress(psutil.Error):
@@ -71,9 +74,7 @@ def training(folder: Path, steps: int) -> None:
     """The part on training."""
     words = [word for word in kills.command(folder / "run", "denoising", steps) if "every_n_steps" not in word]
     words += ["--trainer.log_every_n_steps=50", "--trainer.val_check_interval=1000", "--checkpoint.every_n_steps=500"]
-    process = psutil.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start("train.py", words)
     seen = {}
     marks = [steps // 10 * k for k in range(1, 11)]
     while process.poll() is None:

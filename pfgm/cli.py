@@ -170,8 +170,9 @@ class TrainCLI(LightningCLI):
 def check_trainer(config: Any) -> None:
     """ValueError for settings of the trainer that Lightning would stumble over, or worse, later."""
     for name, lowest in SMALLEST.items():
-        if config.get(name) is not None and not config[name] >= lowest:
-            raise ValueError(f"trainer.{name} = {config[name]}: give a number >= {lowest}")
+        value = config.get(name)
+        if isinstance(value, str) or (isinstance(value, (int, float)) and not value >= lowest):
+            raise ValueError(f"trainer.{name} = {value}: give a number >= {lowest}")
     check_strategy(str(getattr(config.get("strategy"), "class_path", config.get("strategy"))))
     devices, cores = config["devices"], os.cpu_count() or 1
     on_cpu = config["accelerator"] == "cpu" or (config["accelerator"] == "auto" and not torch.cuda.is_available())

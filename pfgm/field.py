@@ -83,6 +83,7 @@ def normalized_field(
     if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma = {gamma} must be a finite number >= 0, in the units of the data")
     height = per_sample(z, x, "z")
+    _check(x, height, charges, "z", check)
     away = x.double() - posterior_mean(x.double(), height, charges, 1.0, weights, check=check)
     v_x, v_z = field_from_displacement(away, height, gamma)
     return v_x.to(x.dtype), v_z.to(x.dtype)
@@ -111,6 +112,7 @@ def denoised_from_field(x: Tensor, z: float | Tensor, v_x: Tensor, v_z: Tensor, 
     knows 1-s = (z² + gamma R)/(R (R + gamma)) without cancellation.
     """
     gamma, height, N = float(gamma), per_sample(z, x, "z"), x[0].numel()
+    v_z = per_sample(v_z, x, "v_z")
     v_norm = norm(v_x)
     n_raw = v_norm / math.sqrt(N)
     n, M = n_raw.clamp(max=1 - 1e-6), 1 / (1 / N + 1 / 400)

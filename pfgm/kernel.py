@@ -39,9 +39,15 @@ def check_dimensions(D: float | str) -> float:
 
 
 def check_positive(name: str, value: float) -> None:
-    """ValueError unless `value` is positive and finite."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} = {value} must be a positive finite number")
+    """ValueError unless `value` is positive and finite, and so is its square."""
+    if not 1e-150 < value < 1e150:
+        raise ValueError(f"{name} = {value} must be a positive finite number, from 1e-150 to 1e150")
+
+
+def check_shapes(x: Tensor, y: Tensor, name: str) -> None:
+    """ValueError unless `y`, called `name`, has samples like those of `x` [B, ...], as many or one."""
+    if y.shape[1:] != x.shape[1:] or len(y) not in (1, len(x)):
+        raise ValueError(f"{name} has the shape {tuple(y.shape)}, x {tuple(x.shape)}; give as many samples of the same shape")
 
 
 def per_sample(value: float | Tensor, like: Tensor, name: str = "sigma") -> Tensor:
@@ -87,6 +93,7 @@ class StudentTKernel:
     @checked
     def log_prob(self, x: Tensor, y: Tensor, sigma: float | Tensor) -> Tensor:
         """log p(x | y, sigma) in nats, [B] in float64, for `x`, `y` [B, ...] and `sigma` float or [B]."""
+        check_shapes(x, y, "y")
         difference = x.double() - y.double()
         N = difference[0].numel()
         s = per_sample(sigma, difference)
@@ -103,6 +110,7 @@ class StudentTKernel:
         the sample already carries. With a denoised estimate for `source` it is an approximation.
         ValueError unless 0 < sigma <= sigma_next.
         """
+        check_shapes(x, source, "source")
         low, high = per_sample(sigma, x), per_sample(sigma_next, x, "sigma_next")
         if not bool(((low > 0) & (low <= high)).all()):
             raise ValueError(f"renoise needs 0 < sigma <= sigma_next, got sigma = {sigma}, sigma_next = {sigma_next}")

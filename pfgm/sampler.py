@@ -173,7 +173,7 @@ class Sampler:
         began, most = time.perf_counter(), cost(self.denoiser)
         check_max_calls(max_calls, most)
         denoise = self._counted(labels, len(pairs), torch.float32, on_call)
-        if not pairs:
+        if len(pairs) == 0:
             return Samples(torch.empty(0, *self.shape, dtype=denoise.dtype, device=self._device), 0, 0.0)
         latent = self.prior(pairs)
         x, ratio = self._lift(latent)
@@ -248,7 +248,7 @@ class Sampler:
         The last is the one that a draw would denoise. With added noise each run has its share of the points, 2 at least.
         ValueError if there are no pairs.
         """
-        if not pairs:
+        if len(pairs) == 0:
             raise ValueError("pairs is empty: a trajectory needs one sample at least")
         denoise, latent = self._counted(labels, len(pairs), torch.float32), self.prior(pairs)
         x, ratio = self._lift(latent)

@@ -48,8 +48,8 @@ def to_json(value: Any) -> Any:
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy or torch
-        return to_json(value.item())
+    if hasattr(value, "tolist"):  # of numpy or torch
+        return to_json(value.tolist())
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, Sequence):

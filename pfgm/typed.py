@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -93,7 +92,7 @@ def _sequence(of: Any, length: int | None) -> tuple[Test, str]:
 
     def test(value: Any) -> bool:
         if isinstance(value, (Tensor, np.ndarray)):
-            return value.ndim == 1
+            return value.ndim == 1 and length in (None, len(value)) and (one is None or all(map(one[0], value.tolist())))
         if not isinstance(value, collections.abc.Sequence) or isinstance(value, (str, bytes)):
             return False
         return (length is None or len(value) == length) and (one is None or all(one[0](item) for item in value))
@@ -103,8 +102,7 @@ def _sequence(of: Any, length: int | None) -> tuple[Test, str]:
 
 def _is_number(value: Any, kind: type) -> bool:
     if isinstance(value, (Tensor, np.ndarray)):
-        real = not torch.as_tensor(value).is_complex() if isinstance(value, Tensor) else value.dtype.kind in "iuf"
-        return value.ndim == 0 and real
+        return value.ndim == 0 and isinstance(value.item(), kind)
     return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
 
 
@@ -115,8 +113,8 @@ PLAIN: dict[Any, tuple[Test, str]] = {
     float: (lambda value: _is_number(value, numbers.Real), "a number"),
     str: (lambda value: isinstance(value, str), "a word"),
     Path: (lambda value: isinstance(value, (str, os.PathLike)), "a path"),
-    Tensor: (lambda value: isinstance(value, Tensor), "a tensor"),
-    np.ndarray: (lambda value: isinstance(value, np.ndarray), "an array"),
+    Tensor: (lambda value: isinstance(value, Tensor) and value.ndim > 0 and not value.is_complex(), "a tensor of real numbers"),
+    np.ndarray: (lambda value: isinstance(value, np.ndarray) and value.ndim > 0 and value.dtype.kind in "biuf", "an array"),
 }
 
 

@@ -166,7 +166,7 @@ def outcome(call: Callable[..., Any], arguments: dict[str, Any], changed: list[s
     except NAMED as error:
         text = str(error)
         return (
-            "named" if any(name in text for name in (*arguments, "data")) else "not named"
+            "named" if any(name in text for name in (*arguments, "data", str(arguments.get("path")))) else "not named"
         ), f"{type(error).__name__}: {text}"
     except Exception as error:
         return "traceback", f"{type(error).__name__}: {error}"

@@ -20,30 +20,9 @@ from benchmarks.faulty.hostile import flow
 from pfgm import cli, commands
 
 WORDS = ["", "0", "-1", "1.5", "nan", "inf", "-inf", "1e999", "99999999999999999999", "none", "null", "true", "[]", "[1"]
-WORDS += [
-    "{}",
-    "[1,2,3]",
-    "[[1,2],[3]]",
-    "/dev/null",
-    "..",
-    "x/y/z",
-    "nothing.npy",
-    "a.npy",
-    "bad.npy",
-    "a.png",
-    "b.ckpt",
-    "export",
-]
-WORDS += [
-    "export",
-    "\t",
-    "os.system",
-    "pfgm.nn.UNet",
-    "torch.nn.Linear",
-    "{class_path: os.system}",
-    "{class_path: pfgm.nn.UNet}",
-]
-WORDS += ["é", "--", "-h", "@x", "!!x"]
+WORDS += ["{}", "[1,2,3]", "[[1,2],[3]]", "/dev/null", "..", "x/y/z", "nothing.npy", "a.npy", "bad.npy", "a.png", "b.ckpt"]
+WORDS += ["export", "\t", "os.system", "pfgm.nn.UNet", "torch.nn.Linear", "{class_path: os.system}", "é", "--", "-h", "@x"]
+WORDS += ["!!x", "{class_path: pfgm.nn.UNet}"]
 NO_YAML = ["[1, 2]", "a: [", "\0", "x", "- a\n- b", "&a [*a]", "!!python/object/apply:os.system ['touch canary']"]
 
 Line = tuple[str, list[str]]

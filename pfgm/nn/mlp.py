@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pfgm.nn.network import Embedding, Network, check_sizes
+from pfgm.nn.network import Embedding, Network, check_event, check_sizes
 
 
 class TimeMLP(Network):
@@ -26,6 +26,7 @@ class TimeMLP(Network):
         depth: int = 4,
     ):
         super().__init__()
+        check_event(shape, num_classes, extra_channels)
         check_sizes(width=width, depth=depth)
         self.out_shape = (shape[0] + extra_channels, *shape[1:])
         self.embedding = Embedding(width, num_classes)

@@ -1,6 +1,7 @@
 """What every network shares: the contract, and the embedding of noise level and label."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,14 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not (isinstance(size, int) and size >= 1):
             raise ValueError(f"{name} = {size} must be a whole number >= 1")
+
+
+def check_event(shape: Sequence[int], num_classes: int, extra_channels: int) -> None:
+    """ValueError unless a network can be for samples of `shape`, so many classes and further outputs."""
+    if not len(shape) or not all(isinstance(size, int) and size >= 1 for size in shape):
+        raise ValueError(f"shape = {tuple(shape)}: give whole numbers >= 1, (C, ...)")
+    if not 0 <= num_classes < 2**31 or not 0 <= extra_channels < 2**31:
+        raise ValueError(f"num_classes = {num_classes}, extra_channels = {extra_channels}: give whole numbers >= 0")
 
 
 class Embedding(nn.Module):

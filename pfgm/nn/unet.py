@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfgm.nn.blocks import Attention, Block, Resample, ResampleAndConvolve, convolution, group_norm, pad, zero
-from pfgm.nn.network import Embedding, Network, check_sizes
+from pfgm.nn.network import Embedding, Network, check_event, check_sizes
 
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -61,6 +61,7 @@ class UNet(Network):
     ):
         super().__init__()
         _check_shapes(shape, condition_shape)
+        check_event(shape, num_classes, extra_channels)
         check_sizes(width=width, blocks=blocks, multipliers=min(multipliers, default=0), head_channels=head_channels)
         _check_options(len(multipliers), dropout, attention_levels, resample_filter)
         self.dims, self.augmentation_size, self.multiple = len(shape) - 1, augmentation_size, 2 ** (len(multipliers) - 1)
