@@ -94,9 +94,9 @@ def test_a_classifier_is_asked_in_the_users_units():
     ("make", "options", "message"),
     [
         (labelled, {"guidance": 2.0}, r"classifier-free guidance needs labels \(none given\)"),
-        (labelled, {"labels": "abc"}, "labels = 'abc': give numbers"),
-        (labelled, {"labels": True}, "labels = True: this model's labels are the integers"),
-        (labelled, {"labels": [1, None, 2]}, r"labels = \[1, None, 2\]: give numbers"),
+        (labelled, {"labels": "abc"}, "labels = 'abc': give a whole number"),
+        (labelled, {"labels": True}, "labels = True: give a whole number"),
+        (labelled, {"labels": [1, None, 2]}, r"labels = \[1, None, 2\]: give a whole number"),
         (labelled, {"labels": 1, "guidance": 1j}, "guidance: complex numbers"),
         (labelled, {"labels": 1, "guidance": 2.0, "guidance_interval": (None, 2)}, r"guidance_interval = \(None, 2\)"),
         (labelled, {"labels": 1, "guidance": 2.0, "guide": "path"}, "guide = 'path': give a flow"),
@@ -256,7 +256,7 @@ def test_numpy_arrays_are_welcome_and_unknown_names_are_not():
             call()
     with pytest.raises(ValueError, match=r"x has samples of shape \(8, 8\)"):
         discrete().bits_per_dim(torch.zeros(1, 8, 8))
-    with pytest.raises(ValueError, match="latent is a Tensor; give what encode returns"):
+    with pytest.raises(ValueError, match=r"latent = Tensor \(2, 1, 8, 8\) torch\.float32: give a Latent"):
         flow.decode(x)
     with pytest.raises(ValueError, match="a, b: 2 and 1 samples"):
         flow.interpolate(x, x[:1], 3)

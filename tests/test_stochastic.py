@@ -154,9 +154,9 @@ def test_no_run_follows_one_that_ran_out_of_calls(most):
         ({"s_tmin": 2.0}, r"s_tmin = 2\.0, .*without s_churn"),
         ({"restart": [(0.1, 50.0, 1)]}, r"restart has \[0\.1, 50\.0, 1\]: give t_min, t_max and K with 0\.0\d+ <= t_min"),
         ({"restart": [(0.011, 0.02, 1)]}, r"restart has \[0\.011, 0\.02, 1\]"),
-        ({"restart": [(2.0, 1.0, 1)]}, "restart has"),
-        ({"restart": [(1.0, 2.0, 0)]}, "restart has"),
-        ({"restart": [(1.0, 2.0)]}, "restart has"),
+        ({"restart": [(2.0, 1.0, 1)]}, r"restart = \[\(1\.0, 2\.0\)\]: give"),
+        ({"restart": [(1.0, 2.0, 0)]}, r"restart = \[\(1\.0, 2\.0\)\]: give"),
+        ({"restart": [(1.0, 2.0)]}, r"restart = \[\(1\.0, 2\.0\)\]: give"),
         ({"restart": [(1.0, 2.0, 1)], "s_churn": 1.0, "method": "euler", "steps": 3}, "give one of them"),
     ],
 )
