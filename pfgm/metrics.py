@@ -20,7 +20,7 @@ class Points:
     """A set of samples [n, ...], flattened. ValueError for fewer than two, or for values that are not finite."""
 
     def __init__(self, x: Tensor):
-        if len(x) < 2:
+        if x.ndim < 2 or len(x) < 2:
             raise ValueError(f"x, y: a set of shape {tuple(x.shape)}: give two or more samples")
         self.x = x.flatten(1).double()
         if not bool(torch.isfinite(self.x).all()):
