@@ -5,6 +5,9 @@ import sys
 import pytest
 import torch
 
+from benchmarks.faulty.forks import PRELOAD
+
+PRELOAD.append("pytest")  # the main module, which each process would import again
 torch.set_num_threads(2)
 
 

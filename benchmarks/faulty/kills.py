@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.faulty.forks import forks
 from pfgm.atomic import PARTIAL
 from pfgm.rundir import checkpoint_path
 from pfgm.storage import CheckpointError, digest, read_checkpoint
@@ -41,10 +42,8 @@ def command(folder: Path, objective: str, steps: int) -> list[str]:
 
 
 def start(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> multiprocessing.Process:
-    """train.py in a process of its own, forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pfgm.cli", "matplotlib.figure", "torchvision.utils"])
-    process = context.Process(target=_train, args=(list(arguments), dict(environment or {})))
+    """train.py in a process of its own."""
+    process = forks().Process(target=_train, args=(list(arguments), dict(environment or {})))
     process.start()
     return process
 
@@ -123,6 +122,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 def chain(folder: Path, objective: str, kills: int, seed: int, steps: int = 60) -> Counter:
     """Runs that are killed and resumed, `kills` times in all, each against one that was not; counts of what happened."""
     chance, counts = random.Random(seed), Counter()
+    forks()
     began = time.monotonic()
     whole = folder / "whole"
     assert finish(command(whole, objective, steps)) == 0

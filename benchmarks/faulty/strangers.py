@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import resource
 import shutil
@@ -10,9 +9,9 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from benchmarks.faulty.forks import forks
 from benchmarks.faulty.hostile import CANARY, Hostile
 
-PRELOAD = ["benchmarks.faulty.hostile_models", "benchmarks.faulty.hostile_data", "sklearn.model_selection"]
 PATIENCE = 60
 """Seconds that reading may take."""
 
@@ -24,10 +23,8 @@ def attempt(file: Hostile, folder: Path) -> tuple[str, str, float]:
     inner = folder / "work" / "below"
     inner.mkdir(parents=True)
     path = file.make(inner)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    mine, theirs = context.Pipe()
-    process = context.Process(target=_read, args=(file.read, path, folder, theirs))
+    mine, theirs = forks().Pipe()
+    process = forks().Process(target=_read, args=(file.read, path, folder, theirs))
     process.start()
     theirs.close()
     kind, text, memory = "died", "", 0.0
