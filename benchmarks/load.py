@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.faulty import kills
+from benchmarks.faulty.draws import content
 from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
 from pfgm.nn import UNet
@@ -62,7 +63,7 @@ def drawing(folder: Path, samples: int) -> None:
     seconds = time.monotonic() - began
     parts = [draw(model, folder / "parts", samples, samples * k // 3) for k in (1, 2)]
     parts.append(draw(model, folder / "parts", samples))
-    a, b = ({path.name: path.read_bytes() for path in (folder / name).iterdir()} for name in ("whole", "parts"))
+    a, b = (content(folder / name) for name in ("whole", "parts"))
     print(
         f"{samples} images: {'the same' if a == b else 'OTHER'} {len(b)} files after two kills; most memory {whole:.0f} MB "
         f"({max(parts):.0f} MB with kills, {few:.0f} MB for 256 images); {samples / seconds:.0f} images/s",

@@ -39,7 +39,7 @@ def held(folder: str | Path, name: str = "run_dir", part: str = "") -> Iterator[
     lock, owner = FileLock(folder / f".lock{part}"), folder / f".owner{part}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        told = owner.read_text() if owner.exists() else "another process"
+        told = owner.read_text(errors="replace") if owner.exists() else "another process"
         lock.acquire(timeout=0 if _alive(told) else PATIENCE)
         owner.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     except Timeout:
@@ -50,9 +50,8 @@ def held(folder: str | Path, name: str = "run_dir", part: str = "") -> Iterator[
     try:
         yield
     finally:
-        for path in (owner, Path(lock.lock_file)):  # while it is locked: who opens it now finds that it is gone
-            path.unlink(missing_ok=True)
-        lock.release()
+        owner.unlink(missing_ok=True)
+        lock.release()  # its file stays: who waits for it has it open, and would lock a file that is gone
 
 
 def clear(run_dir: str | Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from glob import glob
 
 import numpy as np
 import pytest
@@ -326,7 +327,7 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
     )
     assert torch.load(f"{out}/x.pt")["seeds"].tolist() == [[1, 0], [4, 0], [5, 0]]
     commands.main([export, "--n=2", "--out", f"{out}/folder", "--method=euler", "--steps=3"])
-    assert sorted(os.listdir(f"{out}/folder")) == ["000000-000000.png", "000000-000001.png", "draw.json"]
+    assert sorted(glob("*", root_dir=f"{out}/folder")) == ["000000-000000.png", "000000-000001.png", "draw.json"]
     commands.main(
         [export, "--n=5", "--out", f"{out}/grid.png", "--method=euler", "--steps=3", "--trajectory", f"{out}/way.png"]
     )
