@@ -93,9 +93,10 @@ def _readable(path: Path, name: str) -> Iterator[None]:
 
 
 def _tensor(value: Any) -> Tensor:
-    """Numbers, or a list of tensors of one shape. Unsigned integers of over 8 bits become int64: torch has no sums of them."""
+    """Numbers, or a list of tensors of one shape. Unsigned integers of over 8 bits become longer signed ones: torch has no sums
+    of them."""
     x = torch.stack(list(value)) if isinstance(value, (list, tuple)) else torch.as_tensor(value)
-    return x.long() if x.dtype in (torch.uint16, torch.uint32, torch.uint64) else x
+    return x.int() if x.dtype == torch.uint16 else x.long() if x.dtype in (torch.uint32, torch.uint64) else x
 
 
 def _column(x: Tensor) -> Tensor:
@@ -129,14 +130,13 @@ def read_inputs(path: Path, shape: Sequence[int], value_range: Sequence[float] |
     """
     if path.suffix in ARRAYS:
         x = load_arrays(path, [key], name=name)[key]
-        x = x if x.is_floating_point() or x.is_complex() else x.float()
         x = x[:, None] if tuple(shape) == (1,) and x.ndim == 1 else x
         x = x[None] if x.ndim == len(shape) else x
         if tuple(x.shape[1:]) != tuple(shape) or not len(x) or x.is_complex() or not bool(torch.isfinite(x).all()):
             raise ValueError(
                 f"{name} = {path} holds {tuple(x.shape)} {x.dtype}; give finite numbers, {tuple(shape)} or [n, ...] of those"
             )
-        return x
+        return x if x.is_floating_point() else x.float()
     images = read_images(path, shape, name)
     if value_range is None:
         raise ValueError(f"{name} = {path}: this model's data have no black and white; give a .npy, .npz or .pt file")

@@ -22,12 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
-FREE, RATIO = 2**28, 100
+FREE, RATIO = 2**26, 100
 """Bytes that any archive may unpack to, and how many times its own size; real data are compressed less."""
 MAX_DESCRIPTION = 2**23
 """Bytes of what describes tensors: a pickle, a JSON text, a header."""
-MAX_TABLE = 2**26
-"""Bytes of a table of labels."""
 MAX_NODES, MAX_DEPTH = 10**6, 100
 """Of nested values. Lists that hold each other many times are small in a file, and endless to walk through."""
 
@@ -89,6 +87,7 @@ def load_torch(path: Path, place: object) -> Any:
     errors of torch.load for damaged files.
     """
     with opened_zip(path, place) as archive:
+        _check_layout(path, archive.comment, place)
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise RefusedError(f"{place}: {entry.filename} is compressed, which torch.save never does")
@@ -97,6 +96,25 @@ def load_torch(path: Path, place: object) -> Any:
     content = torch.load(path, map_location="cpu", weights_only=True)
     _check_values(content, total, place)
     return content
+
+
+def _check_layout(path: Path, comment: bytes, place: object) -> None:
+    """RefusedError unless the archive begins with the file, and its table of contents is the one before its end.
+
+    Of others torch may read another archive than zipfile, or a pickle.
+    """
+    end, long = os.path.getsize(path) - 22 - len(comment), 76
+    with path.open("rb") as file:
+        first = file.read(4)
+        file.seek(max(0, end - long))
+        last = file.read(min(end, long) + 22)
+    *_, size, offset, _ = struct.unpack("<4s4H2LH", last[-22:])
+    if last[-42:-38] == b"PK\6\7":  # of more than 4 GB: their sizes come before, where a locator says
+        _, _, place64, _ = struct.unpack("<4sLQL", last[-42:-22])
+        *_, size, offset = struct.unpack("<4sQ2H2L4Q", last[:56])
+        end = end - long if place64 == end - long and last.startswith(b"PK\6\6") else -1
+    if first != b"PK\3\4" or size + offset != end:
+        raise RefusedError(f"{place} is a zip archive in something else, as torch.save never writes them")
 
 
 def _check_pickle(archive: zipfile.ZipFile, place: object) -> None:
@@ -179,7 +197,7 @@ def read_text(path: Path, place: object) -> str:
     return read_bytes(path, place, MAX_DESCRIPTION).decode()
 
 
-def read_bytes(path: Path, place: object, most: int = MAX_TABLE) -> bytes:
+def read_bytes(path: Path, place: object, most: int) -> bytes:
     """A file. RefusedError if it has more than `most` bytes."""
     size = os.path.getsize(path)
     if size > most or not is_regular(path):

@@ -3,16 +3,18 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 from pfgm.images import ImageError
-from pfgm.intake import MAX_TABLE, RefusedError, read_bytes
+from pfgm.intake import RefusedError, read_bytes
 
 Labels = Sequence[str | int]
+MAX_TABLE, PER_NAME = 2**24, 1000
+"""Bytes that a table of labels may have, and how many more for each image."""
 
 
 def numbered(labels: Labels) -> tuple[torch.Tensor, list[str]]:
@@ -41,13 +43,21 @@ def csv_labels(table: Path, names: Sequence[str]) -> Labels:
     if not table.is_file():
         raise FileNotFoundError(f"{place} does not exist or is no file; give a CSV of files and labels, true or false")
     try:
-        text = read_bytes(table, place).decode("utf-8-sig")
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), skipinitialspace=True) if row]
+        text = read_bytes(table, place, _longest(names)).decode("utf-8-sig")
+        rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+        return _in_order((_pair(row, place) for row in rows if row), names, place)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{place} cannot be read as CSV: {error}") from error
-    if not all(len(row) >= 2 and row[1].strip() for row in rows):
+
+
+def _pair(row: Sequence[str], place: str) -> tuple[str, str]:
+    if len(row) < 2 or not row[1].strip():
         raise ValueError(f"{place}: a row has no label; give two columns with a comma between, file and label")
-    return _in_order([(row[0].strip(), row[1].strip()) for row in rows], names, place)
+    return row[0].strip(), row[1].strip()
+
+
+def _longest(names: Sequence[str]) -> int:
+    return MAX_TABLE + PER_NAME * len(names)
 
 
 def table_or_folders(files: Sequence[str], names: Sequence[str], read: Callable[[str], bytes], place: str) -> Labels | None:
@@ -58,8 +68,8 @@ def table_or_folders(files: Sequence[str], names: Sequence[str], read: Callable[
     table = min(tables, key=lambda name: len(PurePosixPath(name).parts))
     try:
         text = read(table)
-        if len(text) > MAX_TABLE:
-            raise RefusedError(f"it has {len(text) / 1e6:.3g} MB, at most {MAX_TABLE / 1e6:.3g} MB are read")
+        if len(text) > _longest(names):
+            raise RefusedError(f"it has {len(text) / 1e6:.3g} MB, far more than {len(names)} images need")
     except (ImageError, RefusedError, OSError) as error:
         raise ValueError(f"{place}: {table} cannot be read: {error}") from error
     parent = PurePosixPath(table).parent
@@ -91,11 +101,12 @@ def folder_labels(names: Sequence[str]) -> Labels | None:
     return [part[0] for part in parts] if all(len(part) > 1 for part in parts) else None
 
 
-def _in_order(found: Sequence[tuple[str, Any]], names: Sequence[str], place: str) -> Labels:
+def _in_order(found: Iterable[tuple[str, Any]], names: Sequence[str], place: str) -> Labels:
     table: dict[str, Any] = {}
-    for name, label in found:
-        if table.setdefault(str(PurePosixPath(name)), label) != label:
-            raise ValueError(f"{place} has two labels for {name}, {table[str(PurePosixPath(name))]} and {label}; keep one")
+    wanted = set(names)
+    for name, label in ((str(PurePosixPath(name)), label) for name, label in found):
+        if name in wanted and table.setdefault(name, label) != label:
+            raise ValueError(f"{place} has two labels for {name}, {table[name]} and {label}; keep one")
     missing = [name for name in names if name not in table]
     if missing:
         raise ValueError(

@@ -88,7 +88,7 @@ class Folder(Source):
         return read_pixels(self.path / self.names[i])
 
     def labels(self) -> Labels | None:
-        return table_or_folders(self.files, self.names, lambda name: read_bytes(self.path / name, name), self.place)
+        return table_or_folders(self.files, self.names, lambda name: read_bytes(self.path / name, name, FREE), self.place)
 
 
 class Zip(Source):
