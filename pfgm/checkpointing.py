@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
-from pfgm import storage
+from pfgm import shell, storage
 from pfgm.module import PFGM
 from pfgm.rundir import checkpoint_path
 from pfgm.storage import LAST, PREVIOUS
@@ -125,7 +125,7 @@ class LastCheckpoint(Checkpoint):
 
     def _ask(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, shell.end)
         self.signal = number
 
     def _asked(self, trainer: pl.Trainer) -> int:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
@@ -110,6 +112,13 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.condition_shape", "model.net.init_args.condition_shape", apply_on="instantiate")
         parser.link_arguments("model.loss", "model.net.init_args.extra_channels", _extra_channels, apply_on="instantiate")
 
+    def before_instantiate_classes(self) -> None:
+        """ValueError for a section of settings that is none, which no parser has looked at."""
+        for name in self._parser(self.subcommand).callback_keys:
+            settings = self._get(self.config, name)
+            if not isinstance(settings, Namespace):
+                raise ValueError(f"{name} = {settings!r}: give settings such as those in config.yaml of a run, or leave it out")
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._get(self.config_init, "trainer")
         fitting, run_dir = self.subcommand == "fit", self._get(self.config, "run_dir")
@@ -121,6 +130,8 @@ class TrainCLI(LightningCLI):
             config["callbacks"] = [*(config["callbacks"] or []), StepProgressBar()]
         if config["logger"] is False and fitting:
             kwargs["logger"] = RunLog(run_dir)
+        if SLURMEnvironment.detect():  # signals are for LastCheckpoint, and what comes then for the batch script
+            config["plugins"] = [*(config["plugins"] or []), SLURMEnvironment(auto_requeue=False)]
         return super().instantiate_trainer(**kwargs)
 
     def fit(self, model: PFGM, datamodule: DataModule) -> None:

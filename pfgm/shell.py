@@ -29,22 +29,28 @@ def run(
     if debug:
         command(words)
         return
-    before = signal.signal(signal.SIGTERM, _end) if threading.current_thread() is threading.main_thread() else None
+    main = threading.current_thread() is threading.main_thread()
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if main and signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
     try:
         command(words)
     except (*ERRORS, *errors) as error:
         _exit(f"{program}: error: {cause(error)}", 2)
-    except KeyboardInterrupt:
-        _exit(f"{program}: interrupted; files are whole, and the same command continues a run or a folder", 130)
+    except KeyboardInterrupt:  # of a thread, or of a library
+        end(signal.SIGINT)
     except Exception as error:
         _exit(f"{program}: {type(error).__name__}: {error}. This is a defect of pfgm: please report it, with --debug", 1)
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _end(number: int, frame: object) -> None:
-    sys.exit(128 + number)
+def end(number: int, frame: object = None) -> None:
+    """End the process for a signal, with its exit code; Lightning has one of its own for KeyboardInterrupt."""
+    _exit(
+        f"stopped by {signal.Signals(number).name}; files are whole, and the same command continues a run or a folder",
+        128 + number,
+    )
 
 
 def _exit(text: str, code: int) -> None:
