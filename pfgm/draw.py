@@ -65,6 +65,45 @@ def write_samples(
         write_images(out, samples.x, (), value_range, columns)
 
 
+def solver_options(
+    *,
+    preset: str | None = None,
+    method: str | None = None,
+    coordinates: str | None = None,
+    start: str | None = None,
+    temperature: float | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    independent: bool = False,
+    steps: int | None = None,
+    grid: str | list[float] | None = None,
+    s_churn: float | None = None,
+    s_tmin: float | None = None,
+    s_tmax: float | None = None,
+    restart: list[tuple[float, float, int]] | None = None,
+) -> dict[str, Any]:
+    """How to follow the flow, as options of `PoissonFlow.sampler`.
+
+    Args:
+        preset: fast (6 calls), balanced (10 calls, the default) or reference (dopri5 at tolerance 1e-4).
+        method: adaptive dopri5, dopri8, bosh3, adaptive_heun, or fixed ab2, ab3, euler, midpoint, heun2, rk4, or, for
+            comparison, dpmpp_2m, dpmpp_3m, edm_heun (default: bosh3 if a tolerance is given, otherwise ab3).
+        coordinates: angle (default) or log_sigma (that of dpmpp_2m, dpmpp_3m, edm_heun).
+        start: hemisphere (default) or hyperplane.
+        temperature: scales the prior (default 1; below it samples are more alike; useful from .8 to 1.2).
+        rtol: relative tolerance of adaptive methods (default .05).
+        atol: absolute tolerance of adaptive methods (default .05).
+        independent: adaptive steps for each sample (adaptive_heun, bosh3, dopri5), so that it does not depend on its batch.
+        steps: number of steps of fixed methods.
+        grid: uniform, paced (default of ab3), rho, falling levels in model units, or optimized (for ab3; kept in a .json).
+        s_churn: of one-step methods: noise added before the steps, as in EDM (default 0).
+        s_tmin: lowest level at which it is added, in model units (default 0).
+        s_tmax: highest level at which it is added (default inf).
+        restart: intervals [[t_min, t_max, K], ...] of levels; each is passed K times more, lifted from t_min to t_max by noise.
+    """
+    return dict(locals())
+
+
 def draw(
     checkpoint: Path,
     *,
@@ -81,20 +120,6 @@ def draw(
     out: Path = Path("samples.png"),
     columns: int | None = None,
     trajectory: Path | None = None,
-    preset: str | None = None,
-    method: str | None = None,
-    coordinates: str | None = None,
-    start: str | None = None,
-    temperature: float | None = None,
-    rtol: float | None = None,
-    atol: float | None = None,
-    independent: bool = False,
-    steps: int | None = None,
-    grid: str | list[float] | None = None,
-    s_churn: float | None = None,
-    s_tmin: float | None = None,
-    s_tmax: float | None = None,
-    restart: list[tuple[float, float, int]] | None = None,
     max_calls: int | None = None,
     batch_size: int = 256,
     device: str | None = None,
@@ -102,6 +127,7 @@ def draw(
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
     ema: bool = True,
     trust: list[str] = [],  # noqa: B006 (read only; jsonargparse shows it as the default)
+    **solver: Any,
 ) -> None:
     """Draw samples from a trained Poisson flow and write them to disk.
 
@@ -123,21 +149,6 @@ def draw(
             or .npy files for other data, which are written as they come and continued by the same command.
         columns: of the grid in a .png file of images (default: as many as rows).
         trajectory: the way from the hemisphere: .png (strip, field lines of 2-D data), .gif or .npz (noisy and denoised).
-        preset: fast (6 calls), balanced (10 calls, the default) or reference (dopri5 at tolerance 1e-4).
-        method: adaptive dopri5, dopri8, bosh3, adaptive_heun, or fixed ab2, ab3, euler, midpoint, heun2, rk4, or, for
-            comparison, dpmpp_2m, dpmpp_3m, edm_heun (default: bosh3 if a tolerance is given, otherwise ab3).
-        coordinates: angle (default) or log_sigma (that of dpmpp_2m, dpmpp_3m, edm_heun).
-        start: hemisphere (default) or hyperplane.
-        temperature: scales the prior (default 1; below it samples are more alike; useful from .8 to 1.2).
-        rtol: relative tolerance of adaptive methods (default .05).
-        atol: absolute tolerance of adaptive methods (default .05).
-        independent: adaptive steps for each sample (adaptive_heun, bosh3, dopri5), so that it does not depend on its batch.
-        steps: number of steps of fixed methods.
-        grid: uniform, paced (default of ab3), rho, falling levels in model units, or optimized (for ab3; kept in a .json).
-        s_churn: of one-step methods: noise added before the steps, as in EDM (default 0).
-        s_tmin: lowest level at which it is added, in model units (default 0).
-        s_tmax: highest level at which it is added (default inf).
-        restart: intervals [[t_min, t_max, K], ...] of levels; each is passed K times more, lifted from t_min to t_max by noise.
         max_calls: network calls after which a batch ends where it is.
         batch_size: samples drawn at a time.
         device: cpu, cuda, cuda:1, ... (default: cuda if there is one, of several the one of this process).
@@ -145,7 +156,9 @@ def draw(
         dtype: of the network's weights and arithmetic.
         ema: use the averaged weights rather than the raw ones.
         trust: modules outside pfgm whose networks the checkpoint may name.
+        solver: how to follow the flow, see `solver_options`.
     """
+    options = solver_options(**solver)
     part = Share.found() if share is None else Share.parse(share)
     place = check_device(device, part.local)
     flow = load(checkpoint, place, ema, trust)
@@ -153,9 +166,6 @@ def draw(
     one_each = None if seeds is None else parse_seeds(seeds)
     pairs = seed_pairs(default_n(labels, c) if n is None and seeds is None else n, seed, one_each)
     label = check_labels(flow, in_turn("labels", labels, len(pairs)), len(pairs))
-    options: dict[str, Any] = {"preset": preset, "method": method, "coordinates": coordinates, "start": start}
-    options |= {"rtol": rtol, "atol": atol, "independent": independent, "steps": steps, "grid": grid}
-    options |= {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "restart": restart, "temperature": temperature}
     given: dict[str, Any] = {"condition": in_turn("condition", c, len(pairs)), "guidance": guidance}
     given |= {"guidance_interval": guidance_interval, "guide": guide and load(guide, place, ema, trust)}
     given["measurement"] = read_inpainting(inpaint, measurement_noise, flow)
@@ -164,7 +174,7 @@ def draw(
     check_pairs(pairs, out)
     check_batch_size(batch_size)
     check_outputs(flow.shape, out, columns, trajectory, max_calls, [condition, *(inpaint or ())], part)
-    if grid == "optimized":
+    if options["grid"] == "optimized":
         options |= {"method": "ab3", "grid": optimized_grid(checkpoint, flow, options["steps"], c), "steps": None}
     made = options | given | {"flow": flow, "dtype": dtype, "labels": labels, "batch_size": batch_size, "max_calls": max_calls}
     made = recorded(made | {"seeds": seeds if isinstance(labels, list) or c is not None else None})
@@ -321,8 +331,8 @@ def read_mask(path: Path, shape: Sequence[int]) -> Tensor:
     """A mask [*shape], True where it is white, or 1 in an array of the last dimensions of `shape`. ValueError if it is no mask,
     or the same everywhere."""
     if path.suffix in files.ARRAYS:
-        mask = files.load_arrays(path, ["x"], name="inpaint")["x"].double()
-        if not bool(((mask == 0) | (mask == 1)).all()) or tuple(mask.shape) != tuple(shape)[len(shape) - mask.ndim :]:
+        mask = files.load_arrays(path, ["x"], name="inpaint")["x"]
+        if tuple(mask.shape) != tuple(shape)[len(shape) - mask.ndim :] or not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(f"inpaint = {path}: {tuple(mask.shape)} is no mask of {tuple(shape)}; give 1 to fill in, else 0")
     else:
         mask = files.read_images(path, (1, *shape[1:]), "inpaint")[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from pfgm import plot
@@ -22,8 +23,9 @@ from pfgm.rundir import held
 
 RECORD = "draw.json"
 """The file in the folder that says how its samples were drawn."""
-RANKS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-"""Where torchrun and srun tell a process its number, how many there are, and its number on this machine."""
+RANKS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+"""Where torchrun and srun tell a process its number, how many there are, and its number on this machine. A batch script is not
+one of the tasks of its job, SLURM_NTASKS, but srun alone counts those of a step."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,13 @@ class Drawing:
         """The missing batches, while no other process has this share.
 
         ValueError if the folder holds samples that were made otherwise, FileExistsError if nothing says how they were made,
-        BlockingIOError if the share is being drawn.
+        BlockingIOError if the share is being drawn, or others of another number of processes.
         """
         with held(self.out, "out", f"-{self.share.number + 1}-of-{self.share.of}"):
-            self._check()
-            self._clear()
+            with FileLock(self.out / ".lock-record"):
+                self._check_others()
+                self._check()
+                self._clear()
             yield self.missing()
 
     def write(self, rows: range, x: Tensor) -> None:
@@ -116,6 +120,17 @@ class Drawing:
             else:
                 with replacing(self.path(i)) as temporary:
                     np.save(temporary, sample.numpy())
+
+    def _check_others(self) -> None:
+        for path in self.out.glob(".lock-*-of-*"):
+            of = path.name.rpartition("-")[2]
+            try:
+                if of != str(self.share.of):
+                    FileLock(path).acquire(timeout=0).lock.release()
+            except Timeout:
+                raise BlockingIOError(
+                    f"out = {self.out} is being drawn by {of} processes, each its share; wait for them, or be one of {of}"
+                ) from None
 
     def _check(self) -> None:
         record = self.out / RECORD
@@ -140,7 +155,8 @@ class Drawing:
 
     def _clear(self) -> None:
         """What a killed process of this share left unfinished."""
-        own = tuple(f"{PARTIAL}{self.names[i]}-" for batch in self.mine for i in self.rows(batch))
+        record = Path(RECORD).stem
+        own = (f"{PARTIAL}{record}-", *(f"{PARTIAL}{self.names[i]}-" for batch in self.mine for i in self.rows(batch)))
         for path in self.out.glob(f"{PARTIAL}*"):
             if path.name.startswith(own):
                 path.unlink(missing_ok=True)

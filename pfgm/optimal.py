@@ -61,7 +61,10 @@ def grid_file(checkpoint: Path) -> Path:
 def stored_grid(path: Path, flow: PoissonFlow, steps: int) -> list[float] | None:
     """The grid of `steps` in the file `path`, or None if there is none for this flow and its weights. ValueError if the file
     is no file of grids."""
-    return _read(path).get(_name(flow), {}).get(str(steps))
+    levels = _read(path).get(_name(flow), {}).get(str(steps))
+    if levels is not None and len(levels) != steps + 1:
+        raise ValueError(f"{path} has a grid of {len(levels) - 1} steps for {steps}; delete it and it will be made again")
+    return levels
 
 
 def store_grid(path: Path, flow: PoissonFlow, levels: list[float]) -> None:
@@ -82,5 +85,5 @@ def _read(path: Path) -> dict[str, dict[str, list[float]]]:
     try:
         grids = json.loads(read_text(path, path))
         return {name: {steps: [*map(float, found)] for steps, found in table.items()} for name, table in grids.items()}
-    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is no file of grids ({error}); delete it and it will be made again") from error

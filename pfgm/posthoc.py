@@ -7,11 +7,13 @@ standard deviation of that profile over t. Training keeps the averages of two wi
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from pfgm import storage
+from pfgm.atomic import PARTIAL, clear_partial
 from pfgm.loading import load
 from pfgm.typed import checked
 
@@ -61,6 +63,17 @@ def write_snapshot(run_dir: str | Path, step: int, averages: dict[float, dict[st
     storage.write_tensors(path, tensors, {"step": step, "sigma_rel": list(averages)})
 
 
+def _header(path: Path) -> tuple[int, list[float]]:
+    """Step and widths of a snapshot. CheckpointError if it names none."""
+    header = storage.read_header(path)
+    step: Any = header.get("step")
+    widths: Any = header.get("sigma_rel")
+    plain = isinstance(step, int) and step > 0 and isinstance(widths, list)
+    if not plain or not all(isinstance(width, float) and 0.001 <= width <= WIDEST for width in widths):
+        raise storage.CheckpointError(f"{path}: step = {step}, sigma_rel = {widths} is no step and its widths; delete it")
+    return step, widths
+
+
 def reconstruct(run_dir: str | Path, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], int, float]:
     """The average of width `sigma_rel` at `step` (default: the last saved) of a run: weights, step, relative error of the
     profile.
@@ -71,12 +84,12 @@ def reconstruct(run_dir: str | Path, sigma_rel: float, step: int | None = None) 
     files = sorted((Path(run_dir) / FOLDER).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"run_dir = {run_dir} has no snapshots of averages; train with --averages.every_n_steps")
-    headers = {path: storage.read_header(path) for path in files}
-    saved = [header["step"] for header in headers.values()]
+    headers = {path: _header(path) for path in files}
+    saved = [at for at, _ in headers.values()]
     step = saved[-1] if step is None else step
     if step not in saved:
         raise ValueError(f"step = {step}: there are snapshots of steps {', '.join(map(str, saved))}; give one of them")
-    used = [(path, h["step"], width) for path, h in headers.items() for width in h["sigma_rel"] if h["step"] <= step]
+    used = [(path, at, width) for path, (at, widths) in headers.items() for width in widths if at <= step]
     x, error = combination([exponent(width) for _, _, width in used], [t for _, t, _ in used], gamma, step)
     if error > 0.2:
         raise ValueError(
@@ -90,6 +103,14 @@ def reconstruct(run_dir: str | Path, sigma_rel: float, step: int | None = None) 
             if prefix == repr(width):
                 total[name] = total.get(name, 0) + factor * tensor.double()
     return total, step, error
+
+
+def taken(folder: Path) -> bool:
+    """Whether `folder` holds more than an interrupted export."""
+    if not folder.is_dir():
+        return folder.exists()
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(PARTIAL)}
+    return not names < {"config.json", "model.safetensors"}
 
 
 def average(
@@ -110,7 +131,7 @@ def average(
         step: of which training step (default: of the last snapshot).
         trust: modules outside pfgm whose networks the run's checkpoint may name.
     """
-    if out.exists():
+    if taken(out):
         raise FileExistsError(f"out = {out} exists; give a new folder")
     flow = load(run_dir / "checkpoints" / "last.ckpt", trust=trust)
     weights, step, error = reconstruct(run_dir, sigma_rel, step)
@@ -118,5 +139,6 @@ def average(
     if set(weights) != {name for name, _ in flow.named_parameters()}:
         raise storage.CheckpointError(f"run_dir = {run_dir}: its snapshots are of another network than its checkpoint")
     flow.load_state_dict(state | {name: value.to(state[name].dtype) for name, value in weights.items()})
+    clear_partial(out)
     flow.save_pretrained(out)
     print(f"average of width {sigma_rel:g} at step {step} -> {out} (its profile is met within {100 * error:.2g} %)")

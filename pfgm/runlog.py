@@ -12,6 +12,8 @@ from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from pfgm.atomic import replacing
 
 COLUMNS = ("step", "train_loss", "val_loss", "lr", "grad_norm", "skipped")
+LONGEST = 10_000
+"""Characters of a row; a power cut may leave a block of zeros."""
 
 
 class RunLog(Logger):
@@ -83,7 +85,7 @@ class RunLog(Logger):
 def read_rows(path: Path) -> tuple[Sequence[str], list[dict[str, str]]]:
     """Columns and rows of a log. Rows that are not whole are left out, with a warning."""
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.DictReader(line.replace("\0", "?") for line in file)
+        reader = csv.DictReader(line[:LONGEST].replace("\0", "?") for line in file)
         rows = list(reader)
     whole = [row for row in rows if row.get("step", "").isdigit() and all(map(_is_value, row.values()))]
     if len(whole) < len(rows):

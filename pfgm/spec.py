@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from pfgm.typed import check_types
+from pfgm.typed import ArgumentTypeError, check_types
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -41,7 +41,7 @@ class Recorded:
 
 
 def to_json(value: Any) -> Any:
-    """`value` as strict JSON data: inf becomes "inf", a Recorded its spec. TypeError for what has no such form."""
+    """`value` as strict JSON data: inf becomes "inf", a Recorded its spec. ArgumentTypeError for what has no such form."""
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -56,7 +56,7 @@ def to_json(value: Any) -> Any:
         return [to_json(item) for item in value]
     if hasattr(value, "spec"):
         return value.spec
-    raise TypeError(
+    raise ArgumentTypeError(
         f"cannot store {type(value).__name__} in a checkpoint: a network from elsewhere should inherit from pfgm.nn.Network"
     )
 

@@ -104,7 +104,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The Lightning checkpoint at `path`, on the CPU, checked; no code of the file is run (weights_only).
 
     FileNotFoundError if there is none, DamagedCheckpointError if it is truncated or altered, CheckpointError if it is refused
-    or of another format.
+    or of another format; OSError and MemoryError if it cannot be read now.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is no file; give a .ckpt file or an exported folder")
@@ -116,6 +116,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except DamagedError as error:
         raise DamagedCheckpointError(f"{error}; {_remedy(path)}") from error
     except UNREADABLE as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
+            raise  # of the machine, and of today: the file may be whole
         # Not torch's own words: they advise to load the file without weights_only.
         raise DamagedCheckpointError(
             f"{path} cannot be read: truncated, altered or not a checkpoint ({type(error).__name__}); {_remedy(path)}"

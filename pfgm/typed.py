@@ -97,7 +97,8 @@ def _sequence(of: Any, length: int | None) -> tuple[Test, str]:
             return False
         return (length is None or len(value) == length) and (one is None or all(one[0](item) for item in value))
 
-    return test, f"{'several' if length is None else length} of: {one[1]}" if one else "a sequence"
+    item = one[1] if one else "anything"
+    return test, f"[{item}, ...]" if length is None else f"[{', '.join([item] * length)}]"
 
 
 def _is_number(value: Any, kind: type) -> bool:

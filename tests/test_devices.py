@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.faulty import kills
+from benchmarks.faulty.draws import content
 from pfgm import cli, commands, drawing, storage
 from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.drawing import Share
@@ -88,10 +89,6 @@ def draw(export, out, *options, name="images"):
     commands.main([str(export / name), "--n=21", "--batch_size=4", f"--out={out}", "--device=cpu", *labels, *options])
 
 
-def files(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 SOLVERS = (["--preset=fast"], ["--method=adaptive_heun", "--rtol=0.3"])
 
 
@@ -101,12 +98,12 @@ def test_processes_share_out_the_samples_of_one(name, solver, export, tmp_path):
     draw(export, tmp_path / "one", *solver, name=name)
     made = []
     for share in ("3/3", "1/3", "2/3"):
-        before = set(files(tmp_path / "many")) if made else set()
+        before = set(content(tmp_path / "many")) if made else set()
         draw(export, tmp_path / "many", f"--share={share}", *solver, name=name)
-        made.append(set(files(tmp_path / "many")) - before - {"draw.json"})
-    assert files(tmp_path / "one") == files(tmp_path / "many")
+        made.append(set(content(tmp_path / "many")) - before - {"draw.json"})
+    assert content(tmp_path / "one") == content(tmp_path / "many")
     assert [len(new) for new in made] == [5, 8, 8], "batches of 4 in turn, the last has one sample"
-    assert len(files(tmp_path / "one")) == 22
+    assert len(content(tmp_path / "one")) == 22
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=["fixed", "adaptive"])
@@ -125,22 +122,22 @@ def test_an_interrupted_draw_is_continued_and_draws_nothing_twice(solver, export
     for _ in range(2):
         with pytest.raises(SystemExit, match="130"):
             draw(export, tmp_path / "parts", *solver)
-    assert "interrupted" in capsys.readouterr().err
+    assert "stopped by SIGINT" in capsys.readouterr().err
     (tmp_path / "parts" / ".partial-000000-000005-xyz.png").write_text("of a killed process")
     (tmp_path / "parts" / ".partial-000001-000005-xyz.png").write_text("of another")
     draw(export, tmp_path / "parts", *solver)
     assert [rows.start for rows in written] == [0, 4, 4, 8, 8, 12, 16, 20]
     assert "8 of 21 samples were there already" in capsys.readouterr().out
-    assert files(tmp_path / "parts").pop(".partial-000001-000005-xyz.png")
+    assert content(tmp_path / "parts").pop(".partial-000001-000005-xyz.png")
     (tmp_path / "parts" / ".partial-000001-000005-xyz.png").unlink()
-    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
     draw(export, tmp_path / "parts", *solver)
     assert "21 of 21 samples were there already" in capsys.readouterr().out
 
 
 def test_a_folder_holds_samples_of_one_kind(export, tmp_path, capsys):
     draw(export, tmp_path / "a", "--preset=fast")
-    before = files(tmp_path / "a")
+    before = content(tmp_path / "a")
     torch.manual_seed(1)
     for options, message in (
         (["--preset=balanced"], "preset: fast -> balanced"),
@@ -160,9 +157,9 @@ def test_a_folder_holds_samples_of_one_kind(export, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         draw(other, tmp_path / "a", "--preset=fast")
     assert "flow: " in capsys.readouterr().err
-    assert files(tmp_path / "a") == before
+    assert content(tmp_path / "a") == before
     draw(export, tmp_path / "a", "--preset=fast", "--seed=1")
-    assert len(files(tmp_path / "a")) == 22 + 21, "samples of other seeds may join"
+    assert len(content(tmp_path / "a")) == 22 + 21, "samples of other seeds may join"
 
 
 def test_files_of_which_nothing_is_known_are_left_alone(export, tmp_path, capsys):
@@ -171,7 +168,7 @@ def test_files_of_which_nothing_is_known_are_left_alone(export, tmp_path, capsys
     with pytest.raises(SystemExit, match="2"):
         draw(export, tmp_path / "a")
     assert "holds 1 of these samples, and no draw.json" in capsys.readouterr().err
-    assert files(tmp_path / "a") == {"000000-000007.png": b"old"}
+    assert content(tmp_path / "a") == {"000000-000007.png": b"old"}
     (tmp_path / "a" / "draw.json").write_text("[1]")
     with pytest.raises(SystemExit, match="2"):
         draw(export, tmp_path / "a")
@@ -205,7 +202,7 @@ def test_torchrun_and_srun_tell_the_share(monkeypatch):
     assert Share.found() == Share(0, 1)
     monkeypatch.setenv("SLURM_PROCID", "5")
     assert Share.found() == Share(0, 1), "half of it is nothing"
-    for name, value in (("SLURM_NTASKS", "8"), ("SLURM_LOCALID", "1")):
+    for name, value in (("SLURM_STEP_NUM_TASKS", "8"), ("SLURM_LOCALID", "1")):
         monkeypatch.setenv(name, value)
     assert Share.found() == Share(5, 8, 1)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
@@ -222,9 +219,9 @@ def test_predict_draws_what_sample_does_on_any_number_of_devices(tmp_path):
     arguments = ["predict", *run[1:], "--draw.n=10", "--draw.batch_size=3"]
     cli.main(arguments)
     assert two_processes([*arguments, f"--draw.out={tmp_path / 'two'}"]) == [0, 0]
-    expected = files(tmp_path / "sample")
+    expected = content(tmp_path / "sample")
     assert len(expected) == 11
-    assert files(tmp_path / "run" / "samples") == files(tmp_path / "two") == expected
+    assert content(tmp_path / "run" / "samples") == content(tmp_path / "two") == expected
     assert "samples" not in {path.name for path in tmp_path.iterdir()}
     with pytest.raises(FileNotFoundError, match=r"run_dir = .*none has no checkpoint to draw from; run fit first"):
         cli.main(["predict", *kills.command(tmp_path / "none", "denoising", 5)[1:]])
