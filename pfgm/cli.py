@@ -156,6 +156,8 @@ class TrainCLI(LightningCLI):
         if source is not None:
             raise ValueError(f"init_from = {source}: {run_dir} holds a run already; leave it out, or give another --run_dir")
         check_same_run(checkpoint, model, datamodule, run_dir)
+        if "optimizer_states" not in checkpoint:
+            raise storage.CheckpointError(f"{path} holds weights only; give another --run_dir, and --init_from {path}")
         print(f"resuming {path}", file=sys.stderr)
         return path
 

@@ -64,11 +64,11 @@ def seal(checkpoint: dict[str, Any], flow: Mapping[str, Any], data: Mapping[str,
 
 def check_seal(checkpoint: Mapping[str, Any], path: object = "the checkpoint") -> None:
     """CheckpointError unless `checkpoint` was sealed by this package in this format and is unchanged."""
-    part = checkpoint.get(KEY)
-    if not isinstance(part, Mapping) or "state_dict" not in checkpoint:
+    if not all(isinstance(checkpoint.get(name), Mapping) for name in (KEY, "state_dict", "hyper_parameters")):
         raise CheckpointError(
             f"{path} is not a checkpoint of this package; give a .ckpt written by train.py or an exported folder"
         )
+    part = checkpoint[KEY]
     if part.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} has format {part.get('format')!r}, this version reads {FORMAT}; install the version that wrote it"

@@ -73,6 +73,10 @@ def tensor_pickle(numel: int, shape: tuple[int, ...], stride: tuple[int, ...]) -
     return out.getvalue()
 
 
+EMPTY_ZIP = b"PK\5\6" + bytes(18)
+"""What an archive ends with, after its table of contents."""
+
+
 class _Storage:
     """Stands for a storage in a pickle."""
 
@@ -102,15 +106,22 @@ def _torch_files() -> Iterator[Hostile]:
         "a large pickle": torch_zip(b"\x80\x02](" + b"}" * (2**23 + 1) + b"e."),
         "a huge integer": torch_zip(pickle.dumps({"x": 10**100_000}, 2)),
         "old format": _old_format(),
+        "old format before an archive": _old_format() + torch_zip(plain),
+        "an archive before an archive": _tensor(b"\2")[: -len(EMPTY_ZIP)] + _tensor(b"\1"),
     }
     for name, content in files.items():
         yield Hostile(f"checkpoint: {name}", written("a.ckpt", content), pfgm.load)
         yield Hostile(f"array file: {name}", written("a.pt", content), samples)
 
 
+def _tensor(value: bytes) -> bytes:
+    """An archive of 16 numbers. Of two that follow each other torch reads the first, zipfile the last."""
+    return torch_zip(tensor_pickle(16, (4, 4), (4, 1)), {"data/0": 32 * value + bytes(32)})
+
+
 def _old_format() -> bytes:
     out = io.BytesIO()
-    torch.save({"x": torch.zeros(3)}, out, _use_new_zipfile_serialization=False)
+    torch.save({"x": torch.eye(9)}, out, _use_new_zipfile_serialization=False)
     return out.getvalue()
 
 

@@ -1,0 +1,122 @@
+"""Each hostile file is refused for its own reason, before a library opens it."""
+
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.faulty import hostile_data, hostile_models
+from benchmarks.faulty.hostile import labelled, zipped
+from pfgm import intake
+from pfgm.draw import read_mask
+from pfgm.files import read_inputs
+from pfgm.intake import RefusedError, load_torch, opened_zip
+from pfgm.storage import read_tensors
+
+REASONS = {
+    "array file: os.system": "holds posix.system, no tensor or plain value",
+    "array file: os.system, protocol 4": "holds an object, no tensor or plain value",
+    "array file: own class": r"holds pfgm\.data\.ImageDataModule, no tensor",
+    "array file: INST": r"holds os\.system, no tensor",
+    "array file: two pickles of one name": "several entries have one name",
+    "array file: a second pickle": r"holds posix\.system, no tensor",
+    "array file: compressed records": "is compressed, which torch.save never does",
+    "array file: a tensor larger than its storage": "is larger than what is stored of it",
+    "array file: lists in lists": "are more than 1000000",
+    "array file: deep lists": "nested more than 100 deep",
+    "array file: a ring": "nested more than 100 deep",
+    "array file: a large pickle": "far more than tensors need",
+    "array file: old format before an archive": "is a zip archive in something else",
+    "array file: an archive before an archive": "is a zip archive in something else",
+    "export: a function of ours": "is not a class that a checkpoint may name",
+    "export: another package": "is outside pfgm; if you trust",
+    "export: a wide network": "the weights do not match the network",
+    "export: a deep network": "describes a network of more parts than it has weights",
+    "export: a huge shape": "the weights do not match the network",
+    "export: weights that are NaN": "are not finite; use an earlier checkpoint",
+    "export: long JSON": "has 10 MB, or is no file; at most 8.39 MB are read",
+    "features: a header of a gigabyte": r"claims a header of 1e\+03 MB",
+    "averages: a long header": "claims a header of 20 MB",
+    "npz: a shape of terabytes": r"claims the shape \(1000000000000,\) of float32, but has only 192 bytes",
+    "npz: a negative shape": r"claims the shape \(-4,\) of float32",
+    "npz: objects": "holds object, no numbers",
+    "npy: records": "no numbers; give arrays of numbers",
+    "npz: format 9": r"numpy's format \(9, 0\)",
+    "folder: 51 million pixels": "7150 x 7150 pixels are too many",
+    "input: PostScript": "empty, no image, or damaged at its start",
+    "labels: a huge class": "Exceeds the limit",
+}
+CORPUS = {file.name: file for file in [*hostile_models.corpus(), *hostile_data.corpus()]}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_each_is_refused_for_its_own_reason(name, tmp_path):
+    file = CORPUS[name]
+    path = file.make(tmp_path)
+    with pytest.raises(ValueError, match=REASONS[name]):
+        file.read(path)
+
+
+def test_archives_of_torch_pass_and_what_is_added_to_them_does_not(tmp_path):
+    path = tmp_path / "a.pt"
+    given = {"x": torch.arange(6.0).view(2, 3), "y": [1, "two", {"three": torch.zeros(0)}], "z": torch.float16}
+    torch.save(given, path)
+    found = load_torch(path, path)
+    assert torch.equal(found["x"], given["x"])
+    assert found["y"][:2] == [1, "two"]
+    assert found["z"] == torch.float16
+    content = path.read_bytes()
+    for spoiled in (b"PK" + content, content[:100] + content, content + content):
+        path.write_bytes(spoiled)
+        with pytest.raises(RefusedError, match="a zip archive in something else"):
+            load_torch(path, "a.pt")
+
+
+def test_the_end_of_archives_of_more_than_4_gb_is_found(tmp_path, monkeypatch):
+    """Such as zipfile writes for a small limit."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
+    content = zipped({"a": bytes(200), "b": b"1"})
+    assert b"PK\6\6" in content
+    path = tmp_path / "a.zip"
+    path.write_bytes(content)
+    intake._check_layout(path, b"", "a.zip")
+    at = content.index(b"PK\6\6")
+    for spoiled in (b"PK" + content, content[:at] + b"more" + content[at:], content + content):
+        path.write_bytes(spoiled)
+        with pytest.raises(RefusedError, match="in something else"):
+            intake._check_layout(path, b"", "a.zip")
+
+
+def test_what_archives_unpack_to_is_bounded(tmp_path):
+    path = tmp_path / "a.zip"
+    path.write_bytes(zipped({"a": bytes(2**26)}))
+    with opened_zip(path, "a.zip") as archive:
+        assert len(archive.read("a")) == intake.FREE
+    path.write_bytes(zipped({"a": bytes(2**26), "b": b"1"}))
+    with pytest.raises(RefusedError, match=r"a\.zip has .* MB and would unpack to 67\.1 MB"), opened_zip(path, "a.zip"):
+        pass
+
+
+def test_labels_take_memory_in_proportion_to_images(tmp_path):
+    path = tmp_path / "a.zip"
+    images = {f"{k}.png": hostile_data._encoded("PNG", k) for k in range(9)}
+    path.write_bytes(zipped(images | {"dataset.json": b" " * (2**24 + 10_000)}))
+    with pytest.raises(ValueError, match=r"dataset\.json .*has 16\.8 MB, far more than 9 images need"):
+        labelled(path)
+
+
+def test_whole_numbers_of_16_bits_keep_their_values(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((2, 4), 65_535, np.uint16))
+    assert read_inputs(tmp_path / "a.npy", (4,), None, "condition").tolist() == [[65_535.0] * 4] * 2
+    np.save(tmp_path / "m.npy", np.eye(4, dtype=np.uint16))
+    assert read_mask(tmp_path / "m.npy", (1, 4, 4)).sum() == 4
+
+
+def test_altered_tensors_are_refused(tmp_path):
+    path = hostile_models._classifier(tmp_path, {"a": 1})
+    read_tensors(path)
+    path.write_bytes(path.read_bytes().replace(b'\\"a\\": 1', b'\\"a\\": 2'))
+    with pytest.raises(ValueError, match="has been altered"):
+        read_tensors(path)
