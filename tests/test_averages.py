@@ -2,9 +2,12 @@
 
 import copy
 import itertools
+import math
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.integrate
 import torch
 from test_training import ROOT, fit, last
@@ -132,6 +135,10 @@ def test_what_cannot_be_averaged_is_named(tmp_path, capsys):
     snapshot.write_bytes(content[:100])
     with pytest.raises(storage.CheckpointError, match="cannot be read"):
         posthoc.reconstruct(run, 0.1)
+    for header in ({}, {"step": "10"}, {"step": 0, "sigma_rel": [0.1]}, {"step": 10, "sigma_rel": [math.nan]}):
+        storage.write_tensors(snapshot, {}, header)
+        with pytest.raises(storage.CheckpointError, match=r"00000010\.safetensors: step = .* is no step and its widths"):
+            posthoc.reconstruct(run, 0.1)
     snapshot.unlink()
     with pytest.raises(FileNotFoundError, match=r"averages\.every_n_steps"):
         posthoc.reconstruct(run, 0.1)
@@ -143,6 +150,28 @@ def test_what_cannot_be_averaged_is_named(tmp_path, capsys):
     for bad in ("--averages.every_n_steps=-1", "--averages.sigma_rel=[0.1,0.1]", "--averages.sigma_rel=[0.5]"):
         with pytest.raises(ValueError, match=r"every_n_steps = -1|sigma_rel = "):
             fit(tmp_path / "d", "--trainer.max_steps=5", bad)
+
+
+def test_an_average_that_was_interrupted_is_made_again(tmp_path, monkeypatch):
+    fit(tmp_path / "a", "--trainer.max_steps=60", *AVERAGES, FAST)
+    out, save = tmp_path / "out", safetensors.torch.save_file
+    arguments = ["average", str(tmp_path / "a"), "0.1", "--out", str(out)]
+
+    def die(tensors, path, metadata):
+        save(tensors, path, metadata)
+        shutil.copy(path, out / ".partial-of-a-killed-process")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", die)
+        with pytest.raises(SystemExit, match="130"):
+            commands.main(arguments)
+    assert [path.name for path in out.iterdir()] == [".partial-of-a-killed-process"]
+    commands.main(arguments)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    pfgm.load(out)
+    with pytest.raises(SystemExit, match="2"):
+        commands.main(arguments)
 
 
 def test_the_learning_rate_decays_as_an_inverse_root():

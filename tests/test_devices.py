@@ -9,9 +9,11 @@ import time
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 
-from benchmarks.faulty import kills
+from benchmarks.faulty import draws, kills
 from benchmarks.faulty.draws import content
 from pfgm import cli, commands, drawing, storage
 from pfgm.denoiser import PreconditionedDenoiser
@@ -19,6 +21,7 @@ from pfgm.drawing import Share
 from pfgm.ema import EMA
 from pfgm.flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
+from pfgm.skips import Skips
 
 
 def two_processes(arguments):
@@ -183,6 +186,33 @@ def test_a_share_is_drawn_by_one_process(export, tmp_path, capsys):
     assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
 
 
+def test_shares_of_another_number_of_processes_wait(export, tmp_path, capsys):
+    """They would draw the same batches."""
+    with drawing.held(tmp_path / "a", "out", "-2-of-3"):
+        with pytest.raises(SystemExit, match="2"):
+            draw(export, tmp_path / "a")
+        assert f"out = {tmp_path / 'a'} is being drawn by 3 processes, each its share" in capsys.readouterr().err
+    draw(export, tmp_path / "a")
+
+
+def test_of_two_that_begin_a_folder_at_once_one_says_how_it_is_made(export, tmp_path):
+    """With other settings each, one of them is refused, and no sample of it is there."""
+    words = [str(export / "images"), "--n=21", "--batch_size=4", "--labels=[0,1,2]", "--device=cpu"]
+    for k in range(3):
+        out = tmp_path / f"{k}"
+        shares = [[*words, f"--out={out}", f"--share={i}/2", f"--seed={i}", f"--preset={preset}"] for i, preset in SHARES]
+        processes = [draws.start(share) for share in shares]
+        for process in processes:
+            process.join(60)
+        codes = [process.exitcode for process in processes]
+        assert sorted(codes) == [0, 2]
+        seed = codes.index(0) + 1
+        assert {name[:6] for name in content(out)} == {f"{seed:06d}", "draw.j"}
+
+
+SHARES = ((1, "fast"), (2, "balanced"))
+
+
 @pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "1/0", "a/b", "1/2/3", "-1/2", "1.0/2"])
 def test_shares_that_are_none_are_named(text, export, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -201,9 +231,10 @@ def test_several_processes_need_a_folder(export, tmp_path, capsys):
 def test_torchrun_and_srun_tell_the_share(monkeypatch):
     assert Share.found() == Share(0, 1)
     monkeypatch.setenv("SLURM_PROCID", "5")
-    assert Share.found() == Share(0, 1), "half of it is nothing"
-    for name, value in (("SLURM_STEP_NUM_TASKS", "8"), ("SLURM_LOCALID", "1")):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # of a job, whose batch script is none of its tasks
+    assert Share.found() == Share(0, 1), "of one process"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     assert Share.found() == Share(5, 8, 1)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
@@ -225,6 +256,33 @@ def test_predict_draws_what_sample_does_on_any_number_of_devices(tmp_path):
     assert "samples" not in {path.name for path in tmp_path.iterdir()}
     with pytest.raises(FileNotFoundError, match=r"run_dir = .*none has no checkpoint to draw from; run fit first"):
         cli.main(["predict", *kills.command(tmp_path / "none", "denoising", 5)[1:]])
+
+
+def test_jobs_of_slurm_are_left_to_its_batch_script(tmp_path, monkeypatch):
+    """Lightning would listen to SIGUSR1 itself, and put the job into the queue."""
+    for name, value in (("NTASKS", "1"), ("JOB_ID", "7"), ("PROCID", "0"), ("LOCALID", "0"), ("NODEID", "0"), ("NNODES", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    plugins = []
+    monkeypatch.setattr(
+        pl.Trainer, "fit", lambda self, *_, **__: plugins.append(self._accelerator_connector.cluster_environment)
+    )
+    cli.main(kills.command(tmp_path, "denoising", 5))
+    assert isinstance(plugins[0], SLURMEnvironment)
+    assert not plugins[0].auto_requeue
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(monkeypatch):
+    bad_elsewhere = [0, 1, 0]
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda x, how: x.copy_(torch.maximum(x, torch.tensor(bad_elsewhere.pop(0))))
+    )
+    skips, optimizer = Skips(), torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], fused=True)
+    states = []
+    for loss in (1.0, 1.0, float("nan")):
+        skips.add(torch.tensor(loss), torch.tensor(1.0), optimizer, world=2)
+        states.append((*skips.state, float(optimizer.found_inf)))
+    assert states == [(0, 0, 0.0), (1, 1, 1.0), (2, 2, 1.0)]
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "FSDPStrategy"])

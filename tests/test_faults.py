@@ -21,6 +21,7 @@ from benchmarks.faulty import damage, draws, hostile_data, hostile_models, input
 from benchmarks.faulty.forks import forks
 from pfgm import cli, output, plot, rundir, shell, storage
 from pfgm.atomic import replacing
+from pfgm.intake import load_torch
 from pfgm.module import PFGM
 from pfgm.runlog import RunLog
 from pfgm.skips import NonFiniteLoss
@@ -89,6 +90,7 @@ def test_one_process_writes_to_a_folder_and_a_dead_one_is_replaced(tmp_path):
         assert f"process {os.getpid()} " in (tmp_path / ".owner").read_text()
         rundir.clear(tmp_path)
         assert not list((tmp_path / "checkpoints").iterdir())
+    (tmp_path / ".owner").write_bytes(b"\xff\0 process")
     with rundir.held(tmp_path):
         pass
 
@@ -157,6 +159,57 @@ def test_a_missing_checkpoint_is_replaced_by_the_one_before(run, tmp_path):
 def test_bits_flipped_anywhere_are_seen(run, tmp_path):
     counts = damage.trial(rundir.checkpoint_path(run), tmp_path, tries=60, seed=2)
     assert counts == {"tried": 60, "named": 60}
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    for error in (PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), MemoryError()):
+
+        def fail(path, place, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "load_torch", fail)
+            with pytest.raises(type(error)):
+                cli.main(kills.command(tmp_path / "run", "denoising", 12))
+    assert not rundir.checkpoint_path(tmp_path / "run", "damaged.ckpt").exists()
+    cli.main(kills.command(tmp_path / "run", "denoising", 10))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ("optimizer_states", r"last\.ckpt holds weights only; give another --run_dir, and --init_from .*last\.ckpt"),
+        ("hyper_parameters", r"last\.ckpt is not a checkpoint of this package"),
+    ],
+)
+def test_a_checkpoint_that_lacks_something_is_named(left_out, message, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = rundir.checkpoint_path(tmp_path / "run")
+    checkpoint = storage.read_checkpoint(path)
+    del checkpoint[left_out]
+    own = checkpoint.pop(storage.KEY)
+    storage.seal(checkpoint, own["flow"], own["data"])
+    storage.write_checkpoint(path, checkpoint)
+    with pytest.raises(storage.CheckpointError, match=message):
+        cli.main(kills.command(tmp_path / "run", "denoising", 12))
+
+
+def test_there_is_a_last_checkpoint_at_each_moment(tmp_path, monkeypatch):
+    last, previous, seen = tmp_path / "last.ckpt", tmp_path / "previous.ckpt", []
+    replace = os.replace
+
+    def look(*paths):
+        seen.append(last.exists())
+        replace(*paths)
+        seen.append(last.exists())
+
+    for k in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", look)
+            storage.write_checkpoint(last, {"k": k}, previous)
+    assert seen == [False, True] + 8 * [True]
+    assert [load_torch(path, path) for path in (last, previous)] == [{"k": 3}, {"k": 2}]
 
 
 @contextlib.contextmanager
@@ -244,8 +297,8 @@ def test_the_log_keeps_its_rows_on_a_full_disk_and_drops_torn_ones(tmp_path):
     with full_disk(len(before) + 5), pytest.raises(OSError, match=r"metrics\.csv cannot be written: .*make room"):
         log.log_metrics({"train_loss": 0.25}, 2)
     assert log.path.read_bytes() == before
-    log.path.write_bytes(before + b"2,0.2\n3,abc,,,,\n4,0.125,,,,\n5,0.1,,,,,,7\n\0\0\0")
-    with pytest.warns(UserWarning, match="4 of 6 rows are damaged and left out"):
+    log.path.write_bytes(before + bytes(200_000) + b"\n2,0.2\n3,abc,,,,\n4,0.125,,,,\n5,0.1,,,,,,7\n\0\0\0")
+    with pytest.warns(UserWarning, match="5 of 7 rows are damaged and left out"):
         RunLog(tmp_path).log_metrics({"train_loss": 0.0625}, 9)
     with log.path.open(newline="") as file:
         assert [(row["step"], row["train_loss"]) for row in csv.DictReader(file)] == [
@@ -288,6 +341,16 @@ def test_commands_end_with_one_line_and_a_code(command, code, text, capsys):
     assert end.value.code == code
     assert re.fullmatch(text, capsys.readouterr().err.strip())
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_test_that_a_signal_stops_ends_with_its_code(number, run, monkeypatch, capsys):
+    monkeypatch.setattr(PFGM, "test_step", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(sys, "argv", ["train.py", "test", *kills.command(run, "denoising", 10)[1:]])
+    with pytest.raises(SystemExit) as end:
+        cli.run()
+    assert end.value.code == 128 + number
+    assert f"stopped by {signal.Signals(number).name}; " in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback_and_is_no_word_of_the_command():

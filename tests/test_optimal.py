@@ -117,10 +117,14 @@ def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
     assert stored_grid(path, other, 2) is None, "another range"
     store_grid(path, model, [9.0, 1.0])
     assert len(json.loads(path.read_text())) == 1
-    for text in ("[3]", '{"x": {"2": 5}}'):
+    for text in ("[3]", '{"x": {"2": 5}}', '{"x": {"2": [1' + 400 * "0" + "]}}"):
         path.write_text(text)
         with pytest.raises(ValueError, match="is no file of grids"):
             stored_grid(path, model, 2)
+    store_grid(path := tmp_path / "other.json", model, [9.0, 3.0, 1.0])
+    path.write_text(path.read_text().replace('"2": ', '"3": '))
+    with pytest.raises(ValueError, match=r"other\.json has a grid of 2 steps for 3; delete it"):
+        stored_grid(path, model, 3)
     with pytest.raises(SystemExit, match="2"):
         commands.main(arguments)
     assert "is no file of grids" in capsys.readouterr().err
