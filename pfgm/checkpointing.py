@@ -130,9 +130,10 @@ class LastCheckpoint(Checkpoint):
 
     def _asked(self, trainer: pl.Trainer) -> int:
         """The signal that any of the ranks got, 0 if none did."""
-        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
-            return self.signal or signal.SIGTERM
-        return self.signal
+        number = self.signal  # of this moment: one that comes while the ranks agree is for the next time
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(bool(number), all=False):
+            return number or signal.SIGTERM
+        return number
 
     def _stopped(self, trainer: pl.Trainer, number: int) -> Stopped:
         # Lightning kills all processes as soon as one of those that it started ends with another code.

@@ -16,6 +16,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from benchmarks.faulty import draws, kills
 from benchmarks.faulty.draws import content
 from pfgm import cli, commands, drawing, storage
+from pfgm.checkpointing import LastCheckpoint
 from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.drawing import Share
 from pfgm.ema import EMA
@@ -52,6 +53,24 @@ def test_a_run_on_two_devices_starts_from_one_command(tmp_path):
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "stopped by SIGTERM after step" in told
     assert storage.read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == kills.reached(tmp_path)
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_is_for_the_next_time():
+    """Otherwise one of them would stop, and the others wait for it."""
+    callback = LastCheckpoint()
+
+    class Strategy:
+        def reduce_boolean_decision(self, decision, all):
+            callback.signal = signal.SIGUSR1
+            return decision
+
+    class Trainer:
+        world_size, strategy = 2, Strategy()
+
+    assert [callback._asked(Trainer()) for _ in range(2)] == [0, signal.SIGUSR1]
+    callback.signal = 0
+    Strategy.reduce_boolean_decision = lambda *_, **__: True
+    assert callback._asked(Trainer()) == signal.SIGTERM
 
 
 @pytest.mark.parametrize("objective", kills.OBJECTIVES)
