@@ -287,4 +287,12 @@ def command(words: list[str]) -> None:
         main()
     except Stopped as stop:
         print(f"train.py: {stop}", file=sys.stderr)
+        _leave()
         raise
+    _leave()
+
+
+def _leave() -> None:
+    """End the connection to the other ranks, which are done as well: gloo's threads may abort an interpreter that ends."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

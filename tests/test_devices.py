@@ -1,5 +1,6 @@
 """Several processes: the loss of one with their batches in one; samples drawn to a folder once each, and continued."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from benchmarks.faulty import draws, kills
 from benchmarks.faulty.draws import content
 from pfgm import cli, commands, drawing, storage
-from pfgm.checkpointing import LastCheckpoint
+from pfgm.checkpointing import LastCheckpoint, Stopped
 from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.drawing import Share
 from pfgm.ema import EMA
@@ -71,6 +72,22 @@ def test_a_signal_that_comes_while_the_ranks_agree_is_for_the_next_time():
     callback.signal = 0
     Strategy.reduce_boolean_decision = lambda *_, **__: True
     assert callback._asked(Trainer()) == signal.SIGTERM
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_the_connection_of_ranks_ends_with_the_run(stopped, tmp_path, monkeypatch):
+    """gloo aborts now and then if the interpreter ends before it."""
+
+    def main():
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+        if stopped:
+            raise Stopped(signal.SIGTERM, 3, 143)
+
+    monkeypatch.setattr(cli, "main", main)
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit"])
+    with pytest.raises(Stopped, match="after step 3") if stopped else contextlib.nullcontext():
+        cli.command(["fit"])
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("objective", kills.OBJECTIVES)
