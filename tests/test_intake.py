@@ -83,7 +83,8 @@ def test_the_end_of_archives_of_more_than_4_gb_is_found(tmp_path, monkeypatch):
     path.write_bytes(content)
     intake._check_layout(path, b"", "a.zip")
     at = content.index(b"PK\6\6")
-    for spoiled in (b"PK" + content, content[:at] + b"more" + content[at:], content + content):
+    elsewhere = content[: at + 64] + bytes(8) + content[at + 72 :]
+    for spoiled in (b"PK" + content, content[:at] + b"more" + content[at:], content + content, elsewhere):
         path.write_bytes(spoiled)
         with pytest.raises(RefusedError, match="in something else"):
             intake._check_layout(path, b"", "a.zip")

@@ -50,11 +50,11 @@ def _calls() -> Iterator[tuple[str, bytes]]:
     yield "INST", b"(S'" + touch.encode() + b"'\nios\nsystem\n."
 
 
-def torch_zip(data: bytes, records: dict[str, bytes] | None = None, compressed: bool = False) -> bytes:
-    """An archive such as torch.save writes, around a pickle."""
-    out = io.BytesIO()
+def torch_zip(data: bytes, records: dict[str, bytes] | None = None, compressed: bool = False, before: bytes = b"") -> bytes:
+    """An archive such as torch.save writes, around a pickle; or one that begins only after other bytes, and knows it."""
+    out = io.BytesIO(before)
     kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
-    with zipfile.ZipFile(out, "w", kind) as archive:
+    with zipfile.ZipFile(out, "a", kind) as archive:
         for name, content in ({"data.pkl": data, "version": b"3\n", "byteorder": b"little"} | (records or {})).items():
             archive.writestr(f"archive/{name}", content)
     return out.getvalue()
@@ -106,7 +106,7 @@ def _torch_files() -> Iterator[Hostile]:
         "a large pickle": torch_zip(b"\x80\x02](" + b"}" * (2**23 + 1) + b"e."),
         "a huge integer": torch_zip(pickle.dumps({"x": 10**100_000}, 2)),
         "old format": _old_format(),
-        "old format before an archive": _old_format() + torch_zip(plain),
+        "old format before an archive": torch_zip(plain, before=_old_format()),
         "an archive before an archive": _tensor(b"\2")[: -len(EMPTY_ZIP)] + _tensor(b"\1"),
     }
     for name, content in files.items():
