@@ -23,16 +23,23 @@ Row = tuple[str, int, str]
 
 
 def killed_runs(folder: Path, tries: int, seed: int) -> Iterator[Row]:
-    """Chains of training runs, of each objective."""
+    """Chains of training runs, of each objective, and of two processes."""
     for objective in kills.OBJECTIVES:
         counts = kills.chain(folder / objective, objective, tries // len(kills.OBJECTIVES), seed)
-        moments = ", ".join(f"{counts[moment]} {moment}" for moment in kills.MOMENTS)
-        yield (
-            f"training runs killed ({objective}: {moments})",
-            counts["kills"],
-            f"{counts['torn']} torn checkpoints, {counts['different'] + counts['failed']} of {counts['runs']} runs differ; "
-            f"{counts['lost'] / counts['kills']:.1f} steps lost on average, {counts['most lost']} at most (saved every 5)",
-        )
+        yield _chain(f"training runs killed ({objective})", counts)
+    counts = kills.chain(folder / "ranks", "Poisson field", max(1, tries // 8), seed, ranks=2)
+    yield _chain("one of the two processes of a training run killed", counts)
+
+
+def _chain(what: str, counts: Counter) -> Row:
+    moments = ", ".join(f"{counts[moment]} {moment}" for moment in kills.MOMENTS)
+    return (
+        f"{what}: {moments}",
+        counts["kills"],
+        f"{counts['torn']} torn checkpoints, {counts['different'] + counts['failed']} of {counts['runs']} runs differ, "
+        f"{counts['unexpected']} other exit codes; {counts['lost'] / counts['kills']:.1f} steps lost on average, "
+        f"{counts['most lost']} at most (saved every 5)",
+    )
 
 
 def killed_draws(folder: Path, tries: int, seed: int) -> Iterator[Row]:

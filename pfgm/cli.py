@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -283,13 +284,28 @@ def command(words: list[str]) -> None:
         prepare(words)
         return
     sys.argv[1:] = words  # where Lightning looks, also for the processes that it starts
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # Lightning 2.6 on newer torch; no user can help it
     try:
         main()
     except Stopped as stop:
         print(f"train.py: {stop}", file=sys.stderr)
         _leave()
         raise
+    except RuntimeError as error:
+        if _is_of_ranks(error):
+            raise shell.LostProcess(
+                f"another process of this run ended ({str(error).strip().splitlines()[-1][:200]}). Look for its error; the "
+                "same command resumes from the last checkpoint"
+            ) from error
+        raise
     _leave()
+
+
+def _is_of_ranks(error: RuntimeError) -> bool:
+    """Whether the connection to the other ranks failed; gloo's errors have no class of their own."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def _leave() -> None:

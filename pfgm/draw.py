@@ -163,8 +163,7 @@ def draw(
     place = check_device(device, part.local)
     flow = load(checkpoint, place, ema, trust)
     c = read_condition(condition, flow)
-    one_each = None if seeds is None else parse_seeds(seeds)
-    pairs = seed_pairs(default_n(labels, c) if n is None and seeds is None else n, seed, one_each)
+    pairs = chosen_pairs(n, seed, seeds, labels, c)
     label = check_labels(flow, in_turn("labels", labels, len(pairs)), len(pairs))
     given: dict[str, Any] = {"condition": in_turn("condition", c, len(pairs)), "guidance": guidance}
     given |= {"guidance_interval": guidance_interval, "guide": guide and load(guide, place, ema, trust)}
@@ -181,16 +180,27 @@ def draw(
     for one in (flow, given["guide"] or flow):
         one.denoiser.to(getattr(torch, dtype))
     settings: dict[str, Any] = {"labels": label, "batch_size": batch_size, "max_calls": max_calls, **options, **given}
-    if out.suffix:
-        samples = flow.draw(pairs, progress=True, **settings)
-        write_samples(out, samples, pairs, label, flow.value_range, columns)
-        report(len(samples.x), [samples], max_calls, out)
-    else:
+    if not out.suffix:
         drawing = Drawing(out, pairs, flow.shape, flow.value_range, made, batch_size=batch_size, share=part)
         draw_to_folder(flow, drawing, pairs, settings)
+        return
+    samples = flow.draw(pairs, progress=True, **settings)
+    write_samples(out, samples, pairs, label, flow.value_range, columns)
+    report(len(samples.x), [samples], max_calls, out)
     if trajectory is not None:
         write_trajectory(trajectory, flow, pairs, label, samples, batch_size, options, given)
         print(f"their way from the {flow.sampler(**options).start} -> {trajectory}")
+
+
+def chosen_pairs(
+    n: int | None, seed: int | None, seeds: str | None, labels: int | list[int] | None, condition: Tensor | None
+) -> list[tuple[int, int]]:
+    """(seed, index) of each sample: of `n` of `seed`, or of one for each of `seeds`; as many as there are conditions or labels,
+    if there are several, otherwise 64."""
+    if n is None and seeds is None:
+        several = [len(one) for one in (condition, labels) if one is not None and not isinstance(one, int) and len(one) > 1]
+        n = several[0] if several else 64
+    return seed_pairs(n, seed, None if seeds is None else parse_seeds(seeds))
 
 
 def draw_to_folder(flow: PoissonFlow, drawing: Drawing, pairs: Sequence[tuple[int, int]], settings: dict[str, Any]) -> None:
@@ -216,12 +226,6 @@ def recorded(made: dict[str, Any]) -> dict[str, Any]:
     if made["condition"] is not None:
         digests["condition"] = digest(made["condition"])
     return to_json({name: value for name, value in (made | digests).items() if value is not None})
-
-
-def default_n(labels: int | list[int] | None, condition: Tensor | None) -> int:
-    """As many samples as there are conditions or labels, if there are several, otherwise 64."""
-    several = [len(one) for one in (condition, labels) if one is not None and not isinstance(one, int) and len(one) > 1]
-    return several[0] if several else 64
 
 
 def check_solver(flow: PoissonFlow, options: dict[str, Any]) -> None:

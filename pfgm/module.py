@@ -220,7 +220,7 @@ class PFGM(Recorded, pl.LightningModule):
         """Mean loss on held-out data, with the same noise for each sample every time."""
         loss = self._loss(batch, rng.VALIDATION)
         self.log("val_loss", loss.mean(), prog_bar=True, batch_size=len(loss), sync_dist=True)
-        self.log("step", float(self.global_step), batch_size=len(loss))
+        self.log("step", float(self.global_step), batch_size=len(loss), sync_dist=True)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The same on the test data."""

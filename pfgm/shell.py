@@ -3,6 +3,7 @@
 0    done
 1    a defect of this package; --debug shows the traceback
 2    a wrong argument or an unusable file, said in one line, or a training loss that is not finite; repeating does not help
+75   another process of the same run was lost; the same command continues
 130, 138, 143    stopped by Ctrl-C, SIGUSR1 or SIGTERM; the same command continues
 """
 
@@ -16,6 +17,12 @@ from pfgm.spec import cause
 
 ERRORS: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, SolverError)
 """What says which argument is wrong, and what to do."""
+LOST = 75
+"""The exit code for `LostProcess`: EX_TEMPFAIL of sysexits.h."""
+
+
+class LostProcess(RuntimeError):
+    """A process that this one works with has ended before it."""
 
 
 def run(
@@ -36,6 +43,8 @@ def run(
         command(words)
     except (*ERRORS, *errors) as error:
         _exit(f"{program}: error: {cause(error)}", 2)
+    except LostProcess as error:
+        _exit(f"{program}: {error}", LOST)
     except KeyboardInterrupt:  # of a thread, or of a library
         end(signal.SIGINT)
     except Exception as error:

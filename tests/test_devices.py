@@ -2,8 +2,8 @@
 
 import contextlib
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,20 +23,8 @@ from pfgm.drawing import Share
 from pfgm.ema import EMA
 from pfgm.flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
+from pfgm.shell import LostProcess
 from pfgm.skips import Skips
-
-
-def two_processes(arguments):
-    """The exit codes of train.py with two devices, each a process, started as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    arguments = [*arguments, "--trainer.devices=2", "--trainer.strategy=ddp"]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0"}
-    ranks = [kills.start(arguments, common | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}) for rank in "01"]
-    for process in ranks:
-        process.join(120)
-    return [process.exitcode for process in ranks]
 
 
 def test_a_run_on_two_devices_starts_from_one_command(tmp_path):
@@ -90,12 +78,38 @@ def test_the_connection_of_ranks_ends_with_the_run(stopped, tmp_path, monkeypatc
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize("text", ["[gloo/transport/tcp/pair.cc:545] Connection reset by peer", "CUDA error"])
+def test_the_loss_of_another_process_is_told_from_a_defect(text, tmp_path, monkeypatch):
+    def main():
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(cli, "main", main)
+    with pytest.raises(RuntimeError, match=re.escape(text)) as alone:
+        cli.command(["fit"])
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError) as ranked:
+            cli.command(["fit"])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not isinstance(alone.value, LostProcess)
+    assert isinstance(ranked.value, LostProcess) == ("gloo" in text)
+    if "gloo" in text:
+        assert re.fullmatch(r"another process of this run ended \(.*reset by peer\)\. .* resumes from .*", str(ranked.value))
+
+
+def test_a_run_that_loses_one_of_its_processes_goes_on(tmp_path):
+    counts = kills.chain(tmp_path, "Poisson field", kills=1, seed=1, steps=20, ranks=2)
+    assert counts["kills"] == counts["at random"] + counts["while saving"] + counts["while drawing a grid"] == 1
+    assert counts["different"] == counts["torn"] == counts["failed"] == counts["unexpected"] == 0
+
+
 @pytest.mark.parametrize("objective", kills.OBJECTIVES)
 def test_two_processes_have_the_loss_of_one_with_twice_the_batch(objective, tmp_path):
     """And its gradient, weights and average; the Poisson field's charges are common to both."""
     common = ["--trainer.precision=64-true", "--averages.every_n_steps=0", "--trainer.val_check_interval=5"]
     one, two = (kills.command(tmp_path / name, objective, 10) + common for name in ("one", "two"))
-    assert two_processes([*two, "--data.init_args.batch_size=16"]) == [0, 0]
+    assert kills.finish([*two, "--data.init_args.batch_size=16"], ranks=2) == 0
     cli.main(one)
     rows = [np.genfromtxt(tmp_path / name / "metrics.csv", delimiter=",", names=True) for name in ("one", "two")]
     for column in ("step", "train_loss", "lr", "grad_norm", "skipped"):
@@ -285,7 +299,7 @@ def test_predict_draws_what_sample_does_on_any_number_of_devices(tmp_path):
     commands.main([str(checkpoint), "--n=10", "--batch_size=3", f"--out={tmp_path / 'sample'}", "--device=cpu"])
     arguments = ["predict", *run[1:], "--draw.n=10", "--draw.batch_size=3"]
     cli.main(arguments)
-    assert two_processes([*arguments, f"--draw.out={tmp_path / 'two'}"]) == [0, 0]
+    assert kills.finish([*arguments, f"--draw.out={tmp_path / 'two'}"], ranks=2) == 0
     expected = content(tmp_path / "sample")
     assert len(expected) == 11
     assert content(tmp_path / "run" / "samples") == content(tmp_path / "two") == expected

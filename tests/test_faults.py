@@ -31,7 +31,7 @@ from pfgm.skips import NonFiniteLoss
 def test_killed_runs_go_on_as_if_nothing_had_happened(objective, tmp_path):
     counts = kills.chain(tmp_path, objective, kills=2, seed=1, steps=30)
     assert counts["kills"] == 2
-    assert counts["different"] == counts["torn"] == counts["failed"] == 0
+    assert counts["different"] == counts["torn"] == counts["failed"] == counts["unexpected"] == 0
 
 
 class Killed(BaseException):
@@ -327,6 +327,7 @@ ENDS = [
     (fail(ValueError("n = 0: give more")), 2, r"x\.py: error: n = 0: give more"),
     (fail(OSError(28, "No space left on device", "a.npz")), 2, r"x\.py: error: .*No space left on device: 'a\.npz'"),
     (fail(NonFiniteLoss("at step 3")), 2, r"x\.py: error: at step 3"),
+    (fail(shell.LostProcess("another process ended")), 75, r"x\.py: another process ended"),
     (kill_by(signal.SIGINT), 130, r"stopped by SIGINT; .* the same command continues .*"),
     (kill_by(signal.SIGTERM), 143, r"stopped by SIGTERM; .* the same command continues .*"),
     (fail(ZeroDivisionError("division")), 1, r"x\.py: ZeroDivisionError: division\. This is a defect of pfgm: .*--debug"),

@@ -1,4 +1,4 @@
-"""Training runs that are killed, resumed by the same command, and compared with one that was not."""
+"""Training runs, of one process or two, that are killed, resumed by the same command, and compared with one that was not."""
 
 import contextlib
 import csv
@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from pathlib import Path
 from benchmarks.faulty.forks import forks
 from pfgm.atomic import PARTIAL
 from pfgm.rundir import checkpoint_path
+from pfgm.shell import LOST
 from pfgm.storage import CheckpointError, digest, read_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,7 +35,9 @@ OBJECTIVES = {
     "denoising": ["--model.loss=pfgm.loss.DenoisingLoss", "--model.D=128"],
 }
 MOMENTS = ("at random", "while saving", "while drawing a grid", "signal")
-GRACE = 60.0
+GRACE, ENDLESS = 60.0, 1000
+EXPECTED = {0, LOST} | {code for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1) for code in (-number, 128 + number)}
+"""Exit codes of the processes of a run of which one was sent a signal, perhaps before it listened."""
 
 
 def command(folder: Path, objective: str, steps: int) -> list[str]:
@@ -63,15 +67,39 @@ def _train(arguments: list[str], environment: dict[str, str]) -> None:
         cli.run()
 
 
-def finish(arguments: Sequence[str]) -> int:
-    """The exit code of an undisturbed run."""
-    process = start(arguments)
-    process.join()
-    return process.exitcode
+def launch(arguments: Sequence[str], ranks: int = 1) -> list[multiprocessing.Process]:
+    """train.py on so many devices, each a process, as torchrun starts them."""
+    if ranks == 1:
+        return [start(arguments)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0"}
+    words = [*arguments, f"--trainer.devices={ranks}", "--trainer.strategy=ddp"]
+    return [start(words, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
 
 
-def kill(process: multiprocessing.Process, folder: Path, moment: str, chance: random.Random, length: float) -> bool:
-    """Send a signal at some `moment` of a run of about `length` seconds; whether it was still running then."""
+def finish(arguments: Sequence[str], ranks: int = 1) -> int:
+    """The exit code of an undisturbed run, the largest of its processes."""
+    return max(_ends(launch(arguments, ranks), None))
+
+
+def _ends(processes: Sequence[multiprocessing.Process], patience: float | None) -> list[int]:
+    """Exit codes; ENDLESS of a process that had to be stopped after so many seconds."""
+    codes = []
+    for process in processes:
+        process.join(patience)
+        codes.append(ENDLESS if process.exitcode is None else process.exitcode)
+        process.kill()
+    return codes
+
+
+def kill(
+    processes: Sequence[multiprocessing.Process], folder: Path, moment: str, chance: random.Random, length: float
+) -> list[int]:
+    """Send a signal to one of the `processes` at some `moment` of a run of about `length` seconds. Their exit codes."""
+    process = chance.choice(processes)
     began, patience = time.monotonic(), chance.uniform(0, length)
     watched = {"while saving": folder / "checkpoints", "while drawing a grid": folder / "grids"}.get(moment)
     passed = chance.randrange(4)
@@ -85,12 +113,10 @@ def kill(process: multiprocessing.Process, folder: Path, moment: str, chance: ra
                 break
             time.sleep(0.05)
         time.sleep(0.0005)
-    alive = process.is_alive()
     number = chance.choice((signal.SIGTERM, signal.SIGUSR1)) if moment == "signal" else signal.SIGKILL
     with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, number)
-    process.join(GRACE)
-    return alive and process.exitcode != 0
+    return _ends(processes, GRACE)
 
 
 def reached(folder: Path) -> int:
@@ -119,24 +145,24 @@ def fingerprint(folder: Path) -> dict[str, str]:
     return found | {part: digest(last[part]) for part in PARTS}
 
 
-def chain(folder: Path, objective: str, kills: int, seed: int, steps: int = 60) -> Counter:
+def chain(folder: Path, objective: str, kills: int, seed: int, steps: int = 60, ranks: int = 1) -> Counter:
     """Runs that are killed and resumed, `kills` times in all, each against one that was not; counts of what happened."""
     chance, counts = random.Random(seed), Counter()
     forks()
     began = time.monotonic()
     whole = folder / "whole"
-    assert finish(command(whole, objective, steps)) == 0
+    assert finish(command(whole, objective, steps), ranks) == 0
     length, expected = time.monotonic() - began, fingerprint(whole)
     while True:
         run = folder / f"run {counts['runs']}"
         if counts["kills"] < kills:
             moment = chance.choice(MOMENTS)
-            if kill(start(command(run, objective, steps)), run, moment, chance, length):
-                counts["kills"] += 1
-                counts[moment] += 1
+            codes = kill(launch(command(run, objective, steps), ranks), run, moment, chance, length)
+            if any(codes):
+                counts.update({"kills": 1, moment: 1, "unexpected": not set(codes) <= EXPECTED})
                 _look(run, counts)
                 continue
-        counts["failed"] += finish(command(run, objective, steps)) != 0
+        counts["failed"] += finish(command(run, objective, steps), ranks) != 0
         counts["runs"] += 1
         counts["different"] += fingerprint(run) != expected
         if counts["kills"] >= kills:
