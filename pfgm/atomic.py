@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,29 +24,54 @@ class DamagedError(ValueError):
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, on the disk, when the block ends, and vanishes if the block fails.
 
-    OSError, which names `path`, if the disk is full or cannot be written; what was at `path` is then unchanged.
+    What was at `path` is then at `keep`, if that is given. OSError, which names `path`, if the disk is full or cannot be
+    written; all that was there is then unchanged.
     """
-    path = Path(path)
-    temporary = None
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{PARTIAL}{path.stem}-", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
+    with replacing_all([path], keep) as (temporary,):
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+
+
+@contextmanager
+def replacing_all(paths: Sequence[str | Path], keep: str | Path | None = None) -> Iterator[list[Path]]:
+    """As `replacing`, for files that belong together: all are on the disk before the first takes its place."""
+    places, temporaries = [Path(path) for path in paths], list[Path]()
+    try:
+        for path in places:
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{PARTIAL}{path.stem}-", suffix=path.suffix)
+            os.close(handle)
+            temporaries.append(Path(name))
+        yield temporaries
+        for temporary in temporaries:
+            os.chmod(temporary, 0o666 & ~_umask())
+            _sync(temporary)
+        if keep is not None and places[0].exists():
+            _link(places[0], Path(keep))
+        for temporary, path in zip(temporaries, places, strict=True):
+            os.replace(temporary, path)
+        _sync(places[0].parent)
     except OSError as error:
+        names = ", ".join(map(str, places))
         raise OSError(
-            f"{path} cannot be written: {error.strerror or error}. What was there is unchanged; make room, or change folder"
+            f"{names} cannot be written: {error.strerror or error}. What was there is unchanged; make room, or change folder"
         ) from error
     finally:
-        if temporary is not None:
+        for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+
+
+def _link(path: Path, other: Path) -> None:
+    """`path` as `other`, and until it is replaced under its own name as well, if the file system has links."""
+    link = other.with_name(f"{PARTIAL}{other.name}")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+    except OSError:
+        os.replace(path, other)
+    else:
+        os.replace(link, other)
 
 
 def clear_partial(*folders: Path) -> None:

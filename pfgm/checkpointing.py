@@ -27,7 +27,8 @@ class Stopped(SystemExit):
         self.number, self.step = number, step
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name} after step {self.step}, which is saved; the same command resumes"
+        name = signal.Signals(self.number).name
+        return f"stopped by {name}; saved is the state after step {self.step}, from which the same command resumes"
 
 
 class CheckpointFiles(CheckpointIO):
@@ -50,7 +51,8 @@ class CheckpointFiles(CheckpointIO):
 
 class LastCheckpoint(Checkpoint):
     """Keeps `<run_dir>/checkpoints/last.ckpt`: of the start, every `every_n_steps` optimizer steps, before each validation, and
-    of the end; and previous.ckpt, the one before.
+    of the end; and previous.ckpt, the one before. After steps whose loss was not finite it waits for one whose loss is: what
+    came before them may have ruined the weights.
 
     The file is written beside the old one and then takes its place, so that there is always a whole one. SIGTERM, SIGUSR1 and
     SIGINT (Ctrl-C) write one after the step in progress, and end training with `Stopped`; a second SIGINT ends it at once. A
@@ -63,7 +65,7 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"every_n_steps = {every_n_steps} must be at least 1")
         self.every_n_steps = every_n_steps
         self.saved: tuple[int, bool] | None = None
-        self.unvalidated, self.signal = False, 0
+        self.unvalidated, self.signal, self.due = False, 0, False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checkpoints of this trainer go through `CheckpointFiles`."""
@@ -71,11 +73,11 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals; a first checkpoint; a validation that had not ended."""
-        self.signal, self.saved = 0, None
+        self.signal, self.saved, self.due = 0, None, False
         if threading.current_thread() is threading.main_thread():  # Lightning restores the handlers when it ends
-            for name in SIGNALS:
-                if hasattr(signal, name):
-                    signal.signal(getattr(signal, name), self._ask)
+            for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as in a job in the background of a script
+                    signal.signal(number, self._ask)
         if trainer.strategy.broadcast(checkpoint_path(trainer.default_root_dir).exists()):
             self.saved = (trainer.global_step, self.unvalidated)
         else:
@@ -89,7 +91,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Here, not at the end of the batch, since a validation may have been between."""
         number = self._asked(trainer)
-        if number or trainer.global_step % self.every_n_steps == 0:
+        if number or self.due or trainer.global_step % self.every_n_steps == 0:
             self._save_step(trainer)
         if number:
             raise self._stopped(trainer, number)
@@ -113,7 +115,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A last one, when all that belongs to the run is written."""
-        self._save_step(trainer)
+        self._save_step(trainer, last=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Whether a validation is due."""
@@ -136,15 +138,20 @@ class LastCheckpoint(Checkpoint):
         return number
 
     def _stopped(self, trainer: pl.Trainer, number: int) -> Stopped:
+        assert self.saved is not None
         # Lightning kills all processes as soon as one of those that it started ends with another code.
-        return Stopped(number, trainer.global_step, 128 + number if trainer.is_global_zero else 0)
+        return Stopped(number, self.saved[0], 128 + number if trainer.is_global_zero else 0)
+
+    def _save_step(self, trainer: pl.Trainer, last: bool = False) -> None:
+        """The state of this step, unless it is saved, or bad and not the `last`."""
+        if self.saved is not None and self.saved[0] == trainer.global_step:
+            return
+        assert isinstance(trainer.lightning_module, PFGM)
+        trainer.lightning_module.check_finite(saving=True)
+        self.due = not last and trainer.lightning_module.skipped_in_a_row > 0
+        if not self.due:
+            self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        assert isinstance(trainer.lightning_module, PFGM)
-        trainer.lightning_module.check_finite()
         trainer.save_checkpoint(checkpoint_path(trainer.default_root_dir), weights_only=False)
         self.saved = (trainer.global_step, self.unvalidated)
-
-    def _save_step(self, trainer: pl.Trainer) -> None:
-        if self.saved is None or self.saved[0] != trainer.global_step:
-            self._save(trainer)

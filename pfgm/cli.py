@@ -20,6 +20,7 @@ from pfgm import rundir, shell, storage
 from pfgm.atomic import replacing
 from pfgm.callbacks import SampleGrid, Speed, StepProgressBar
 from pfgm.checkpointing import LastCheckpoint, Stopped
+from pfgm.commands import check_configs
 from pfgm.datamodule import DataModule
 from pfgm.draw import draw
 from pfgm.ema import EMA, PowerAverages
@@ -46,6 +47,9 @@ TRAINER_DEFAULTS = {
 
 
 SMALLEST = {"max_steps": 0, "val_check_interval": 1, "accumulate_grad_batches": 1, "gradient_clip_val": 0}
+SMALLEST |= {"log_every_n_steps": 1}
+LIMITS = ("limit_train_batches", "limit_test_batches", "limit_predict_batches", "max_epochs")
+"""Settings of the trainer with which, at 0, nothing would be done."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -113,6 +117,13 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.condition_shape", "model.net.init_args.condition_shape", apply_on="instantiate")
         parser.link_arguments("model.loss", "model.net.init_args.extra_channels", _extra_channels, apply_on="instantiate")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """ValueError for a seed that is none, before it is set."""
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything = {seed}: give a whole number from 0 to {2**32 - 1}")
+
     def before_instantiate_classes(self) -> None:
         """ValueError for a section of settings that is none, which no parser has looked at."""
         for name in self._parser(self.subcommand).callback_keys:
@@ -125,8 +136,7 @@ class TrainCLI(LightningCLI):
         fitting, run_dir = self.subcommand == "fit", self._get(self.config, "run_dir")
         if not run_dir:
             raise ValueError("run_dir is empty; give a folder such as runs/mine")
-        if fitting:
-            check_trainer(config)
+        check_trainer(config)
         if config["enable_progress_bar"] is not False:
             config["callbacks"] = [*(config["callbacks"] or []), StepProgressBar()]
         if config["logger"] is False and fitting:
@@ -187,11 +197,20 @@ def check_trainer(config: Any) -> None:
         value = config.get(name)
         if isinstance(value, str) or (isinstance(value, (int, float)) and not value >= lowest):
             raise ValueError(f"trainer.{name} = {value}: give a number >= {lowest}")
+    for name in LIMITS:
+        if config.get(name) == 0:
+            raise ValueError(f"trainer.{name} = {config.get(name)}: nothing would be done; give more, or leave it out")
     check_strategy(str(getattr(config.get("strategy"), "class_path", config.get("strategy"))))
-    devices, cores = config["devices"], os.cpu_count() or 1
-    on_cpu = config["accelerator"] == "cpu" or (config["accelerator"] == "auto" and not torch.cuda.is_available())
-    if on_cpu and str(devices).isdigit() and int(devices) > cores:
-        raise ValueError(f"trainer.devices = {devices}: each is a process here, and this machine has {cores} cores")
+    if config["accelerator"] == "cpu" or (config["accelerator"] == "auto" and not torch.cuda.is_available()):
+        check_processes(config["devices"], os.cpu_count() or 1)
+
+
+def check_processes(devices: Any, cores: int) -> None:
+    """ValueError unless `devices` of a trainer on the CPU is a number of processes that this machine has `cores` for."""
+    if devices != "auto" and not (str(devices).isdecimal() and 1 <= int(devices) <= cores):
+        raise ValueError(
+            f"trainer.devices = {devices}: each is a process on the CPU; give a number from 1 to {cores}, its cores"
+        )
 
 
 def check_strategy(name: str) -> None:
@@ -280,6 +299,7 @@ def run() -> None:
 
 def command(words: list[str]) -> None:
     """What comes before a run, or the run; one that a signal stopped says so."""
+    check_configs(words)
     if words and words[0] in COMMANDS:
         prepare(words)
         return

@@ -3,10 +3,15 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from pfgm import shell
 from pfgm.draw import draw
 from pfgm.edit import decode, encode, interpolate, vary
+from pfgm.intake import read_text
 from pfgm.posthoc import average
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -27,6 +32,7 @@ def command(words: list[str]) -> None:
     """What the first of `words` names, or drawing."""
     from jsonargparse import auto_cli
 
+    check_configs(words)
     function = COMMANDS.get(words[0]) if words else None
     prog = "sample.py" if function is None else f"sample.py {words.pop(0)}"
     auto_cli(function or draw, args=join_pair(words), as_positional=True, prog=prog)
@@ -41,3 +47,25 @@ def join_pair(words: list[str]) -> list[str]:
     if len(pair) < 2 or pair[0].startswith("[") or any(word.startswith("--") for word in pair):
         return words
     return [*words[:i], json.dumps(pair), *words[i + 2 :]]
+
+
+def check_configs(words: Sequence[str]) -> None:
+    """ValueError or OSError, which names it, if a file after --config cannot be read as settings."""
+    for option, word in zip(words, [*words[1:], ""], strict=True):
+        path = option.removeprefix("--config=") if "=" in option else word
+        if option.partition("=")[0] == "--config" and Path(path).is_file():  # others are for the parser
+            read_config(path)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The settings in a YAML file. ValueError or OSError, which names it, if there are none."""
+    try:
+        content = yaml.safe_load(read_text(Path(path), f"config = {path}"))
+    except OSError as error:
+        raise OSError(f"config = {path} cannot be read: {error.strerror}; give a YAML file of settings") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"config = {path} is no YAML ({told}); mend it, or give another") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config = {path} holds no settings but {type(content).__name__}; give those of configs/, for example")
+    return content

@@ -34,6 +34,9 @@ from pfgm.spec import to_json
 from pfgm.storage import digest
 from pfgm.trajectory import check_trajectory, write_trajectory
 
+MOST_SEEDS = 10**7
+"""In one command."""
+
 
 def parse_seeds(text: str) -> list[int]:
     """ "1,2,5-10" as a list of seeds. ValueError for anything else."""
@@ -41,11 +44,14 @@ def parse_seeds(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
-            seeds += range(int(first), int(last) + 1) if dash else [int(first)]
-        if not seeds:
-            raise ValueError
+            some = range(int(first), int(last if dash else first) + 1)
+            if not some or len(seeds) + len(some) > MOST_SEEDS:
+                raise ValueError
+            seeds += some
     except ValueError:
-        raise ValueError(f"seeds = {text!r}: give numbers and rising ranges such as 0-63 or 1,2,5-10, none negative") from None
+        raise ValueError(
+            f"seeds = {text!r}: give numbers and rising ranges such as 0-63 or 1,2,5-10, none negative, {MOST_SEEDS} in all"
+        ) from None
     return seeds
 
 
@@ -176,7 +182,8 @@ def draw(
     if options["grid"] == "optimized":
         options |= {"method": "ab3", "grid": optimized_grid(checkpoint, flow, options["steps"], c), "steps": None}
     made = options | given | {"flow": flow, "dtype": dtype, "labels": labels, "batch_size": batch_size, "max_calls": max_calls}
-    made = recorded(made | {"seeds": seeds if isinstance(labels, list) or c is not None else None})
+    in_order = isinstance(labels, list) or isinstance(guidance, list) or c is not None  # then a sample's place counts
+    made = recorded(made | {"seeds": seeds if in_order else None})
     for one in (flow, given["guide"] or flow):
         one.denoiser.to(getattr(torch, dtype))
     settings: dict[str, Any] = {"labels": label, "batch_size": batch_size, "max_calls": max_calls, **options, **given}
@@ -359,7 +366,7 @@ def check_device(device: str | None, local: int = 0) -> torch.device:
     try:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         place = torch.device(device or (f"cuda:{local % gpus}" if gpus else "cpu"))
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=place).cpu()
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError among them, of devices without memory
         raise ValueError(f"device = {device!r} cannot be used here ({str(error).partition(chr(10))[0]}); try cpu") from error
     return place

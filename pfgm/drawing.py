@@ -50,7 +50,10 @@ class Share:
         for names in RANKS:
             told = [os.environ.get(name, "") for name in names]
             if all(value.isdecimal() for value in told):
-                return cls(*map(int, told))
+                share = cls(*map(int, told))
+                if share.number >= share.of:
+                    raise ValueError(f"{names[0]} = {told[0]}, {names[1]} = {told[1]}: no number of a process; unset them")
+                return share
         return cls()
 
     def __str__(self) -> str:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from pfgm import rng, storage
 from pfgm.images import first_line
-from pfgm.intake import check_network
 from pfgm.spec import Recorded, build
 from pfgm.stream import Part, Preparation, Stream
 
@@ -117,9 +116,7 @@ def load_features(value: str | Path | nn.Module) -> nn.Module:
     if not isinstance(header.get("classifier"), Mapping):
         raise ValueError(f"features = {value} holds {sorted(header)}, no classifier; make one with python train.py features")
     state = storage.read_tensors(path)
-    check_network(lambda: build(header["classifier"], kind=Classifier), state, f"features = {value}")
-    net = build(header["classifier"], kind=Classifier)
-    net.load_state_dict(state)
+    net: Classifier = storage.restored(lambda: build(header["classifier"], kind=Classifier), state, f"features = {value}")
     net.digest = header["digest"]
     return net.eval()
 

@@ -43,7 +43,7 @@ def load_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (),
         return {key: _tensor(value) for key, value in arrays.items()}
 
 
-def raw_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (), name: str = "path") -> dict[str, Any]:
+def raw_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (), name: str = "path") -> dict[str, np.ndarray]:
     """The arrays `needed` and, where they exist, `optional` of a .npy, .npz or .pt file, by name.
 
     A single array may have any name, it is the first that is needed. ValueError or OSError, which call the file `name`, if it
@@ -62,9 +62,9 @@ def raw_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = (), 
         names = {needed[0]: next(iter(names))}
     for key in needed:
         if key not in names:
-            raise ValueError(f"{name} = {path} has no array {key!r}, only {sorted(names)}; add it to the file")
+            raise ValueError(f"{name} = {path} has no array {key!r}, only {sorted(map(str, names))}; add it to the file")
     with _readable(path, name):
-        return {key: content[names[key]] for key in (*needed, *optional) if key in names}
+        return {key: _array(content[names[key]]) for key in (*needed, *optional) if key in names}
 
 
 def _opened(path: Path, place: str) -> Any:
@@ -92,10 +92,18 @@ def _readable(path: Path, name: str) -> Iterator[None]:
         ) from error
 
 
-def _tensor(value: Any) -> Tensor:
-    """Numbers, or a list of tensors of one shape. Unsigned integers of over 8 bits become longer signed ones: torch has no sums
-    of them."""
-    x = torch.stack(list(value)) if isinstance(value, (list, tuple)) else torch.as_tensor(value)
+def _array(value: Any) -> np.ndarray:
+    """Numbers, or a list of tensors of one shape."""
+    value = torch.stack(list(value)) if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, Tensor):
+        return np.asarray(value)
+    value = value.detach().resolve_conj().resolve_neg()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+
+
+def _tensor(value: np.ndarray) -> Tensor:
+    """Unsigned integers of over 8 bits become longer signed ones: torch has no sums of them."""
+    x = torch.as_tensor(value)
     return x.int() if x.dtype == torch.uint16 else x.long() if x.dtype in (torch.uint32, torch.uint64) else x
 
 

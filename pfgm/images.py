@@ -3,6 +3,7 @@
 An array here is [height, width, 1 or 3], of 8 bits (uint8) or 16 (uint16).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 MAX_VALUES = 150_000_000
 """Of an image, such as 50 million pixels of RGB: a few hundred megabytes of memory while it is read."""
 
+TILE_WIDTH, TILE_HEIGHT = 322, 323
+"""Tags of TIFF."""
 BAND = 512
 """Rows that are converted at a time."""
 
@@ -114,6 +117,9 @@ def _check_size(image: Image.Image) -> None:
             f"{image.width} x {image.height} pixels are too many: {MAX_VALUES / 1e6:.0f} million values at most, so "
             f"{MAX_VALUES / 1e6 / values:.3g} million such pixels; make it smaller, or cut it into tiles"
         )
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, whose decoder makes room for a whole tile
+    if math.prod(int(tags.get(side, 1)) for side in (TILE_WIDTH, TILE_HEIGHT)) * values > MAX_VALUES:
+        raise ImageError("its tiles are larger than an image may be; save it without tiles")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,7 +1,7 @@
 """Files from strangers: what they claim to hold is looked at before a library opens them.
 
-Nothing here unpacks more than a few megabytes. A file passes if reading it runs no code and takes memory in proportion to its
-own size: FREE bytes, or RATIO times as much as it has.
+A file passes if reading it runs no code and takes memory in proportion to its own size: FREE bytes, or RATIO times as much as
+it has.
 """
 
 import math
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
-FREE, RATIO = 2**26, 100
+FREE, RATIO = 2**26, 20
 """Bytes that any archive may unpack to, and how many times its own size; real data are compressed less."""
 MAX_DESCRIPTION = 2**23
 """Bytes of what describes tensors: a pickle, a JSON text, a header."""
 MAX_NODES, MAX_DEPTH = 10**6, 100
-"""Of nested values. Lists that hold each other many times are small in a file, and endless to walk through."""
+"""Of nested values, and of the steps of a pickle that makes them. Lists that hold each other many times are small in a file,
+and endless to walk through."""
 
 PICKLED = {
     "collections OrderedDict",
@@ -38,6 +39,9 @@ PICKLED = {
 }
 """What a pickle of tensors and plain values names, besides dtypes and storages."""
 
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+"""What they are then; sets and others are not used."""
 
 UNREADABLE = (
     RuntimeError,  # of torch, and RecursionError
@@ -91,11 +95,11 @@ def load_torch(path: Path, place: object) -> Any:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise RefusedError(f"{place}: {entry.filename} is compressed, which torch.save never does")
-        _check_pickle(archive, place)
         total = sum(entry.file_size for entry in archive.infolist())
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    _check_values(content, total, place)
-    return content
+        if total > os.path.getsize(path):
+            raise RefusedError(f"{place}: its entries share their bytes, which torch.save never does")
+        _check_pickle(archive, place)
+    return _Copy(total, place).of(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _check_layout(path: Path, comment: bytes, place: object) -> None:
@@ -118,13 +122,18 @@ def _check_layout(path: Path, comment: bytes, place: object) -> None:
 
 
 def _check_pickle(archive: zipfile.ZipFile, place: object) -> None:
-    """RefusedError unless the archive's pickles name nothing but tensors and plain values."""
+    """RefusedError unless the archive's pickles name nothing but tensors and plain values, and are of no more steps than those
+    need."""
+    steps = 0
     for entry in archive.infolist():
         if not entry.filename.lower().endswith(".pkl"):
             continue
         if entry.file_size > MAX_DESCRIPTION:
             raise RefusedError(f"{place}: {entry.filename} has {entry.file_size / 1e6:.3g} MB, far more than tensors need")
         for code, argument, _ in pickletools.genops(archive.read(entry)):
+            steps += 1
+            if steps > MAX_NODES:
+                raise RefusedError(f"{place}: {entry.filename} makes more than {MAX_NODES} values, far more than tensors need")
             if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _is_plain(argument):
                 name = str(argument).replace(" ", ".") if argument else "an object"
                 raise RefusedError(f"{place} holds {name}, no tensor or plain value; it was not read")
@@ -136,25 +145,38 @@ def _is_plain(name: Any) -> bool:
     return known or name in PICKLED
 
 
-def _check_values(content: Any, total: int, place: object) -> None:
-    """RefusedError for tensors that are larger than what is stored of them, `total` bytes, and for too many values."""
-    waiting, count = [(content, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        count += 1
-        if count > MAX_NODES or depth > MAX_DEPTH:
-            raise RefusedError(f"{place}: its values are nested more than {MAX_DEPTH} deep, or are more than {MAX_NODES}")
+class _Copy:
+    """Copies nested values into plain containers: those of a pickle may have other methods than they seem to have.
+
+    RefusedError for tensors that are larger than what is stored of them, `total` bytes in all, for too many values, and for
+    others than tensors and plain ones.
+    """
+
+    def __init__(self, total: int, place: object):
+        self.total, self.place, self.count = total, place, 0
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        self.count += 1
+        if self.count > MAX_NODES or depth > MAX_DEPTH:
+            raise RefusedError(f"{self.place}: its values are nested more than {MAX_DEPTH} deep, or are more than {MAX_NODES}")
         if isinstance(value, Tensor):
-            if value.layout != torch.strided or value.is_meta or value.numel() * value.itemsize > _stored(value, total):
-                raise RefusedError(f"{place}: a tensor {tuple(value.shape)} is larger than what is stored of it")
-        elif isinstance(value, Mapping):
-            waiting += [(item, depth + 1) for pair in value.items() for item in pair]
-        elif isinstance(value, (list, tuple)):
-            waiting += [(item, depth + 1) for item in value]
+            return self._tensor(value)
+        if isinstance(value, dict):
+            return {self.of(key, depth + 1): self.of(item, depth + 1) for key, item in dict.items(value)}
+        if isinstance(value, torch.Size) or not isinstance(value, (list, tuple)):
+            return self._plain(value)
+        return type(value)(self.of(item, depth + 1) for item in value)
 
+    def _tensor(self, value: Tensor) -> Tensor:
+        stored = min(value.untyped_storage().nbytes(), self.total)
+        if value.layout != torch.strided or value.is_meta or value.numel() * value.itemsize > stored:
+            raise RefusedError(f"{self.place}: a tensor {tuple(value.shape)} is larger than what is stored of it")
+        return value
 
-def _stored(value: Tensor, total: int) -> int:
-    return min(value.untyped_storage().nbytes(), total)
+    def _plain(self, value: Any) -> Any:
+        if type(value) not in PLAIN:
+            raise RefusedError(f"{self.place} holds a {type(value).__name__}, no tensor or plain value")
+        return value
 
 
 def check_arrays(path: Path, place: object) -> None:
@@ -219,10 +241,15 @@ def check_network(make: Callable[[], nn.Module], state: Mapping[str, Tensor], pl
     hooks = [register_module_parameter_registration_hook(count), register_module_module_registration_hook(count)]
     try:
         with torch.device("meta"):
-            expected = {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
+            module = make()
     finally:
         for hook in hooks:
             hook.remove()
+    own = module.state_dict()
+    beside = sum(buffer.numel() * buffer.itemsize for name, buffer in module.named_buffers() if name not in own)
+    if beside > FREE:
+        raise RefusedError(f"{place} describes a network with {beside / 1e6:.3g} MB beside its weights")
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
@@ -231,9 +258,14 @@ def check_network(make: Callable[[], nn.Module], state: Mapping[str, Tensor], pl
             f"{place}: the weights do not match the network that it describes: {len(wrong)} of {len(expected)} tensors, such "
             f"as {name}, which is {found.get(name, 'missing')} in the file, {expected.get(name, 'missing')} in the network"
         )
-    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+    bad = [name for name, tensor in state.items() if not _is_finite(tensor, own[name].dtype)]
     if bad:
         raise RefusedError(f"{place}: {len(bad)} of its tensors, such as {bad[0]}, are not finite; use an earlier checkpoint")
+
+
+def _is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether it is, as `dtype`, and real."""
+    return not tensor.is_complex() and bool(torch.isfinite(tensor.to(dtype)).all())
 
 
 def is_regular(path: str | Path) -> bool:

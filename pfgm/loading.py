@@ -7,7 +7,6 @@ import torch
 
 from pfgm import storage
 from pfgm.flow import PoissonFlow
-from pfgm.intake import RefusedError, check_network
 from pfgm.typed import checked
 
 PREFIX = "flow."
@@ -31,12 +30,5 @@ def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True,
         config = checkpoint[storage.KEY]["flow"]
         weights = checkpoint["state_dict"] if ema else checkpoint.get("current_model_state", checkpoint["state_dict"])
         state = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
-    try:
-        check_network(lambda: PoissonFlow.from_config(config, trust), state, path)
-        flow = PoissonFlow.from_config(config, trust)
-        flow.load_state_dict(state)
-    except RefusedError as error:
-        raise storage.CheckpointError(str(error)) from error
-    except (RuntimeError, KeyError, TypeError, AttributeError, OverflowError, AssertionError) as error:
-        raise storage.CheckpointError(f"{path}: the file's description of the flow is incomplete ({error})") from error
+    flow = storage.restored(lambda: PoissonFlow.from_config(config, trust), state, path)
     return flow.to(device).eval()

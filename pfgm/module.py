@@ -14,7 +14,6 @@ from pfgm import augment, rng, storage
 from pfgm.augment import Augment
 from pfgm.conditioning import normalized_condition
 from pfgm.flow import PoissonFlow
-from pfgm.intake import RefusedError, check_network
 from pfgm.kernel import check_dimensions, check_positive
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.noise import DataSummary, LogNormal, LogUniform, PoissonFlowNoise, recommended_sigma_min
@@ -93,6 +92,7 @@ class PFGM(Recorded, pl.LightningModule):
         self.label_dropout, self.seed = label_dropout, seed
         self._losses: list[Tensor] = []
         self._batches: list[dict[str, Any]] = []
+        self._step = -1
         self._skips = Skips()
         self.flow = PoissonFlow(
             self.loss.make_denoiser(net, D, self.data),
@@ -122,7 +122,7 @@ class PFGM(Recorded, pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Forget an earlier fit."""
-        self._losses, self._batches, self._skips = [], [], Skips()
+        self._losses, self._batches, self._step, self._skips = [], [], -1, Skips()
 
     def on_fit_start(self) -> None:
         """Say what the flow took from the data."""
@@ -148,6 +148,8 @@ class PFGM(Recorded, pl.LightningModule):
         torch.manual_seed(rng.seed(self.seed, rng.UNITS, batch["step"], batch["rows"][0]))  # what dropout draws from
         loss = self._loss(batch, rng.TRAINING).mean()
         self._losses.append(loss.detach())
+        if batch["step"] != self._step:  # those of the last step are kept until now, in case it is to blame
+            self._batches, self._step = [], batch["step"]
         self._batches.append(batch)
         return loss
 
@@ -171,7 +173,6 @@ class PFGM(Recorded, pl.LightningModule):
         if logs or self.device.type == "cpu":
             self.check_finite()
         self._losses.clear()
-        self._batches.clear()
         if logs:
             values = {"train_loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
             self._log({name: float(value) for name, value in (values | {"skipped": self._skips.total}).items()})
@@ -188,15 +189,22 @@ class PFGM(Recorded, pl.LightningModule):
                 f"{self._skips.told} of {self.global_step + 1} steps were skipped so far: their loss or gradient was not finite"
             )
 
-    def check_finite(self) -> None:
-        """NonFiniteLoss, which says where, if the last MAX_SKIPPED steps were skipped."""
-        row = self._skips.state[1]
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Steps that were skipped since the last that was not; waits for an accelerator."""
+        return self._skips.state[1]
+
+    def check_finite(self, saving: bool = False) -> None:
+        """NonFiniteLoss, which says where, if the last MAX_SKIPPED steps were skipped, or if the last was, or this is for
+        `saving`, and a weight is not finite."""
+        row = self.skipped_in_a_row
         if row >= MAX_SKIPPED:
             raise NonFiniteLoss(
                 f"the loss or its gradient was not finite in the last {row} steps, to step {self.global_step}, which were "
-                f"skipped. {self._culprit()}. The last checkpoint is good and is kept. A lower model.lr, a longer "
-                "model.warmup_steps or trainer.precision=32 usually helps, if it is not the data"
+                f"skipped. {self._culprit()}. {REMEDY}"
             )
+        if (row or saving) and not all(bool(torch.isfinite(p).all()) for p in self.parameters()):
+            raise NonFiniteLoss(f"weights are not finite any more at step {self.global_step}. {self._culprit()}. {REMEDY}")
 
     def _culprit(self) -> str:
         """The first sample of the present step whose loss, or its gradient, is not finite, and its noise level."""
@@ -266,12 +274,7 @@ class PFGM(Recorded, pl.LightningModule):
             )
         checkpoint = storage.read_checkpoint(checkpoint_path)
         stored, weights = checkpoint["hyper_parameters"] | arguments, checkpoint["state_dict"]
-        try:
-            check_network(lambda: cls(**stored), weights, checkpoint_path)
-            module = cls(**stored)
-        except (RefusedError, KeyError, TypeError, AttributeError) as error:
-            raise storage.CheckpointError(f"{checkpoint_path} describes no module: {error}") from error
-        module.load_state_dict(weights)
+        module = storage.restored(lambda: cls(**stored), weights, checkpoint_path)
         return module.to(map_location)
 
     def _loss(self, batch: dict[str, Any], stream: int) -> Tensor:
@@ -298,6 +301,12 @@ class PFGM(Recorded, pl.LightningModule):
     def _generator(self, stream: int, batch: dict[str, Any], device: torch.device) -> rng.Rows:
         """Of what is drawn for all samples of an optimizer step, the part for `batch`."""
         return rng.Rows(rng.generator(self.seed, stream, batch["step"], device=device), *batch["rows"])
+
+
+REMEDY = (
+    "The last checkpoint is of before, and is kept. If it is not the data, resume with --trainer.precision=32, or begin anew "
+    "with a lower model.lr or a longer model.warmup_steps, in another --run_dir"
+)
 
 
 def check_augment(net: nn.Module, data: DataSummary, loss: Loss) -> None:

@@ -49,7 +49,7 @@ def check_writable(folder: Path, name: str, path: Path) -> None:
 
 def check_other_file(path: Path, *inputs: Path | None, name: str = "out") -> None:
     """ValueError, which calls `path` by `name`, if it is one of the `inputs`."""
-    if any(one is not None and one.absolute() == path.absolute() for one in inputs):
+    if any(one is not None and one.resolve() == path.resolve() for one in inputs):
         raise ValueError(f"{name} = {path} is also read; choose another name")
 
 

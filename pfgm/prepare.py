@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import auto_cli
 
 from pfgm import plot
 from pfgm.advice import Measured, recommend, to_yaml
+from pfgm.commands import read_config
 from pfgm.data import Arrays, ImageDataModule
 from pfgm.datamodule import DataModule
 from pfgm.draw import check_device
@@ -135,12 +135,7 @@ def with_data_of(words: Sequence[str]) -> list[str]:
     if "--config" not in words[:-1]:
         return words
     i = words.index("--config")
-    try:
-        section = yaml.safe_load(Path(words[i + 1]).read_text())["data"]
-    except OSError as error:
-        raise OSError(f"config = {words[i + 1]} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"config = {words[i + 1]} has no data section ({type(error).__name__}); give a training configuration"
-        ) from error
+    section = read_config(words[i + 1]).get("data")
+    if not isinstance(section, dict):
+        raise ValueError(f"config = {words[i + 1]} has no data section; give a training configuration")
     return [*words[:i], "--data", json.dumps(section), *words[i + 2 :]]

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from pfgm.atomic import clear_partial
+from pfgm.atomic import clear_partial, replacing
 from pfgm.storage import LAST, PREVIOUS, CheckpointError, DamagedCheckpointError, read_checkpoint
 
 DAMAGED = "damaged.ckpt"
@@ -39,11 +39,13 @@ def held(folder: str | Path, name: str = "run_dir", part: str = "") -> Iterator[
     lock, owner = FileLock(folder / f".lock{part}"), folder / f".owner{part}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        told = owner.read_text(errors="replace") if owner.exists() else "another process"
-        lock.acquire(timeout=0 if _alive(told) else PATIENCE)
-        owner.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        lock.acquire(timeout=0 if _alive(_told(owner)) else PATIENCE)
+        with replacing(owner) as temporary:
+            temporary.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     except Timeout:
-        raise BlockingIOError(f"{name} = {folder} is in use by {told}; wait for it, stop it, or give another folder") from None
+        raise BlockingIOError(
+            f"{name} = {folder} is in use by {_told(owner)}; wait for it, stop it, or give another folder"
+        ) from None
     except OSError as error:
         lock.release()
         raise OSError(f"{name} = {folder} cannot be written: {error.strerror or error}; give another folder") from error
@@ -57,6 +59,14 @@ def held(folder: str | Path, name: str = "run_dir", part: str = "") -> Iterator[
 def clear(run_dir: str | Path) -> None:
     """Remove what killed processes left unfinished in a run that this process holds."""
     clear_partial(*(Path(run_dir) / name for name in ("", "checkpoints", "grids", "averages")))
+
+
+def _told(owner: Path) -> str:
+    """Who says to have the lock."""
+    try:
+        return owner.read_text(errors="replace") or "another process"
+    except FileNotFoundError:
+        return "another process"
 
 
 def _alive(owner: str) -> bool:

@@ -21,7 +21,8 @@ class RunLog(Logger):
 
     Lightning's CSVLogger deletes an earlier file. Here rows at or after the first step logged by this process, left by a run
     that went on past its last checkpoint, are dropped, and earlier ones kept. Rows that are not whole are dropped, with a
-    warning. OSError if the disk is full; the rows of before are then as they were.
+    warning; a file without a column "step" becomes metrics.damaged.csv. OSError if the disk is full; the rows of before are
+    then as they were.
     """
 
     def __init__(self, folder: str | Path):
@@ -73,6 +74,11 @@ class RunLog(Logger):
         rows = []
         if self.path.exists():
             names, found = read_rows(self.path)
+            if "step" not in names:
+                other = self.path.with_suffix(".damaged.csv")
+                os.replace(self.path, other)
+                rank_zero_warn(f"{self.path} has no column step, so it is damaged: kept as {other}, and begun anew")
+                names, found = (), []
             self.columns += [name for name in names if name not in self.columns]
             rows = [row for row in found if before is None or int(row["step"]) < before]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +93,7 @@ def read_rows(path: Path) -> tuple[Sequence[str], list[dict[str, str]]]:
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(line[:LONGEST].replace("\0", "?") for line in file)
         rows = list(reader)
-    whole = [row for row in rows if row.get("step", "").isdigit() and all(map(_is_value, row.values()))]
+    whole = [row for row in rows if (row.get("step") or "").isdigit() and all(map(_is_value, row.values()))]
     if len(whole) < len(rows):
         rank_zero_warn(f"{path}: {len(rows) - len(whole)} of {len(rows)} rows are damaged and left out")
     return reader.fieldnames or [], whole

@@ -5,8 +5,10 @@
 2    a wrong argument or an unusable file, said in one line, or a training loss that is not finite; repeating does not help
 75   another process of the same run was lost; the same command continues
 130, 138, 143    stopped by Ctrl-C, SIGUSR1 or SIGTERM; the same command continues
+141  what read the output has gone; files are whole
 """
 
+import os
 import signal
 import sys
 import threading
@@ -33,6 +35,7 @@ def run(
     The word --debug shows tracebacks instead.
     """
     words, debug = [word for word in words if word != "--debug"], "--debug" in words
+    _open_streams()
     if debug:
         command(words)
         return
@@ -41,6 +44,7 @@ def run(
     before = {number: signal.signal(number, end) for number in heard}
     try:
         command(words)
+        _flush(program)
     except (*ERRORS, *errors) as error:
         _exit(f"{program}: error: {cause(error)}", 2)
     except LostProcess as error:
@@ -60,6 +64,28 @@ def end(number: int, frame: object = None) -> None:
         f"stopped by {signal.Signals(number).name}; files are whole, and the same command continues a run or a folder",
         128 + number,
     )
+
+
+def _open_streams() -> None:
+    """Those that were closed lead nowhere, and what the terminal has no letters for is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the life of the process)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush(program: str) -> None:
+    """Say if what was printed cannot be written; the work is done by then."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        _exit(f"{program}: done, but its output cannot be written: {error.strerror}", 2)
 
 
 def _exit(text: str, code: int) -> None:

@@ -145,14 +145,14 @@ class ArrayFile(Source):
 
     def __init__(self, path: Path, place: str):
         arrays = {"x": _mapped(path, place)} if path.suffix == ".npy" else raw_arrays(path, ["x"], ["labels"], _name(place))
-        self.x, self._labels = _channels_last(np.asarray(arrays["x"]), place), arrays.get("labels")
+        self.x, self._labels = _channels_last(arrays["x"], place), arrays.get("labels")
         self.names = [f"{path}[{i}]" for i in range(len(self.x))]
 
     def read(self, i: int) -> np.ndarray:
         return np.asarray(self.x[i])
 
     def labels(self) -> Labels | None:
-        return None if self._labels is None else np.asarray(self._labels).reshape(-1).tolist()
+        return None if self._labels is None else self._labels.reshape(-1).tolist()
 
 
 class Torchvision(Source):

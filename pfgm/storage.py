@@ -7,17 +7,18 @@ unnoticed.
 import errno
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pfgm.atomic import PARTIAL, DamagedError, check_stamp, replacing, save_torch, stamp
-from pfgm.intake import UNREADABLE, RefusedError, check_safetensors, load_torch, read_text
+from pfgm.atomic import DamagedError, check_stamp, replacing, replacing_all, save_torch, stamp
+from pfgm.intake import UNREADABLE, RefusedError, check_network, check_safetensors, load_torch, read_text
+
+M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 2
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -81,23 +82,9 @@ def check_seal(checkpoint: Mapping[str, Any], path: object = "the checkpoint") -
 
 def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any], previous: str | Path | None = None) -> None:
     """Write a Lightning `checkpoint`, stamped and as a whole. What was at `path` becomes `previous`, if that is given."""
-    with replacing(path) as temporary:
+    with replacing(path, previous) as temporary:
         save_torch(temporary, checkpoint)
         stamp(temporary)
-        if previous is not None and Path(path).exists():
-            _rename(Path(path), Path(previous))
-
-
-def _rename(path: Path, other: Path) -> None:
-    """`path` as `other`, and until it is replaced under its own name as well, if the file system has links."""
-    link = other.with_name(f"{PARTIAL}{other.name}")
-    try:
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-    except OSError:
-        os.replace(path, other)
-    else:
-        os.replace(link, other)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -116,8 +103,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except DamagedError as error:
         raise DamagedCheckpointError(f"{error}; {_remedy(path)}") from error
     except UNREADABLE as error:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
-            raise  # of the machine, and of today: the file may be whole
+        if _is_of_today(error):
+            raise
         # Not torch's own words: they advise to load the file without weights_only.
         raise DamagedCheckpointError(
             f"{path} cannot be read: truncated, altered or not a checkpoint ({type(error).__name__}); {_remedy(path)}"
@@ -130,18 +117,41 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _is_of_today(error: Exception) -> bool:
+    """Whether it is an error of the machine, and the file may be whole."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL))
+
+
 def _remedy(path: Any) -> str:
     beside = Path(str(path)).with_name(PREVIOUS)
     return f"use another copy, such as {beside}" if beside.exists() and beside != Path(str(path)) else "use another copy"
 
 
+def restored(make: Callable[[], M], state: Mapping[str, Tensor], place: object) -> M:
+    """The module that `make` makes of a file's description, with the weights `state`. CheckpointError about `place` if they do
+    not match, are not finite, or if it cannot be made; ValueError for class paths that are not trusted."""
+    try:
+        check_network(make, state, place)
+        module = make()
+        module.load_state_dict(state)
+    except RefusedError as error:
+        raise CheckpointError(str(error)) from error
+    except (RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError) as error:
+        raise CheckpointError(f"{place}: what it describes cannot be made ({type(error).__name__}: {error})") from error
+    return module
+
+
 def write_export(folder: str | Path, flow: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write `folder`/config.json (strict JSON) and `folder`/model.safetensors, each as a whole."""
+    """Write `folder`/config.json (strict JSON) and `folder`/model.safetensors.
+
+    Both are on the disk before they take their places, one right after the other. If the process is killed between the two
+    over an older export, loading says so.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors, parts = _plain(state), {"format": FORMAT, "flow": flow}
     config = json.dumps(parts | {"digest": digest(parts | {"tensors": tensors})}, indent=2, allow_nan=False)
-    with replacing(folder / "model.safetensors") as weights, replacing(folder / "config.json") as text:
+    with replacing_all([folder / "config.json", folder / "model.safetensors"]) as (text, weights):
         _save(weights, tensors)
         text.write_text(config + "\n")
 
@@ -226,9 +236,9 @@ def _readable(place: object, remedy: str) -> Iterator[None]:
         yield
     except RefusedError as error:
         raise CheckpointError(str(error)) from error
-    except FileNotFoundError:
-        raise
     except (*UNREADABLE, SafetensorError) as error:
+        if _is_of_today(error):
+            raise
         raise CheckpointError(f"{place} cannot be read: truncated or altered ({type(error).__name__}); {remedy}") from error
 
 

@@ -305,7 +305,7 @@ def test_training_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_checkpoi
     monkeypatch.setattr(
         PFGM, "_loss", lambda self, batch, stream: whole(self, batch, stream) * (math.nan if self.global_step > 2 else 1)
     )
-    with pytest.raises(NonFiniteLoss, match=r"last 32 steps, to step 34.*loss nan .*The last checkpoint is good"):
+    with pytest.raises(NonFiniteLoss, match=r"last 32 steps, to step 34.*loss nan .*The last checkpoint is of before"):
         fit(tmp_path, "--trainer.max_steps=60")
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
 
