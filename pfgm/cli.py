@@ -121,7 +121,7 @@ class TrainCLI(LightningCLI):
         """ValueError for a seed that is none, before it is set."""
         super().parse_arguments(parser, args)
         seed = self.config[self.config.subcommand].seed_everything
-        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+        if not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything = {seed}: give a whole number from 0 to {2**32 - 1}")
 
     def before_instantiate_classes(self) -> None:
@@ -136,7 +136,7 @@ class TrainCLI(LightningCLI):
         fitting, run_dir = self.subcommand == "fit", self._get(self.config, "run_dir")
         if not run_dir:
             raise ValueError("run_dir is empty; give a folder such as runs/mine")
-        check_trainer(config)
+        check_trainer(config, fitting)
         if config["enable_progress_bar"] is not False:
             config["callbacks"] = [*(config["callbacks"] or []), StepProgressBar()]
         if config["logger"] is False and fitting:
@@ -191,9 +191,9 @@ class TrainCLI(LightningCLI):
         self.trainer.predict(Draw(last, options), DataLoader(range(1), batch_size=None), return_predictions=False)  # type: ignore
 
 
-def check_trainer(config: Any) -> None:
+def check_trainer(config: Any, fitting: bool) -> None:
     """ValueError for settings of the trainer that Lightning would stumble over, or worse, later."""
-    for name, lowest in SMALLEST.items():
+    for name, lowest in (SMALLEST | ({} if fitting else {"max_steps": -1})).items():
         value = config.get(name)
         if isinstance(value, str) or (isinstance(value, (int, float)) and not value >= lowest):
             raise ValueError(f"trainer.{name} = {value}: give a number >= {lowest}")

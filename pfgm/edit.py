@@ -157,6 +157,8 @@ def interpolate(
         raise ValueError(f"images = {images}, seeds = {seeds}: give one of them")
     if images == []:
         raise ValueError("images is empty: give two or more")
+    if images is not None and temperature != 1:
+        raise ValueError(f"temperature = {temperature}: it is for random samples, not for images; leave it out")
     check_points(points)
     flow = load(checkpoint, check_device(device), ema, trust)
     check_strip(out, flow.shape)

@@ -164,6 +164,8 @@ def fit_classifier(
         loss.backward()
         optimizer.step()
         schedule.step()
+    if not all(bool(torch.isfinite(p).all()) for p in net.parameters()):
+        raise ValueError(f"lr = {lr}: the weights are not finite after {steps} steps; give a lower one")
     return net.eval()
 
 

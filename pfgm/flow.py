@@ -29,6 +29,7 @@ from pfgm.sampler import (
     check_finite_samples,
     check_levels,
     check_max_calls,
+    check_shape,
     check_start,
     seed_pairs,
 )
@@ -79,8 +80,7 @@ class PoissonFlow(nn.Module):
         start: str = "hemisphere",
     ):
         super().__init__()
-        if not len(shape) or min(shape) < 1:
-            raise ValueError(f"shape = {tuple(shape)}: give whole numbers >= 1, one for each dimension of a sample")
+        check_shape(shape)
         check_levels(sigma_min, sigma_max)
         check_positive("sigma_data", sigma_data)
         check_positive("scale", scale)
@@ -368,6 +368,7 @@ class PoissonFlow(nn.Module):
         default = {} if options.keys() & SolverOptions.__annotations__.keys() else {"preset": "reference"}
         return self.sampler(**(default | options)).asking(given.denoiser()), given.network_label  # type: ignore[typeddict-item]
 
+    @checked
     def save_pretrained(self, folder: str | Path) -> None:
         """Export to `folder`: config.json (valid JSON, also for D = inf) and model.safetensors; `pfgm.load` reads it."""
         storage.write_export(folder, self.config, self.state_dict())

@@ -168,8 +168,8 @@ class _Copy:
         return type(value)(self.of(item, depth + 1) for item in value)
 
     def _tensor(self, value: Tensor) -> Tensor:
-        stored = min(value.untyped_storage().nbytes(), self.total)
-        if value.layout != torch.strided or value.is_meta or value.numel() * value.itemsize > stored:
+        plain = value.layout == torch.strided and not value.is_meta
+        if not plain or value.numel() * value.itemsize > min(value.untyped_storage().nbytes(), self.total):
             raise RefusedError(f"{self.place}: a tensor {tuple(value.shape)} is larger than what is stored of it")
         return value
 

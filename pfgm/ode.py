@@ -58,6 +58,11 @@ class CountedDenoiser:
             raise OutOfCalls
         point = x.to(self.dtype)
         denoised = self.denoiser(point, sigma) if self.label is None else self.denoiser(point, sigma, self.label)
+        if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
+            got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
+            raise SolverError(
+                f"denoiser returned {got} for x of shape {tuple(x.shape)}; it must return the denoised x, of its shape"
+            )
         self.calls += price
         self.level = float(level.max()) if isinstance(level, Tensor) else level
         if not bool(torch.isfinite(denoised).all()):

@@ -105,6 +105,8 @@ def look_at(path: str, size: int | None, labels: bool | str, skip_damaged: bool)
     except ValueError:
         if not path.endswith(ARRAYS) or not isinstance(labels, bool):
             raise
+        if size is not None:
+            raise ValueError(f"size = {size}: {path} holds no images; leave it out") from None
         return Arrays(Path(path), labels=labels)
     forms = Survey.of(source).forms.values()
     if size is None and len({(form.height, form.width) for form in forms}) > 1:

@@ -113,6 +113,7 @@ class Sampler:
         check_levels(sigma_min, sigma_max)
         check_positive("sigma_data", sigma_data)
         check_start(start)
+        check_shape(shape)
         check_positive("temperature", temperature)
         check_churn(self.solver, s_churn, s_tmin, s_tmax)
         self.denoiser, self.kernel, self.shape = denoiser, kernel, tuple(shape)
@@ -309,6 +310,12 @@ def _natural(name: str, value: Any) -> int:
     if not 0 <= number < 2**32:  # above, numpy's SeedSequence would take it for two counters
         raise ValueError(f"{name} has the value {number}; it must not be negative, and below 2^32")
     return number
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """ValueError unless samples can have this shape."""
+    if not len(shape) or min(shape) < 1:
+        raise ValueError(f"shape = {tuple(shape)}: give whole numbers >= 1, one for each dimension of a sample")
 
 
 def check_start(start: str) -> None:

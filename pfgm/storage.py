@@ -148,7 +148,10 @@ def write_export(folder: str | Path, flow: Mapping[str, Any], state: Mapping[str
     over an older export, loading says so.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"folder = {folder} cannot be made: {error.strerror}; give another") from error
     tensors, parts = _plain(state), {"format": FORMAT, "flow": flow}
     config = json.dumps(parts | {"digest": digest(parts | {"tensors": tensors})}, indent=2, allow_nan=False)
     with replacing_all([folder / "config.json", folder / "model.safetensors"]) as (text, weights):

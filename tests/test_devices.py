@@ -211,6 +211,11 @@ def test_a_folder_holds_samples_of_one_kind(export, tmp_path, capsys):
         draw(other, tmp_path / "a", "--preset=fast")
     assert "flow: " in capsys.readouterr().err
     assert content(tmp_path / "a") == before
+    guided = ["--preset=fast", "--n=null", "--batch_size=2", "--labels=1", f"--guide={export / 'images'}", "--guidance=[1,8]"]
+    draw(export, tmp_path / "guided", *guided, "--seeds=0,1")
+    with pytest.raises(SystemExit, match="2"):
+        draw(export, tmp_path / "guided", *guided, "--seeds=1,0")
+    assert "seeds: 0,1 -> 1,0" in capsys.readouterr().err
     draw(export, tmp_path / "a", "--preset=fast", "--seed=1")
     assert len(content(tmp_path / "a")) == 22 + 21, "samples of other seeds may join"
 
@@ -269,6 +274,21 @@ def test_shares_that_are_none_are_named(text, export, tmp_path, capsys):
         draw(export, tmp_path / "a", f"--share={text}")
     assert "share = " in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_numbers_of_processes_that_are_none_are_named(monkeypatch):
+    for rank, world in (("5", "2"), ("0", "0")):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", "0")):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"RANK = {rank}, WORLD_SIZE = {world}: .* unset them"):
+            Share.found()
+
+
+@pytest.mark.parametrize("devices", ["-1", "two", "1.5", "0", "[0,1,2]", "99"])
+def test_devices_that_are_none_are_named(devices, tmp_path):
+    for command in ("fit", "predict"):
+        with pytest.raises(ValueError, match=r"trainer\.devices = .*; give a number from 1 to"):
+            cli.main([command, *kills.command(tmp_path, "denoising", 5)[1:], f"--trainer.devices={devices}"])
 
 
 def test_several_processes_need_a_folder(export, tmp_path, capsys):

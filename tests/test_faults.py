@@ -4,27 +4,38 @@ import contextlib
 import csv
 import gc
 import os
+import platform
 import random
 import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 import pfgm
-from benchmarks.faulty import damage, draws, hostile_data, hostile_models, inputs, kills, lines, strangers
+from benchmarks.faulty import damage, draws, hostile, hostile_data, hostile_models, inputs, kills, lines, strangers
 from benchmarks.faulty.forks import forks
-from pfgm import cli, output, plot, rundir, shell, storage
-from pfgm.atomic import replacing
+from pfgm import cli, commands, draw, output, plot, rundir, shell, storage
+from pfgm.atomic import DamagedError, check_stamp, replacing
+from pfgm.checkpointing import Stopped
 from pfgm.intake import load_torch
+from pfgm.kernel import StudentTKernel
 from pfgm.module import PFGM
-from pfgm.runlog import RunLog
+from pfgm.ode import SolverError
+from pfgm.runlog import RunLog, read_rows
+from pfgm.sampler import Sampler
 from pfgm.skips import NonFiniteLoss
+from pfgm.typed import ArgumentTypeError, checked
 
 
 @pytest.mark.parametrize("objective", kills.OBJECTIVES)
@@ -95,6 +106,38 @@ def test_one_process_writes_to_a_folder_and_a_dead_one_is_replaced(tmp_path):
         pass
 
 
+def test_a_lock_ends_with_its_block_and_its_owner_is_named_while_it_begins(tmp_path, monkeypatch):
+    lock = FileLock(tmp_path / ".lock")
+    monkeypatch.setattr(rundir, "PATIENCE", 0.1)
+    (tmp_path / ".owner").write_text(f"process 999999999 on {platform.node()}, since yesterday")
+    lock.acquire(timeout=0)
+    (tmp_path / ".owner").unlink()
+    with pytest.raises(BlockingIOError, match="in use by another process; wait"), rundir.held(tmp_path):
+        pass
+    (tmp_path / ".owner").write_text("")
+    with pytest.raises(BlockingIOError, match="in use by another process; wait"), rundir.held(tmp_path):
+        pass
+    lock.release()
+    with rundir.held(tmp_path), pytest.raises(Timeout):
+        FileLock(tmp_path / ".lock").acquire(timeout=0)
+    FileLock(tmp_path / ".lock").acquire(timeout=0)
+    assert not (tmp_path / ".owner").exists()
+
+
+def test_a_run_clears_what_a_killed_one_left(tmp_path):
+    left = [tmp_path / name / ".partial-x" for name in ("checkpoints", "grids", "averages")]
+    for path in left:
+        path.parent.mkdir()
+        path.write_text("")
+    rundir.clear(tmp_path)
+    assert not any(path.exists() for path in left)
+    left[0].write_text("")
+    for name in ("grids", "averages"):
+        (tmp_path / name).rmdir()
+    cli.main(kills.command(tmp_path, "denoising", 2))
+    assert not left[0].exists()
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
@@ -137,6 +180,52 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_resumed(harm, run, tmp
     assert f"Resuming from {path.with_name('previous.ckpt')} instead" in told
     assert kills.fingerprint(tmp_path / "run") == kills.fingerprint(run)
     assert path.with_name("damaged.ckpt").exists()
+
+
+def test_each_byte_of_a_large_file_counts(tmp_path):
+    path = tmp_path / "a.ckpt"
+    storage.write_checkpoint(path, {"x": torch.zeros(2**20)})
+    whole = path.read_bytes()
+    for place in (0, 2**20 + 1, 2**21 + 7, len(whole) - 300, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(DamagedError):
+            check_stamp(path)
+    path.write_bytes(whole)
+    check_stamp(path)
+
+
+@pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
+def test_weights_that_a_step_ruined_replace_no_good_ones(tmp_path):
+    run = [*kills.command(tmp_path, "denoising", 40), "--model.lr=1e38", "--model.warmup_steps=0"]
+    with pytest.raises(NonFiniteLoss, match=r"At step \d+ sample .*The last checkpoint is of before, and is kept.* --run_dir"):
+        cli.main(run)
+    for path in (tmp_path / "checkpoints").iterdir():
+        assert all(bool(torch.isfinite(p).all()) for p in pfgm.load(path, ema=False).parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
+def test_checkpoints_wait_for_a_step_that_is_finite(tmp_path, monkeypatch):
+    """And a signal leaves the one of before, from which the same command resumes to the same end."""
+    whole, seen = PFGM._loss, []
+
+    def bad(self, batch, stream):
+        if self.global_step == 12 and stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(storage.read_checkpoint(rundir.checkpoint_path(run))["global_step"])
+        return whole(self, batch, stream) * (torch.nan if 8 <= batch["step"] < 13 else 1)
+
+    monkeypatch.setattr(PFGM, "_loss", bad)
+    for name, stops in (("whole", (False,)), ("run", (True, False))):
+        for stop in stops:
+            run = tmp_path / name
+            seen.clear()
+            with pytest.raises(Stopped, match="after step 5") if stop else contextlib.nullcontext():
+                cli.main([*kills.command(run, "denoising", 20), "--trainer.val_check_interval=100"])
+            if stop:
+                assert set(seen[-5:]) == {5}
+            elif name == "whole":
+                assert [seen[k] for k in (5, 9, 12, 13, 14, 15, 16)] == [5, 5, 5, 5, 14, 15, 15]
+    assert kills.fingerprint(tmp_path / "whole") == kills.fingerprint(tmp_path / "run")
 
 
 def test_two_damaged_checkpoints_are_no_run(run, tmp_path):
@@ -208,8 +297,47 @@ def test_there_is_a_last_checkpoint_at_each_moment(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", look)
             storage.write_checkpoint(last, {"k": k}, previous)
+        (tmp_path / ".partial-previous.ckpt").write_text("of a killed process")
     assert seen == [False, True] + 8 * [True]
     assert [load_torch(path, path) for path in (last, previous)] == [{"k": 3}, {"k": 2}]
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"last\.ckpt cannot be written: No space left on device"):
+        storage.write_checkpoint(last, {"k": 4}, previous)
+    assert [load_torch(path, path) for path in (last, previous)] == [{"k": 3}, {"k": 2}]
+
+
+def test_an_export_is_replaced_when_both_its_files_are_written(tmp_path, monkeypatch):
+    hostile.flow().save_pretrained(tmp_path / "a")
+    before = draws.content(tmp_path / "a")
+    sync, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"config\.json, .*model\.safetensors cannot be written: .*unchanged"):
+        hostile.flow().save_pretrained(tmp_path / "a")
+    assert draws.content(tmp_path / "a") == before
+    with pytest.raises(OSError, match=r"folder = .*config\.json/b cannot be made: Not a directory; give another"):
+        hostile.flow().save_pretrained(tmp_path / "a" / "config.json" / "b")
+
+
+def test_exports_that_cannot_be_read_now_are_not_called_damaged(tmp_path, monkeypatch):
+    hostile.flow().save_pretrained(tmp_path / "a")
+
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(storage, "check_safetensors", fail)
+    with pytest.raises(PermissionError):
+        pfgm.load(tmp_path / "a")
 
 
 @contextlib.contextmanager
@@ -308,6 +436,21 @@ def test_the_log_keeps_its_rows_on_a_full_disk_and_drops_torn_ones(tmp_path):
         ]
 
 
+@pytest.mark.parametrize("header", ["qtep,train_loss,lr", "1,0.5,0.1"])
+def test_a_log_whose_header_is_lost_is_kept_aside(header, tmp_path):
+    (tmp_path / "metrics.csv").write_text(f"{header}\n1,0.5,0.1\n2,0.25,0.1\n")
+    with pytest.warns(UserWarning, match="damaged"):
+        RunLog(tmp_path).log_metrics({"train_loss": 0.125}, 3)
+    assert (tmp_path / "metrics.damaged.csv").read_text().endswith("2,0.25,0.1\n")
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1:] == ["3,0.125,,,,"]
+
+
+def test_short_rows_are_left_out(tmp_path):
+    (tmp_path / "metrics.csv").write_text("train_loss,step\n0.5,1\n0.25\n")
+    with pytest.warns(UserWarning, match="1 of 2 rows"):
+        assert read_rows(tmp_path / "metrics.csv")[1] == [{"train_loss": "0.5", "step": "1"}]
+
+
 def kill_by(number):
     def command(words):
         os.kill(os.getpid(), number)
@@ -354,6 +497,75 @@ def test_a_test_that_a_signal_stops_ends_with_its_code(number, run, monkeypatch,
     assert f"stopped by {signal.Signals(number).name}; " in capsys.readouterr().err
 
 
+def test_signals_that_are_ignored_stay_so_and_threads_hear_none():
+    """As those of a job in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        shell.run("x.py", lambda words: os.kill(os.getpid(), signal.SIGINT), [])
+        with ThreadPoolExecutor() as pool:
+            pool.submit(shell.run, "x.py", lambda words: None, []).result()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_errors_of_a_draw_are_for_the_user(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        shell.run("x.py", fail(SolverError("too stiff")), [])
+    assert capsys.readouterr().err == "x.py: error: too stiff\n"
+
+
+def test_output_that_goes_nowhere_is_no_defect(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        patch.setattr(sys, "stderr", None)
+        shell.run("x.py", lambda words: print("a"), [])
+        sys.stdout.close()
+        sys.stderr.close()
+    with Path("/dev/full").open("w", encoding="ascii") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit, match="2"):
+            shell.run("x.py", lambda words: print("é"), [])
+    assert capsys.readouterr().err == "x.py: done, but its output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_ctrl_c_while_libraries_are_imported_ends_at_once(program):
+    process = subprocess.Popen([sys.executable, kills.ROOT / program, "nothing"], stderr=subprocess.PIPE, text=True)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trainer.log_every_n_steps=0"], r"trainer\.log_every_n_steps = 0: give a number >= 1"),
+        (["--trainer.limit_train_batches=0"], r"trainer\.limit_train_batches = 0\.0: nothing would be done"),
+        (["--trainer.max_epochs=0"], r"trainer\.max_epochs = 0: nothing would be done"),
+        (["--seed_everything=-1"], "seed_everything = -1: give a whole number from 0"),
+        (["--seed_everything=4294967296"], "seed_everything = 4294967296: give a whole number from 0"),
+    ],
+)
+def test_settings_with_which_nothing_can_be_done_are_named(words, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        cli.main([*kills.command(tmp_path, "denoising", 5), *words])
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a:\n\t- b", b"[1, 2]", b"x: [", b"a: &a [*a"])
+@pytest.mark.parametrize("words", [["train.py", "fit"], ["train.py", "features"], ["sample.py"]], ids=" ".join)
+def test_configurations_that_are_none_are_named(words, content, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content)
+    program, *rest = [*words, "--config", str(path)]
+    monkeypatch.setattr(sys, "argv", [program, *rest])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run() if program == "train.py" else commands.main(rest)
+    told = capsys.readouterr().err
+    assert re.fullmatch(rf"{program}: error: config = {path} (is no YAML|holds no settings).*\n", told), told
+
+
 def test_debug_shows_the_traceback_and_is_no_word_of_the_command():
     with pytest.raises(ZeroDivisionError):
         shell.run("x.py", fail(ZeroDivisionError()), ["--debug"])
@@ -377,6 +589,37 @@ def test_killed_draws_go_on_as_if_nothing_had_happened(tmp_path):
     counts = draws.chain(tmp_path / "draws", kills=4, seed=2)
     assert counts["kills"] >= 4
     assert counts["different"] == counts["torn"] == counts["failed"] == 0
+
+
+def test_what_no_number_or_word_is_does_not_pass_for_one():
+    @checked
+    def f(n: int = 0, name: Literal["a", 1] = "a", pair: tuple[float, float] = (0.0, 1.0), x: torch.Tensor | None = None):
+        return True
+
+    assert f(3, 1, np.array([1.0, 2.0]), torch.ones(1))
+    for bad in ({"n": True}, {"name": True}, {"pair": np.ones(3)}, {"pair": [1.0]}, {"x": torch.ones(1, dtype=torch.cfloat)}):
+        with pytest.raises(ArgumentTypeError, match=f"{next(iter(bad))} = .*: give"):
+            f(**bad)
+
+
+@pytest.mark.parametrize("text", ["0-99999999999", "1,5-1", "5-", "-3", "1,,2", ""])
+def test_seeds_that_are_none_are_named(text):
+    with pytest.raises(ValueError, match=re.escape(f"seeds = {text!r}: give numbers and rising ranges")):
+        draw.parse_seeds(text)
+
+
+def test_no_input_is_written_over_by_another_name(tmp_path):
+    (tmp_path / "below").mkdir()
+    with pytest.raises(ValueError, match="is also read; choose another name"):
+        output.check_other_file(tmp_path / "below" / ".." / "a.npz", tmp_path / "a.npz")
+
+
+def test_denoisers_return_the_shape_that_they_get():
+    for denoiser in (lambda x, sigma: x[:1], lambda x, sigma: None):
+        with pytest.raises(SolverError, match=r"denoiser returned .* for x of shape \(3, 4\)"):
+            Sampler(denoiser, StudentTKernel(8.0), shape=(4,), sigma_min=0.1, sigma_max=1.0).sample(3)
+    with pytest.raises(ValueError, match=r"shape = \(-2,\)"):
+        Sampler(lambda x, sigma: x, StudentTKernel(8.0), shape=(-2,), sigma_min=0.1, sigma_max=1.0)
 
 
 def test_odd_arguments_are_named():

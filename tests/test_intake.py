@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.faulty import hostile_data, hostile_models
+from benchmarks.faulty import hostile, hostile_data, hostile_models
 from benchmarks.faulty.hostile import labelled, zipped
 from pfgm import intake
 from pfgm.draw import read_mask
-from pfgm.files import read_inputs
+from pfgm.files import load_arrays, read_inputs
+from pfgm.images import ImageError, read_pixels
 from pfgm.intake import RefusedError, load_torch, opened_zip
+from pfgm.spec import build
 from pfgm.storage import read_tensors
 
 REASONS = {
@@ -26,6 +28,9 @@ REASONS = {
     "array file: lists in lists": "are more than 1000000",
     "array file: deep lists": "nested more than 100 deep",
     "array file: a ring": "nested more than 100 deep",
+    "array file: a million dicts": "makes more than 1000000 values",
+    "array file: other methods": "is larger than what is stored of it",
+    "array file: entries that share their bytes": "its entries share their bytes",
     "array file: a large pickle": "far more than tensors need",
     "array file: old format before an archive": "is a zip archive in something else",
     "array file: an archive before an archive": "is a zip archive in something else",
@@ -34,9 +39,15 @@ REASONS = {
     "export: a wide network": "the weights do not match the network",
     "export: a deep network": "describes a network of more parts than it has weights",
     "export: a huge shape": "the weights do not match the network",
+    "export: a filter of 20000 taps": r"describes a network with 3\.2e\+03 MB beside its weights",
+    "export: a header of a gigabyte": r"claims a header of 1e\+03 MB",
+    "export: numbers beyond their type": "are not finite; use an earlier checkpoint",
     "export: weights that are NaN": "are not finite; use an earlier checkpoint",
     "export: long JSON": "has 10 MB, or is no file; at most 8.39 MB are read",
     "features: a header of a gigabyte": r"claims a header of 1e\+03 MB",
+    "features: a negative width": "what it describes cannot be made",
+    "grids: a pipe": "or is no file; at most",
+    "input: a TIFF of one tile of a gigabyte": "its tiles are larger than an image may be",
     "averages: a long header": "claims a header of 20 MB",
     "npz: a shape of terabytes": r"claims the shape \(1000000000000,\) of float32, but has only 192 bytes",
     "npz: a negative shape": r"claims the shape \(-4,\) of float32",
@@ -71,6 +82,53 @@ def test_archives_of_torch_pass_and_what_is_added_to_them_does_not(tmp_path):
         path.write_bytes(spoiled)
         with pytest.raises(RefusedError, match="a zip archive in something else"):
             load_torch(path, "a.pt")
+
+
+def test_nothing_but_weights_is_read(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(torch, "load", lambda path, **options: given.update(options) or {"x": [1, True, None, (2.5, "a")]})
+    (tmp_path / "a.pt").write_bytes(hostile_models._tensor(b"\1"))
+    assert load_torch(tmp_path / "a.pt", "a.pt") == {"x": [1, True, None, (2.5, "a")]}
+    assert given == {"map_location": "cpu", "weights_only": True}
+    for value in ({1, 2}, torch.nn.Linear(1, 1), torch.zeros(2, device="meta"), torch.eye(3).to_sparse()):
+        monkeypatch.setattr(torch, "load", lambda path, value=value, **options: [value])
+        with pytest.raises(RefusedError, match=r"no tensor or plain value|larger than what is stored"):
+            load_torch(tmp_path / "a.pt", "a.pt")
+
+
+@pytest.mark.parametrize("path", ["pfgm_evil.nn.Net", "benchmarks.faulty.payload.Net", "pfgm.nn.blocks.Resample"])
+def test_class_paths_end_at_a_dot_and_name_what_is_made_to_be_stored(path):
+    """A module that is trusted trusts no other whose name begins so, and parts of networks are no networks."""
+    message = "is not a class that" if path.startswith("pfgm.") else "is outside pfgm"
+    with pytest.raises(ValueError, match=message):
+        build({"class_path": path, "init_args": {}}, trust=["benchmarks.faulty.pay", "bench"], kind=torch.nn.Module)
+
+
+def test_one_image_alone_is_checked_too(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(hostile_data.png(7_150, 7_150))
+    with pytest.raises(ImageError, match="7150 x 7150 pixels are too many"):
+        read_pixels(path)
+    path = tmp_path / "a.zip"
+    images = {f"{k}.png": hostile_data._encoded("PNG", k) for k in range(3)}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in (images | {"large.png": bytes(2**26 + 1)}).items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match=r"large\.png \(it would unpack to 67\.1 MB\)"):
+        hostile.images(path)
+
+
+def test_tensors_of_any_kind_of_numbers_are_read_as_plain_ones(tmp_path):
+    x = torch.randn(5, 4, requires_grad=True)
+    torch.save({1: x, "x": x.bfloat16()}, tmp_path / "a.pt")
+    found = load_arrays(tmp_path / "a.pt", ["x"])["x"]
+    assert torch.equal(found, x.detach().bfloat16().float())
+    assert not found.requires_grad
+    with pytest.raises(ValueError, match=r"has no array 'y', only \['1', 'x'\]"):
+        load_arrays(tmp_path / "a.pt", ["y"])
+    torch.save({"x": torch.randn(5, 3, 4, 4).bfloat16()}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="holds float32; images are uint8"):
+        hostile.images(tmp_path / "b.pt")
 
 
 def test_the_end_of_archives_of_more_than_4_gb_is_found(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ class Hostile:
     @property
     def quick(self) -> bool:
         """Whether it is made within a second."""
-        return "largest" not in self.name and "a bomb" not in self.name
+        return not any(slow in self.name for slow in ("largest", "a bomb", "a million", "a gigabyte"))
 
 
 def flow() -> PoissonFlow:

@@ -69,6 +69,7 @@ def _arrays() -> Iterator[Hostile]:
     yield Hostile(
         "npz: a bomb beside the data", lambda folder: bomb(folder / "a.npz", "y.npy", head, {"x.npy": numbers}), samples
     )
+    yield Hostile("npz: a bomb with ballast", _ballast, condition)
     yield Hostile("npz: NaN", written("a.npz", zipped({"x.npy": with_nan})), samples)
     yield Hostile("npz: NaN in a condition", written("a.npz", zipped({"x.npy": with_nan})), condition)
     yield Hostile("npz: elsewhere", written("a.npz", zipped({"../../escaped.npy": numbers})), samples, True)
@@ -76,8 +77,15 @@ def _arrays() -> Iterator[Hostile]:
     yield Hostile("latents: empty", lambda folder: _npz(folder, latents), latents_of)
     two = {name: np.zeros(2) for name in ("t", "level", "plane", "D")}
     yield Hostile("latents: nonsense", lambda folder: _npz(folder, two), latents_of)
+    yield Hostile("grids: a pipe", lambda folder: _pipe(folder) / "a.png", grids)
     for name, content in {"deep JSON": b"[" * 10**5, "long JSON": b" " * 10**7, "a list": b"[1]", "bytes": bytes(99)}.items():
         yield Hostile(f"grids: {name}", written("a.json", content), grids)
+
+
+def _ballast(folder: Path) -> Path:
+    """Zeros that are unpacked to 90 times as much, as real data may be to a few."""
+    head = npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({HUGE // 16}, 4), }}", b"")
+    return bomb(folder / "a.npz", "x.npy", head, {"y.npy": npy("{}", os.urandom(HUGE // 100))})
 
 
 def _npz(folder: Path, arrays: dict[str, Any]) -> Path:
@@ -116,6 +124,14 @@ def _tiff(width: int, height: int) -> bytes:
     return b"II*\x00" + struct.pack("<I", 72) + bytes(64) + struct.pack("<H", len(tags)) + body + bytes(4)
 
 
+def _tiled(side: int) -> bytes:
+    """A TIFF of 4 x 4 pixels in a tile of side x side."""
+    data = zlib.compress(bytes(side**2), 1)
+    tags = [(256, 4), (257, 4), (258, 8), (259, 8), (262, 1), (277, 1), (322, side), (323, side), (324, 8), (325, len(data))]
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\x00" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + body + bytes(4)
+
+
 def _pictures() -> Iterator[Hostile]:
     script = f"(%pipe%touch {CANARY}) (w) file closefile"
     eps = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n{script}\nshowpage\n".encode()
@@ -146,6 +162,7 @@ def _pictures() -> Iterator[Hostile]:
         "a BMP of 3600 million pixels": bytes(large),
         "a TIFF of 3600 million pixels": _tiff(60_000, 60_000),
         "a TIFF whose strips are missing": _tiff(4_000, 4_000),
+        "a TIFF of one tile of a gigabyte": _tiled(2**15),
         "floats": _floats(),
     }
     for name, content in files.items():

@@ -1,5 +1,6 @@
 """Hostile checkpoints, exports and weights."""
 
+import copy
 import io
 import json
 import math
@@ -18,8 +19,11 @@ import pfgm
 from benchmarks.faulty.hostile import CANARY, Call, Hostile, averages, flow, samples, written
 from pfgm import storage
 from pfgm.data import ImageDataModule
+from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.features import load_features
+from pfgm.flow import PoissonFlow
 from pfgm.module import PFGM
+from pfgm.nn import UNet
 
 
 def _calls() -> Iterator[tuple[str, bytes]]:
@@ -58,6 +62,30 @@ def torch_zip(data: bytes, records: dict[str, bytes] | None = None, compressed: 
         for name, content in ({"data.pkl": data, "version": b"3\n", "byteorder": b"little"} | (records or {})).items():
             archive.writestr(f"archive/{name}", content)
     return out.getvalue()
+
+
+def _shared() -> bytes:
+    """Forty entries of a table of contents for one record."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("archive/data.pkl", tensor_pickle(250_000, (500, 500), (500, 1)))
+        archive.writestr("archive/data/0", bytes(10**6))
+        first = archive.getinfo("archive/data/0")
+        for k in range(1, 40):
+            other = copy.copy(first)
+            other.filename = other.orig_filename = f"archive/data/{k}"
+            archive.filelist.append(other)
+            archive.NameToInfo[other.filename] = other
+    return out.getvalue()
+
+
+def _other_items() -> bytes:
+    """A tensor that is larger than what is stored of it, in a dict whose `items` are others."""
+    evil = tensor_pickle(16, (10**5, 10**5), (0, 0))
+    begin = evil.index(b"X\x01\x00\x00\x00x")
+    tensor = evil[begin : evil.rindex(b"s.")]
+    state = b"}X\x05\x00\x00\x00items" + b"ccollections\nOrderedDict\nsb"
+    return b"\x80\x02ccollections\nOrderedDict\n)R" + tensor + b"s" + state + b"."
 
 
 def tensor_pickle(numel: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
@@ -103,6 +131,9 @@ def _torch_files() -> Iterator[Hostile]:
         "lists in lists": torch_zip(pickle.dumps(laugh, 2)),
         "deep lists": torch_zip(b"\x80\x02" + b"]" * 900 + b"a" * 899 + b"."),
         "a ring": torch_zip(pickle.dumps(ring, 2)),
+        "a million dicts": torch_zip(b"\x80\x02](" + b"}" * (2**23 - 8) + b"e."),
+        "other methods": torch_zip(_other_items(), {"data/0": bytes(64)}),
+        "entries that share their bytes": _shared(),
         "a large pickle": torch_zip(b"\x80\x02](" + b"}" * (2**23 + 1) + b"e."),
         "a huge integer": torch_zip(pickle.dumps({"x": 10**100_000}, 2)),
         "old format": _old_format(),
@@ -169,6 +200,9 @@ def _descriptions() -> Iterator[Hostile]:
         )
     weights = {key: value.clone().fill_(math.nan) for key, value in good.state_dict().items()}
     yield Hostile("export: weights that are NaN", lambda folder: _export(folder, good.config, weights), pfgm.load)
+    yield Hostile("export: a filter of 20000 taps", _taps, pfgm.load)
+    for name, header in {"a header of a gigabyte": struct.pack("<Q", 10**9) + b"{}", "numbers beyond their type": None}.items():
+        yield Hostile(f"export: {name}", lambda folder, h=header: _weights(folder, h), pfgm.load)
     text = '{"format": 2, "flow": ' + "[" * 200_000
     yield Hostile("export: deep JSON", lambda folder: _export(folder, good.config, {}, text), pfgm.load)
     yield Hostile("export: long JSON", lambda folder: _export(folder, good.config, {}, " " * 10**7), pfgm.load)
@@ -178,6 +212,28 @@ def _export(folder: Path, config: dict[str, Any], state: Any, text: str | None =
     storage.write_export(folder, config, state)
     if text is not None:
         (folder / "config.json").write_text(text)
+    return folder
+
+
+def _taps(folder: Path) -> Path:
+    """What a network makes beside its weights, from a short description."""
+    net = UNet((1, 8, 8), 0, 0, width=8, blocks=1)
+    whole = PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), 8.0, shape=(1, 8, 8), sigma_min=0.01, sigma_max=40.0)
+    config = json.loads(json.dumps(whole.config))
+    config["denoiser"]["init_args"]["net"]["init_args"]["resample_filter"] = [1] * 20_000
+    return _export(folder, config, whole.state_dict())
+
+
+def _weights(folder: Path, content: bytes | None) -> Path:
+    """An export with other weights; by default doubles that are no floats."""
+    good = flow()
+    _export(
+        folder,
+        good.config,
+        {key: torch.full_like(value, 1e300, dtype=torch.double) for key, value in good.state_dict().items()},
+    )
+    if content is not None:
+        (folder / "model.safetensors").write_bytes(content)
     return folder
 
 
@@ -199,6 +255,10 @@ def _tensor_files() -> Iterator[Hostile]:
         "a wide network": {
             "class_path": "pfgm.features.Classifier",
             "init_args": {"channels": 1, "classes": 2, "width": 10**6},
+        },
+        "a negative width": {
+            "class_path": "pfgm.features.Classifier",
+            "init_args": {"channels": 1, "classes": 2, "width": -1},
         },
     }.items():
         yield Hostile(f"features: {name}", lambda folder, s=spec: _classifier(folder, s), load_features)
