@@ -142,8 +142,8 @@ def test_more_processes_than_cores_are_refused():
     settings = {"max_steps": 1, "val_check_interval": 5, "accumulate_grad_batches": 1, "accelerator": "cpu"}
     for devices in (9999, "9999"):
         with pytest.raises(ValueError, match=r"trainer\.devices = 9999"):
-            cli.check_trainer(settings | {"devices": devices})
-    cli.check_trainer(settings | {"devices": "auto"})
+            cli.check_trainer(settings | {"devices": devices}, fitting=True)
+    cli.check_trainer(settings | {"devices": "auto"}, fitting=True)
 
 
 def test_a_new_process_draws_the_same_samples(tmp_path):
