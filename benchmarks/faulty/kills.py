@@ -160,6 +160,8 @@ def chain(folder: Path, objective: str, kills: int, seed: int, steps: int = 60, 
             codes = kill(launch(command(run, objective, steps), ranks), run, moment, chance, length)
             if any(codes):
                 counts.update({"kills": 1, moment: 1, "unexpected": not set(codes) <= EXPECTED})
+                if not set(codes) <= EXPECTED:
+                    print(f"{run}, {moment}: exit codes {codes}", file=sys.stderr)
                 _look(run, counts)
                 continue
         counts["failed"] += finish(command(run, objective, steps), ranks) != 0

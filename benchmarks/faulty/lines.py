@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -24,6 +25,9 @@ WORDS += ["{}", "[1,2,3]", "[[1,2],[3]]", "/dev/null", "..", "x/y/z", "nothing.n
 WORDS += ["export", "\t", "os.system", "pfgm.nn.UNet", "torch.nn.Linear", "{class_path: os.system}", "é", "--", "-h", "@x"]
 WORDS += ["!!x", "{class_path: pfgm.nn.UNet}"]
 NO_YAML = ["[1, 2]", "a: [", "\0", "x", "- a\n- b", "&a [*a]", "!!python/object/apply:os.system ['touch canary']"]
+
+PATIENCE = 20
+"""Seconds for a line."""
 
 Line = tuple[str, list[str]]
 
@@ -104,10 +108,20 @@ def spoil_yaml(path: Path, chance: random.Random) -> None:
     path.write_text(text)
 
 
+class AtWork(BaseException):
+    """A line does what it says for longer than is waited for, such as a run of a trillion steps."""
+
+
+def _end(*_: object) -> None:
+    raise AtWork
+
+
 def attempt(line: Line) -> tuple[str, str]:
-    """ "done", "named" (one error, exit code 2), or what went wrong; and the end of what was said."""
+    """ "done" or at it, "named" (one error, exit code 2), or what went wrong; and the end of what was said."""
     program, words = line
     out, error = io.StringIO(), io.StringIO()
+    before = signal.signal(signal.SIGALRM, _end)
+    signal.alarm(PATIENCE)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -118,10 +132,15 @@ def attempt(line: Line) -> tuple[str, str]:
                 cli.run()
         except SystemExit as end:
             code = end.code or 0
+        except AtWork:
+            code = 0
         except BaseException as other:
             return "traceback", f"{type(other).__name__}: {other}"
         else:
             code = 0
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
     said = error.getvalue()
     last = said.strip().rpartition("\n")[2].rpartition("\r")[2]
     if "Traceback" in said or code == 1:
