@@ -13,7 +13,7 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal
 
 # Python >= 3.11 and pip are all it takes; a second run installs only what pyproject.toml changed.
 .venv/installed: pyproject.toml

@@ -28,7 +28,8 @@ def killed_runs(folder: Path, tries: int, seed: int) -> Iterator[Row]:
         counts = kills.chain(folder / objective, objective, tries // len(kills.OBJECTIVES), seed)
         yield _chain(f"training runs killed ({objective})", counts)
     counts = kills.chain(folder / "ranks", "Poisson field", max(1, tries // 8), seed, ranks=2)
-    yield _chain("one of the two processes of a training run killed", counts)
+    what, tried, found = _chain("one of the two processes of a training run killed", counts)
+    yield what, tried, f"{found}; {counts['waited']} others stopped that waited for one killed before it came"
 
 
 def _chain(what: str, counts: Counter) -> Row:

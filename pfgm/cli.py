@@ -314,18 +314,19 @@ def command(words: list[str]) -> None:
     except RuntimeError as error:
         if _is_of_ranks(error):
             raise shell.LostProcess(
-                f"another process of this run ended ({str(error).strip().splitlines()[-1][:200]}). Look for its error; the "
-                "same command resumes from the last checkpoint"
+                f"another process of this run ended, or never came ({str(error).strip().splitlines()[-1][:200]}). Look for its "
+                "error; the same command resumes from the last checkpoint"
             ) from error
         raise
     _leave()
 
 
 def _is_of_ranks(error: RuntimeError) -> bool:
-    """Whether the connection to the other ranks failed; gloo's errors have no class of their own."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    """Whether the connection to the other ranks failed, or could not be made; gloo's errors have no class of their own."""
+    if not torch.distributed.is_available():
         return False
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+    gloo = torch.distributed.is_initialized() and "gloo" in str(error).lower()
+    return gloo or isinstance(error, torch.distributed.DistError)
 
 
 def _leave() -> None:

@@ -8,7 +8,7 @@ import torch
 from benchmarks.faulty.forks import PRELOAD
 
 PRELOAD.append("pytest")  # the main module, which each process would import again
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the suite runs in as many processes as there are cores
 
 
 @pytest.fixture(autouse=True)

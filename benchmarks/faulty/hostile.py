@@ -99,20 +99,22 @@ class Call:
         return self.function, self.arguments
 
 
-def written(name: str, content: bytes) -> Callable[[Path], Path]:
+def written(name: str, content: bytes | Callable[[], bytes]) -> Callable[[Path], Path]:
+    """What writes a file, whose content may be made then."""
+
     def make(folder: Path) -> Path:
-        (folder / name).write_bytes(content)
+        (folder / name).write_bytes(content() if callable(content) else content)
         return folder / name
 
     return make
 
 
-def zipped(entries: dict[str, bytes]) -> bytes:
-    """A zip archive."""
+def zipped(entries: dict[str, Any]) -> bytes:
+    """A zip archive of contents, or of what makes them."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in entries.items():
-            archive.writestr(name, content)
+            archive.writestr(name, content() if callable(content) else content)
     return out.getvalue()
 
 

@@ -1,5 +1,6 @@
 """Hostile arrays, images, archives and tables."""
 
+import functools
 import io
 import math
 import os
@@ -143,16 +144,16 @@ def _pictures() -> Iterator[Hostile]:
     Image.new("RGB", (4, 4)).save(text, "PNG", pnginfo=notes)
     jpeg, good = _encoded("JPEG"), {f"{k}.png": _encoded("PNG", k) for k in range(9)}
     frame = jpeg.index(b"\xff\xc0")
-    files = {
+    files: dict[str, bytes | Callable[[], bytes]] = {
         "3600 million pixels": png(60_000, 60_000),
         "four times 10^18 pixels": png(2**31 - 1, 2**31 - 1),
         "89 million pixels": png(9_400, 9_400),
         "51 million pixels": png(7_150, 7_150),
         "no pixels": png(0, 0),
         "fewer data than pixels": png(4, 4),
-        "a bomb of data": png(4, 4, data=bytes(10**8)),
+        "a bomb of data": lambda: png(4, 4, data=bytes(10**8)),
         "a bomb of text": text.getvalue(),
-        "a bomb of colours": png(4, 4, chunks=_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8)))),
+        "a bomb of colours": lambda: png(4, 4, chunks=_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8)))),
         "PostScript": eps,
         "an icon": _encoded("ICO"),
         "a PDF": _encoded("PDF"),
@@ -162,13 +163,14 @@ def _pictures() -> Iterator[Hostile]:
         "a BMP of 3600 million pixels": bytes(large),
         "a TIFF of 3600 million pixels": _tiff(60_000, 60_000),
         "a TIFF whose strips are missing": _tiff(4_000, 4_000),
-        "a TIFF of one tile of a gigabyte": _tiled(2**15),
+        "a TIFF of one tile of a gigabyte": lambda: _tiled(2**15),
         "floats": _floats(),
     }
     for name, content in files.items():
         harmless = name in ("a bomb of data", "a bomb of colours")  # which the decoder does not unpack
         yield Hostile(f"folder: {name}", _among(written("a.png", content)), images, harmless)
-        yield Hostile(f"zip: {name}", written("a.zip", zipped(good | {"a.png": content})), images, harmless)
+        archive = functools.partial(zipped, good | {"a.png": content})
+        yield Hostile(f"zip: {name}", written("a.zip", archive), images, harmless)
         yield Hostile(f"input: {name}", written("a.png", content), picture, harmless)
     yield Hostile("folder: a pipe", _among(_pipe), images, True)
     yield Hostile("folder: a device", _among(_link("/dev/zero")), images, True)

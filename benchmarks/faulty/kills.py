@@ -35,7 +35,7 @@ OBJECTIVES = {
     "denoising": ["--model.loss=pfgm.loss.DenoisingLoss", "--model.D=128"],
 }
 MOMENTS = ("at random", "while saving", "while drawing a grid", "signal")
-GRACE, ENDLESS = 60.0, 1000
+GRACE, ENDLESS = 20.0, 1000
 EXPECTED = {0, LOST} | {code for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1) for code in (-number, 128 + number)}
 """Exit codes of the processes of a run of which one was sent a signal, perhaps before it listened."""
 
@@ -86,7 +86,7 @@ def finish(arguments: Sequence[str], ranks: int = 1) -> int:
 
 
 def _ends(processes: Sequence[multiprocessing.Process], patience: float | None) -> list[int]:
-    """Exit codes; ENDLESS of a process that had to be stopped after so many seconds."""
+    """Exit codes; ENDLESS of a process that had to be stopped after so many seconds, as torchrun does."""
     codes = []
     for process in processes:
         process.join(patience)
@@ -156,11 +156,13 @@ def chain(folder: Path, objective: str, kills: int, seed: int, steps: int = 60, 
     while True:
         run = folder / f"run {counts['runs']}"
         if counts["kills"] < kills:
-            moment = chance.choice(MOMENTS)
+            moment, before = chance.choice(MOMENTS), reached(run)
             codes = kill(launch(command(run, objective, steps), ranks), run, moment, chance, length)
             if any(codes):
-                counts.update({"kills": 1, moment: 1, "unexpected": not set(codes) <= EXPECTED})
-                if not set(codes) <= EXPECTED:
+                waited = ranks > 1 and ENDLESS in codes and reached(run) == before  # for a process that never came
+                odd = not set(codes) <= EXPECTED | ({ENDLESS} if waited else set())
+                counts.update({"kills": 1, moment: 1, "unexpected": odd, "waited": waited})
+                if odd:
                     print(f"{run}, {moment}: exit codes {codes}", file=sys.stderr)
                 _look(run, counts)
                 continue
