@@ -1,8 +1,8 @@
 """Everything that can go wrong with a run, a file or an argument, tried often: python benchmarks/faults.py
 
 Runs are killed and compared with runs that were not, checkpoints are damaged, hostile files are read, functions and commands
-get bad arguments; all from a seed. Prints what was tried, and what became of it, as the table in the README; a quarter of an
-hour on two CPU cores.
+get bad arguments; all from a seed. Prints what was tried, and what became of it, as the table in the README; ten minutes
+on two CPU cores.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import signal
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from benchmarks.faulty.forks import PRELOAD
 
 PRELOAD.append("pytest")  # the main module, which each process would import again
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background of a script ignores
 torch.set_num_threads(1)  # the suite runs in as many processes as there are cores
 
 
