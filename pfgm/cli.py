@@ -195,7 +195,7 @@ def check_trainer(config: Any, fitting: bool) -> None:
     """ValueError for settings of the trainer that Lightning would stumble over, or worse, later."""
     for name, lowest in (SMALLEST | ({} if fitting else {"max_steps": -1})).items():
         value = config.get(name)
-        if isinstance(value, str) or (isinstance(value, (int, float)) and not value >= lowest):
+        if value is not None and not (isinstance(value, (int, float)) and value >= lowest):
             raise ValueError(f"trainer.{name} = {value}: give a number >= {lowest}")
     for name in LIMITS:
         if config.get(name) == 0:
@@ -287,7 +287,10 @@ def main(args: list[str] | None = None) -> TrainCLI:
         trainer_defaults=TRAINER_DEFAULTS,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"description": f"Train and test a Poisson flow. Before that: {', '.join(COMMANDS)} (each with --help)."},
+        parser_kwargs={
+            "description": f"Train and test a Poisson flow. Before that: {', '.join(COMMANDS)} (each with --help).",
+            "exit_on_error": False,
+        },
         args=args,
     )
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def command(words: list[str]) -> None:
     check_configs(words)
     function = COMMANDS.get(words[0]) if words else None
     prog = "sample.py" if function is None else f"sample.py {words.pop(0)}"
-    auto_cli(function or draw, args=join_pair(words), as_positional=True, prog=prog)
+    auto_cli(function or draw, args=join_pair(words), as_positional=True, prog=prog, exit_on_error=False)
 
 
 def join_pair(words: list[str]) -> list[str]:
@@ -51,9 +52,10 @@ def join_pair(words: list[str]) -> list[str]:
 
 def check_configs(words: Sequence[str]) -> None:
     """ValueError or OSError, which names it, if a file after --config cannot be read as settings."""
-    for option, word in zip(words, [*words[1:], ""], strict=True):
-        path = option.removeprefix("--config=") if "=" in option else word
-        if option.partition("=")[0] == "--config" and Path(path).is_file():  # others are for the parser
+    for word, after in pairwise([*words, ""]):
+        option, joined, value = word.partition("=")
+        path = value if joined else after
+        if option in ("--config", "-c") and Path(path).is_file():  # others are for the parser
             read_config(path)
 
 

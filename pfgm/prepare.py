@@ -128,7 +128,8 @@ COMMANDS: dict[str, Callable[..., None]] = {"features": features, "advise": advi
 
 def prepare(words: Sequence[str]) -> None:
     """Run the command that the first of `words` names with the others as its options."""
-    auto_cli(COMMANDS[words[0]], args=with_data_of(words[1:]), as_positional=words[0] == "advise", prog=f"train.py {words[0]}")
+    positional, prog = words[0] == "advise", f"train.py {words[0]}"
+    auto_cli(COMMANDS[words[0]], args=with_data_of(words[1:]), as_positional=positional, prog=prog, exit_on_error=False)
 
 
 def with_data_of(words: Sequence[str]) -> list[str]:

@@ -9,16 +9,29 @@
 """
 
 import os
+import re
 import signal
 import sys
 import threading
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 
 from pfgm.ode import SolverError
 from pfgm.spec import cause
 
-ERRORS: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, SolverError)
+ERRORS: tuple[type[Exception], ...] = (ArgumentError, ValueError, OSError, ImportError, SolverError)
 """What says which argument is wrong, and what to do."""
+WORDY = (
+    (r"<class '([^']*)'>", r"\1"),
+    (
+        r"Does not validate against any of the Union subtypes Subtypes: \[([^\]]*)\] Errors: (?:- Expected an? \S+ )+"
+        r"Given value type: \S+ Given value: ",
+        r"Expected one of [\1]. Got value: ",
+    ),
+    (r"Does not validate against any of the Union subtypes Subtypes: \[[^\]]*, NoneType\] Errors: - ", ""),
+    (r" - Expected a NoneType Given value type: .*", ""),
+)
+"""What jsonargparse says of a value that is of none of several types, or makes no object, and how that is said in a line."""
 LOST = 75
 """The exit code for `LostProcess`: EX_TEMPFAIL of sysexits.h."""
 
@@ -46,7 +59,7 @@ def run(
         command(words)
         _flush(program)
     except (*ERRORS, *errors) as error:
-        _exit(f"{program}: error: {cause(error)}", 2)
+        _exit(f"{program}: error: {_in_a_line(cause(error))}", 2)
     except LostProcess as error:
         _exit(f"{program}: {error}", LOST)
     except KeyboardInterrupt:  # of a thread, or of a library
@@ -86,6 +99,13 @@ def _flush(program: str) -> None:
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + signal.SIGPIPE)
         _exit(f"{program}: done, but its output cannot be written: {error.strerror}", 2)
+
+
+def _in_a_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    for pattern, words in WORDY:
+        text = re.sub(pattern, words, text)
+    return text
 
 
 def _exit(text: str, code: int) -> None:

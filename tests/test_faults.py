@@ -543,6 +543,7 @@ def test_ctrl_c_while_libraries_are_imported_ends_at_once(program):
         (["--trainer.log_every_n_steps=0"], r"trainer\.log_every_n_steps = 0: give a number >= 1"),
         (["--trainer.limit_train_batches=0"], r"trainer\.limit_train_batches = 0\.0: nothing would be done"),
         (["--trainer.max_epochs=0"], r"trainer\.max_epochs = 0: nothing would be done"),
+        (["--trainer.val_check_interval={hours: 1}"], r"trainer\.val_check_interval = .*hours.*: give a number >= 1"),
         (["--seed_everything=-1"], "seed_everything = -1: give a whole number from 0"),
         (["--seed_everything=4294967296"], "seed_everything = 4294967296: give a whole number from 0"),
     ],
@@ -564,6 +565,33 @@ def test_configurations_that_are_none_are_named(words, content, tmp_path, monkey
         cli.run() if program == "train.py" else commands.main(rest)
     told = capsys.readouterr().err
     assert re.fullmatch(rf"{program}: error: config = {path} (is no YAML|holds no settings).*\n", told), told
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        ("train.py", "", 'expected "subcommand" to be one of {fit,test,predict}, but it was not provided.'),
+        ("train.py", "fit", 'Parser key "run_dir": Expected a str. Got value: None'),
+        ("train.py", "test --run_dir=a --grids.n=1", "unrecognized arguments: --grids.n=1"),
+        ("train.py", "advise", "the following arguments are required: path"),
+        (
+            "train.py",
+            "fit --run_dir=a --model.loss=pfgm.loss.PoissonFieldLoss --model.loss.noise=pfgm.noise.PoissonFlowNoise "
+            "--model.loss.noise.tau=x",
+            'Parser key "model.loss": Problem with given class_path \'pfgm.loss.PoissonFieldLoss\': Parser key "noise": '
+            "Problem with given class_path 'pfgm.noise.PoissonFlowNoise': Parser key \"tau\": Expected a float. Got value: x",
+        ),
+        ("sample.py", "", "the following arguments are required: checkpoint"),
+        ("sample.py", "a --n=x", 'Parser key "n": Expected one of [int, NoneType]. Got value: x'),
+        ("sample.py", "encode a b --c.npz", "unrecognized arguments: --c.npz"),
+        ("sample.py", "a --config", "argument --config: expected one argument"),
+    ],
+)
+def test_what_the_parser_refuses_is_said_in_one_line(program, words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program, *words.split()])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run() if program == "train.py" else commands.main()
+    assert capsys.readouterr().err == f"{program}: error: {message}\n"
 
 
 def test_debug_shows_the_traceback_and_is_no_word_of_the_command():

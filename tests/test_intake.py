@@ -1,5 +1,6 @@
 """Each hostile file is refused for its own reason, before a library opens it."""
 
+import contextlib
 import zipfile
 
 import numpy as np
@@ -156,6 +157,22 @@ def test_what_archives_unpack_to_is_bounded(tmp_path):
     path.write_bytes(zipped({"a": bytes(2**26), "b": b"1"}))
     with pytest.raises(RefusedError, match=r"a\.zip has .* MB and would unpack to 67\.1 MB"), opened_zip(path, "a.zip"):
         pass
+
+
+def test_archives_of_more_than_twenty_times_their_size_are_refused(tmp_path):
+    path = tmp_path / "a.zip"
+    for zeros, fine in ((15, True), (25, False)):
+        path.write_bytes(zipped({"a": np.random.default_rng(0).bytes(2**22) + bytes((zeros - 1) * 2**22), "b": bytes(2**24)}))
+        refused = contextlib.nullcontext() if fine else pytest.raises(RefusedError, match="would unpack to")
+        with refused, opened_zip(path, "a.zip"):
+            pass
+
+
+def test_tensors_are_as_large_as_what_is_stored_of_them():
+    for total, tensor in ((400, torch.zeros(1).expand(100)), (10, torch.zeros(100))):
+        with pytest.raises(RefusedError, match=r"a tensor \(100,\) is larger than what is stored of it"):
+            intake._Copy(total, "a").of(tensor)
+    assert intake._Copy(400, "a").of(torch.zeros(100)).shape == (100,)
 
 
 def test_labels_take_memory_in_proportion_to_images(tmp_path):

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentError
 from pathlib import Path
 
 import numpy as np
@@ -371,12 +372,16 @@ def test_bad_training_arguments_are_named_before_any_work(arguments, message, tm
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--model.colour=1"], ["--data.class_path=pfgm.data.Nothing"], ["--data.init_args.name=circle"]]
+    ("arguments", "word"),
+    [
+        (["--model.colour=1"], "colour"),
+        (["--data.class_path=pfgm.data.Nothing"], "Nothing"),
+        (["--data.init_args.name=circle"], "circle"),
+    ],
 )
-def test_unknown_keys_are_refused(arguments, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+def test_unknown_keys_are_refused(arguments, word, tmp_path):
+    with pytest.raises(ArgumentError, match=word):
         fit(tmp_path / "run", "--trainer.max_steps=1", *arguments)
-    assert arguments[0].split("=")[1] in capsys.readouterr().err or "colour" in arguments[0]
 
 
 def test_every_pass_of_the_stream_is_a_permutation_and_ranks_share_it():

@@ -5,9 +5,12 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import sys
+import traceback
 import warnings
+from argparse import ArgumentError
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+import pfgm
 from benchmarks.faulty import kills
 from benchmarks.faulty.hostile import flow
 from pfgm import cli, commands
@@ -71,14 +75,15 @@ def spoil(line: Line, chance: random.Random, configuration: Path) -> Line:
     """One or two changes to a line, or to the configuration that it names."""
     program, words = line[0], list(line[1])
     for _ in range(chance.randrange(1, 3)):
+        if not words:
+            break
         i = chance.randrange(len(words))
         key, equals, _ = words[i].partition("=")
         kind = chance.randrange(6)
         if "run.yaml" in words[-1]:
             spoil_yaml(configuration, chance)
         elif kind == 0:
-            del words[i]
-            words = words or ["-"]
+            words = words[:i] + words[i + 1 :] if chance.random() < 0.8 else words[:i]
         elif kind == 1:
             words.insert(i, chance.choice(WORDS))
         elif kind == 2 and equals:
@@ -116,6 +121,15 @@ def _end(*_: object) -> None:
     raise AtWork
 
 
+def accidental(error: BaseException | None) -> bool:
+    """Whether what a user is told was not meant for one: nobody raised it, or a library that knows nothing of arguments."""
+    if error is None or isinstance(error, (OSError, ArgumentError, SystemExit, KeyboardInterrupt)):
+        return False
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(pfgm.__file__).parent in Path(last.filename).parents
+    return not (last.line or "").startswith("raise") if ours else not re.search("jsonargparse|lightning|yaml", last.filename)
+
+
 def attempt(line: Line) -> tuple[str, str]:
     """ "done" or at it, "named" (one error, exit code 2), or what went wrong; and the end of what was said."""
     program, words = line
@@ -132,6 +146,8 @@ def attempt(line: Line) -> tuple[str, str]:
                 cli.run()
         except SystemExit as end:
             code = end.code or 0
+            if accidental(end.__context__):
+                return "by accident", repr(end.__context__)
         except AtWork:
             code = 0
         except BaseException as other:
