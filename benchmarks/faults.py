@@ -86,8 +86,9 @@ def bad_inputs(folder: Path, tries: int, seed: int) -> Iterator[Row]:
 
 
 def _ends(counts: Counter, fine: str) -> str:
-    other = counts["tried"] - counts[fine] - counts["named"]
-    return f"{counts[fine]} worked, {counts['named']} errors that name the argument, {other} others"
+    other = counts["tried"] - counts[fine] - counts["named"] - counts["at work"]
+    busy = f", {counts['at work']} at work after {lines.PATIENCE} s" if counts["at work"] else ""
+    return f"{counts[fine]} worked{busy}, {counts['named']} errors that name the argument, {other} others"
 
 
 def _tell(text: str) -> None:

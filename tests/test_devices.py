@@ -367,6 +367,14 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(monkeypatch):
     assert states == [(0, 0, 0.0), (1, 1, 1.0), (2, 2, 1.0)]
 
 
+def test_devices_on_the_cpu_are_processes_of_which_there_are_enough_cores():
+    for devices in (1, "2", "auto"):
+        cli.check_processes(devices, cores=2)
+    for devices in (0, 3, "-1", [0, 1], 1.5):
+        with pytest.raises(ValueError, match=r"trainer\.devices = .*: each is a process .* from 1 to 2, its cores"):
+            cli.check_processes(devices, cores=2)
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "FSDPStrategy"])
 def test_weights_that_are_shared_out_are_refused(strategy, tmp_path):
     with pytest.raises(ValueError, match=rf"trainer\.strategy = .*{strategy}: .* neither averaged .* give ddp"):

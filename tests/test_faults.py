@@ -27,7 +27,6 @@ from benchmarks.faulty import damage, draws, hostile, hostile_data, hostile_mode
 from benchmarks.faulty.forks import forks
 from pfgm import cli, commands, draw, output, plot, rundir, shell, storage
 from pfgm.atomic import DamagedError, check_stamp, replacing
-from pfgm.checkpointing import Stopped
 from pfgm.intake import load_torch
 from pfgm.kernel import StudentTKernel
 from pfgm.module import PFGM
@@ -63,20 +62,6 @@ def test_a_validation_that_was_cut_short_is_repeated_and_no_other(tmp_path, monk
     cli.main(kills.command(run, "denoising", 20))
     cli.main(kills.command(run, "denoising", 24))
     assert kills.fingerprint(run) == kills.fingerprint(whole)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_save_the_step_in_progress_and_end_with_a_code_of_their_own(number, tmp_path):
-    arguments = [*kills.command(tmp_path, "denoising", 100_000), "--checkpoint.every_n_steps=100000"]
-    arguments += ["--trainer.val_check_interval=100000", "--averages.every_n_steps=0"]
-    process = kills.start(arguments)
-    while process.is_alive() and kills.reached(tmp_path) < 20:
-        time.sleep(0.01)
-    os.kill(process.pid, number)
-    process.join(30)
-    assert process.exitcode == 128 + number
-    assert storage.read_checkpoint(rundir.checkpoint_path(tmp_path))["global_step"] == kills.reached(tmp_path) >= 20
-    assert not list(tmp_path.glob(".owner"))
 
 
 def hold(folder, ready):
@@ -122,6 +107,34 @@ def test_a_lock_ends_with_its_block_and_its_owner_is_named_while_it_begins(tmp_p
         FileLock(tmp_path / ".lock").acquire(timeout=0)
     FileLock(tmp_path / ".lock").acquire(timeout=0)
     assert not (tmp_path / ".owner").exists()
+
+
+@pytest.mark.parametrize(("number", "patience"), [(999999999, rundir.PATIENCE), (os.getpid(), 0)], ids=["dead", "living"])
+def test_a_lock_whose_owner_is_dead_is_waited_for_since_its_children_end_soon(number, patience, tmp_path, monkeypatch):
+    asked, acquire = [], FileLock.acquire
+
+    def record(self, timeout):
+        asked.append(timeout)
+        return acquire(self, timeout=0)
+
+    (tmp_path / ".owner").write_text(f"process {number} on {platform.node()}, since yesterday")
+    monkeypatch.setattr(FileLock, "acquire", record)
+    with rundir.held(tmp_path):
+        pass
+    assert asked == [patience]
+    assert patience < 60
+
+
+def test_a_folder_whose_owner_cannot_be_written_is_not_locked(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "replacing", fail)
+        with pytest.raises(OSError, match="cannot be written: No space left") as error, rundir.held(tmp_path):
+            pass
+    FileLock(tmp_path / ".lock").acquire(timeout=0)
+    assert error.value.__traceback__ is not None  # which holds the lock, so that it is not gone by itself
 
 
 def test_a_run_clears_what_a_killed_one_left(tmp_path):
@@ -192,40 +205,6 @@ def test_each_byte_of_a_large_file_counts(tmp_path):
             check_stamp(path)
     path.write_bytes(whole)
     check_stamp(path)
-
-
-@pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
-def test_weights_that_a_step_ruined_replace_no_good_ones(tmp_path):
-    run = [*kills.command(tmp_path, "denoising", 40), "--model.lr=1e38", "--model.warmup_steps=0"]
-    with pytest.raises(NonFiniteLoss, match=r"At step \d+ sample .*The last checkpoint is of before, and is kept.* --run_dir"):
-        cli.main(run)
-    for path in (tmp_path / "checkpoints").iterdir():
-        assert all(bool(torch.isfinite(p).all()) for p in pfgm.load(path, ema=False).parameters())
-
-
-@pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
-def test_checkpoints_wait_for_a_step_that_is_finite(tmp_path, monkeypatch):
-    """And a signal leaves the one of before, from which the same command resumes to the same end."""
-    whole, seen = PFGM._loss, []
-
-    def bad(self, batch, stream):
-        if self.global_step == 12 and stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-        seen.append(storage.read_checkpoint(rundir.checkpoint_path(run))["global_step"])
-        return whole(self, batch, stream) * (torch.nan if 8 <= batch["step"] < 13 else 1)
-
-    monkeypatch.setattr(PFGM, "_loss", bad)
-    for name, stops in (("whole", (False,)), ("run", (True, False))):
-        for stop in stops:
-            run = tmp_path / name
-            seen.clear()
-            with pytest.raises(Stopped, match="after step 5") if stop else contextlib.nullcontext():
-                cli.main([*kills.command(run, "denoising", 20), "--trainer.val_check_interval=100"])
-            if stop:
-                assert set(seen[-5:]) == {5}
-            elif name == "whole":
-                assert [seen[k] for k in (5, 9, 12, 13, 14, 15, 16)] == [5, 5, 5, 5, 14, 15, 15]
-    assert kills.fingerprint(tmp_path / "whole") == kills.fingerprint(tmp_path / "run")
 
 
 def test_two_damaged_checkpoints_are_no_run(run, tmp_path):
@@ -484,7 +463,7 @@ def test_commands_end_with_one_line_and_a_code(command, code, text, capsys):
         shell.run("x.py", command, ["a"], (NonFiniteLoss,))
     assert end.value.code == code
     assert re.fullmatch(text, capsys.readouterr().err.strip())
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before != shell.end
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -499,13 +478,19 @@ def test_a_test_that_a_signal_stops_ends_with_its_code(number, run, monkeypatch,
 
 def test_signals_that_are_ignored_stay_so_and_threads_hear_none():
     """As those of a job in the background of a script."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before, done = signal.signal(signal.SIGINT, signal.SIG_IGN), []
+
+    def command(words):
+        os.kill(os.getpid(), signal.SIGINT)
+        done.extend(words)
+
     try:
-        shell.run("x.py", lambda words: os.kill(os.getpid(), signal.SIGINT), [])
+        shell.run("x.py", command, ["alone"])
         with ThreadPoolExecutor() as pool:
-            pool.submit(shell.run, "x.py", lambda words: None, []).result()
+            pool.submit(shell.run, "x.py", command, ["in a thread"]).result()
     finally:
         signal.signal(signal.SIGINT, before)
+    assert done == ["alone", "in a thread"]
 
 
 def test_other_errors_of_a_draw_are_for_the_user(capsys):
@@ -555,11 +540,20 @@ def test_settings_with_which_nothing_can_be_done_are_named(words, message, tmp_p
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a:\n\t- b", b"[1, 2]", b"x: [", b"a: &a [*a"])
-@pytest.mark.parametrize("words", [["train.py", "fit"], ["train.py", "features"], ["sample.py"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.py", "fit", "--config"],
+        ["train.py", "fit", "-c"],
+        ["train.py", "features", "--config"],
+        ["sample.py", "--config"],
+    ],
+    ids=" ".join,
+)
 def test_configurations_that_are_none_are_named(words, content, tmp_path, monkeypatch, capsys):
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
-    program, *rest = [*words, "--config", str(path)]
+    program, *rest = [*words, str(path)]
     monkeypatch.setattr(sys, "argv", [program, *rest])
     with pytest.raises(SystemExit, match="2"):
         cli.run() if program == "train.py" else commands.main(rest)
@@ -656,6 +650,21 @@ def test_odd_arguments_are_named():
     assert counts["tried"] == 150
     assert not told, told
     assert counts["named"] > 75
+
+
+@pytest.mark.parametrize(
+    ("call", "accident"),
+    [
+        (lambda: draw.parse_seeds("a"), False),
+        (lambda: commands.read_config("nowhere"), False),
+        (lambda: commands.join_pair(3), True),
+        (lambda: np.zeros(-1), True),
+    ],
+)
+def test_errors_that_nobody_raised_for_a_user_are_told_from_others(call, accident):
+    with pytest.raises((ValueError, TypeError, OSError)) as error:
+        call()
+    assert lines.accidental(error.value) == accident
 
 
 def test_spoiled_command_lines_end_in_one_line(tmp_path):

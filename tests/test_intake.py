@@ -32,7 +32,7 @@ REASONS = {
     "array file: a million dicts": "makes more than 1000000 values",
     "array file: other methods": "is larger than what is stored of it",
     "array file: entries that share their bytes": "its entries share their bytes",
-    "array file: a large pickle": "far more than tensors need",
+    "array file: a large pickle": r"has 8\.39 MB, far more than tensors need",
     "array file: old format before an archive": "is a zip archive in something else",
     "array file: an archive before an archive": "is a zip archive in something else",
     "export: a function of ours": "is not a class that a checkpoint may name",

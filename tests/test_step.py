@@ -194,14 +194,14 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
 @pytest.mark.parametrize("objective", ["PFGM", "PFGM++"])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_training_that_only_skips_stops_and_names_sample_and_level(objective, what, tmp_path, monkeypatch):
-    """32 samples in two parts of 16: one of the second part is bad in each step from step 2 on."""
+@pytest.mark.parametrize(("what", "place"), [("loss", 20), ("loss", 4), ("gradient", 20)])
+def test_training_that_only_skips_stops_and_names_sample_and_level(objective, what, place, tmp_path, monkeypatch):
+    """32 samples in two parts of 16: one of the second part, or of the first, is bad in each step from step 2 on."""
     whole, data = PFGM._loss, digits(batch_size=16)
     data.train = data.train[slice(0, 32)]
     size = OBJECTIVES[objective]["loss"].reference_size
     batch = Stream(data.train, batch_size=32, seed=0, start=0, reference_size=size).batch(4)
-    bad = int(batch["index"][20])
+    bad = int(batch["index"][place])
 
     def loss(self, batch, stream):
         values, bias = whole(self, batch, stream), self.flow.denoiser.net.last[-1].bias
@@ -232,7 +232,7 @@ def test_training_that_only_skips_stops_and_names_sample_and_level(objective, wh
     monkeypatch.setattr(owner, name, record)
     whole(module, batch, rng.TRAINING)
     level = float(re.search(r"at noise level (\S+) ", str(error.value))[1])
-    assert level == pytest.approx(float(drawn[0][20]), rel=1e-3)
+    assert level == pytest.approx(float(drawn[0][place]), rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:1 of 2 steps were skipped so far")
@@ -358,6 +358,20 @@ def test_a_run_stopped_between_two_parts_of_a_batch_is_resumed_at_a_step(parts, 
     first = [(step, i, step + (i == 3)) for step in range(4) for i in range(4)][:14]
     rest = [(step, i, step + (i == parts[1] - 1)) for step in (3, 4) for i in range(parts[1])]
     assert seen == first + rest
+
+
+def test_averages_count_optimizer_steps(tmp_path):
+    """Those of a step in four parts are those of one large batch, whose gradient is the same."""
+    found = []
+    for parts in (1, 4):
+        averages, data = PowerAverages(every_n_steps=100), digits(batch_size=32 // parts)
+        options = {"accumulate_grad_batches": parts, "precision": "64-true"}
+        train(data, model(data), 5, EMA(), averages, folder=tmp_path, **options)
+        assert averages.step == 5
+        found.append(averages.averages)
+    for width, part in found[0].items():
+        for name, value in part.items():
+            assert torch.allclose(value, found[1][width][name], rtol=1e-6, atol=1e-9), name
 
 
 def test_averages_of_a_bfloat16_model_are_in_float32(tmp_path):

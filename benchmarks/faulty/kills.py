@@ -86,7 +86,7 @@ def finish(arguments: Sequence[str], ranks: int = 1) -> int:
 
 
 def _ends(processes: Sequence[multiprocessing.Process], patience: float | None) -> list[int]:
-    """Exit codes; ENDLESS of a process that had to be stopped after so many seconds, as torchrun does."""
+    """Exit codes; ENDLESS of a process that had to be killed after so many seconds, as torchrun would."""
     codes = []
     for process in processes:
         process.join(patience)

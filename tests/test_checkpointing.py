@@ -1,0 +1,139 @@
+"""When checkpoints are written, what they never hold, and what signals do to a run."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import pfgm
+from benchmarks.faulty import kills
+from pfgm import cli, rundir, storage
+from pfgm.checkpointing import LastCheckpoint, Stopped
+from pfgm.module import PFGM
+from pfgm.skips import NonFiniteLoss
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_save_the_step_in_progress_and_end_with_a_code_of_their_own(number, tmp_path):
+    arguments = [*kills.command(tmp_path, "denoising", 100_000), "--checkpoint.every_n_steps=100000"]
+    arguments += ["--trainer.val_check_interval=100000", "--averages.every_n_steps=0"]
+    process = kills.start(arguments)
+    while process.is_alive() and kills.reached(tmp_path) < 20:
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 128 + number
+    assert storage.read_checkpoint(rundir.checkpoint_path(tmp_path))["global_step"] == kills.reached(tmp_path) >= 20
+    assert not list(tmp_path.glob(".owner"))
+
+
+@pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
+def test_weights_that_a_step_ruined_replace_no_good_ones(tmp_path):
+    run = [*kills.command(tmp_path, "denoising", 40), "--model.lr=1e38", "--model.warmup_steps=0"]
+    with pytest.raises(NonFiniteLoss, match=r"At step \d+ sample .*The last checkpoint is of before, and is kept.* --run_dir"):
+        cli.main(run)
+    for path in (tmp_path / "checkpoints").iterdir():
+        assert all(bool(torch.isfinite(p).all()) for p in pfgm.load(path, ema=False).parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
+def test_checkpoints_wait_for_a_step_that_is_finite(tmp_path, monkeypatch):
+    """And a signal leaves the one of before, from which the same command resumes to the same end."""
+    whole, seen = PFGM._loss, []
+
+    def bad(self, batch, stream):
+        if self.global_step == 12 and stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(storage.read_checkpoint(rundir.checkpoint_path(run))["global_step"])
+        return whole(self, batch, stream) * (torch.nan if 8 <= batch["step"] < 13 else 1)
+
+    monkeypatch.setattr(PFGM, "_loss", bad)
+    for name, stops in (("whole", (False,)), ("run", (True, False))):
+        for stop in stops:
+            run = tmp_path / name
+            seen.clear()
+            with pytest.raises(Stopped, match="after step 5") if stop else contextlib.nullcontext():
+                cli.main([*kills.command(run, "denoising", 20), "--trainer.val_check_interval=100"])
+            if stop:
+                assert set(seen[-5:]) == {5}
+            elif name == "whole":
+                assert [seen[k] for k in (5, 9, 12, 13, 14, 15, 16)] == [5, 5, 5, 5, 14, 15, 15]
+    assert kills.fingerprint(tmp_path / "whole") == kills.fingerprint(tmp_path / "run")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Even right after a step whose loss was finite."""
+    start = LastCheckpoint.on_train_batch_start
+
+    def ruin(self, trainer, module, *args):
+        if trainer.global_step == 7:
+            next(module.parameters()).data.view(-1)[0] = torch.inf
+        start(self, trainer, module, *args)
+
+    monkeypatch.setattr(LastCheckpoint, "on_train_batch_start", ruin)
+    with pytest.raises(NonFiniteLoss, match="weights are not finite any more at step 7"):
+        cli.main([*kills.command(tmp_path, "denoising", 20), "--checkpoint.every_n_steps=1"])
+    assert storage.read_checkpoint(rundir.checkpoint_path(tmp_path))["global_step"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
+def test_training_stops_after_32_steps_without_a_finite_loss(tmp_path, monkeypatch):
+    whole = PFGM._loss
+    monkeypatch.setattr(PFGM, "_loss", lambda self, batch, stream: whole(self, batch, stream) * torch.nan)
+    with pytest.raises(NonFiniteLoss, match="in the last 32 steps, to step 31,"):
+        cli.main([*kills.command(tmp_path, "denoising", 50), "--trainer.val_check_interval=100"])
+
+
+def signals_in_step_3(monkeypatch, number):
+    """SIGINT, so many times, in the middle of a step; what came after each."""
+    whole, after = PFGM._loss, []
+
+    def loss(self, batch, stream):
+        for _ in range(number if batch["step"] == 3 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+            after.append(self.global_step)
+        return whole(self, batch, stream)
+
+    monkeypatch.setattr(PFGM, "_loss", loss)
+    return after
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path, monkeypatch, capsys):
+    after = signals_in_step_3(monkeypatch, 2)
+    monkeypatch.setattr(sys, "argv", ["train.py", *kills.command(tmp_path, "denoising", 20)])
+    with pytest.raises(SystemExit, match="130"):
+        cli.run()
+    assert after == [3]
+    assert "stopped by SIGINT; files are whole" in capsys.readouterr().err
+    assert storage.read_checkpoint(rundir.checkpoint_path(tmp_path))["global_step"] == 0
+
+
+def test_a_signal_that_is_ignored_stops_no_run(tmp_path, monkeypatch):
+    after = signals_in_step_3(monkeypatch, 2)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        cli.main(kills.command(tmp_path, "denoising", 8))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert after == [3, 3]
+    assert storage.read_checkpoint(rundir.checkpoint_path(tmp_path))["global_step"] == 8
+
+
+def test_a_run_in_a_thread_listens_to_no_signals(tmp_path):
+    with ThreadPoolExecutor() as pool:
+        pool.submit(cli.main, kills.command(tmp_path, "denoising", 8)).result()
+    assert storage.read_checkpoint(rundir.checkpoint_path(tmp_path))["global_step"] == 8
+
+
+def test_only_the_first_rank_ends_with_the_code_of_the_signal():
+    """Lightning kills all as soon as one that it started ends with another code than 0."""
+    checkpoint = LastCheckpoint()
+    checkpoint.saved = (4, False)
+    codes = [checkpoint._stopped(SimpleNamespace(is_global_zero=first), signal.SIGUSR1).code for first in (True, False)]
+    assert codes == [138, 0]
