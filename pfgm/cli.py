@@ -20,7 +20,7 @@ from pfgm import rundir, shell, storage
 from pfgm.atomic import replacing
 from pfgm.callbacks import SampleGrid, Speed, StepProgressBar
 from pfgm.checkpointing import LastCheckpoint, Stopped
-from pfgm.commands import check_configs
+from pfgm.commands import check_configs, join_pair
 from pfgm.datamodule import DataModule
 from pfgm.draw import draw
 from pfgm.ema import EMA, PowerAverages
@@ -306,7 +306,7 @@ def command(words: list[str]) -> None:
     if words and words[0] in COMMANDS:
         prepare(words)
         return
-    sys.argv[1:] = words  # where Lightning looks, also for the processes that it starts
+    sys.argv[1:] = join_pair(words)  # where Lightning looks, also for the processes that it starts
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # Lightning 2.6 on newer torch; no user can help it
     try:
         main()

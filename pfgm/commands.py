@@ -40,14 +40,28 @@ def command(words: list[str]) -> None:
 
 
 def join_pair(words: list[str]) -> list[str]:
-    """`--inpaint image mask` as `--inpaint ["image", "mask"]`, which is how the parser reads a pair."""
-    if "--inpaint" not in words:
+    """`--inpaint image mask`, or `--draw.inpaint`, as `--inpaint ["image", "mask"]`, which is how the parser reads a pair."""
+    found = [i for i, word in enumerate(words) if word in ("--inpaint", "--draw.inpaint")]
+    if not found:
         return words
-    i = words.index("--inpaint") + 1
+    i = found[0] + 1
     pair = words[i : i + 2]
     if len(pair) < 2 or pair[0].startswith("[") or any(word.startswith("--") for word in pair):
         return words
     return [*words[:i], json.dumps(pair), *words[i + 2 :]]
+
+
+class OnceLoader(yaml.SafeLoader):
+    """Refuses a mapping with one key twice, of which the parser would take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in names:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+            names.add(key.value)
+        return node
 
 
 def check_configs(words: Sequence[str]) -> None:
@@ -62,7 +76,7 @@ def check_configs(words: Sequence[str]) -> None:
 def read_config(path: str) -> dict[str, Any]:
     """The settings in a YAML file. ValueError or OSError, which names it, if there are none."""
     try:
-        content = yaml.safe_load(read_text(Path(path), f"config = {path}"))
+        content = yaml.load(read_text(Path(path), f"config = {path}"), OnceLoader)
     except OSError as error:
         raise OSError(f"config = {path} cannot be read: {error.strerror}; give a YAML file of settings") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

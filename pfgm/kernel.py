@@ -92,11 +92,16 @@ class StudentTKernel:
 
     @checked
     def log_prob(self, x: Tensor, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """log p(x | y, sigma) in nats, [B] in float64, for `x`, `y` [B, ...] and `sigma` float or [B]."""
+        """log p(x | y, sigma) in nats, [B] in float64, for `x`, `y` [B, ...] and `sigma` float or [B].
+
+        ValueError unless sigma > 0.
+        """
         check_shapes(x, y, "y")
         difference = x.double() - y.double()
         N = difference[0].numel()
         s = per_sample(sigma, difference)
+        if not bool((s > 0).all()):
+            raise ValueError(f"sigma = {sigma}: the kernel has a density for positive numbers only")
         q = (norm(difference) / s).square()
         return _log_normalizer(self.D, N) - N * s.log() - 0.5 * power_law(q, self.D, N)
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.faulty import kills
 from benchmarks.faulty.forks import PRELOAD
 
 PRELOAD.append("pytest")  # the main module, which each process would import again
@@ -18,3 +19,11 @@ def _clean_start(monkeypatch):
     """The same global random state for every test, and no command line but the one that a test gives."""
     torch.manual_seed(0)
     monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A run of ten steps with checkpoints of its steps 5 and 10."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert kills.finish(kills.command(folder, "denoising", 10)) == 0
+    return folder

@@ -276,6 +276,7 @@ def test_what_the_readme_names_is_there():
 
 
 def test_a_pair_after_inpaint_is_joined():
-    assert join_pair(["c", "--inpaint", "a", "b", "--n", "2"]) == ["c", "--inpaint", '["a", "b"]', "--n", "2"]
+    for name in ("--inpaint", "--draw.inpaint"):
+        assert join_pair(["c", name, "a", "b", "--n", "2"]) == ["c", name, '["a", "b"]', "--n", "2"]
     for words in (["c", "--n", "2"], ["c", "--inpaint", "[a,b]"], ["c", "--inpaint", "a", "--n", "2"]):
         assert join_pair(words) == words

@@ -100,6 +100,12 @@ def test_effective_level_is_sigma_over_the_root_of_the_mean_kappa(D):
     assert float(level) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("sigma", [0.0, -1.0, torch.tensor([1.0, 0.0])])
+def test_there_is_no_density_without_noise(sigma):
+    with pytest.raises(ValueError, match=r"sigma = .*positive numbers only"):
+        StudentTKernel(1).log_prob(torch.zeros(2, 2), torch.zeros(2, 2), sigma)
+
+
 @pytest.mark.parametrize("D", [0.49, -1, 0, math.nan, "three"])
 def test_D_out_of_range_is_refused_with_its_value(D):
     with pytest.raises(ValueError, match=f"D = {D!r}|D = {D}"):

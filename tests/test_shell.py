@@ -1,0 +1,174 @@
+"""How commands end: one line, an exit code, and what is said of words and files that are none."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faulty import kills
+from pfgm import cli, commands, shell
+from pfgm.ode import SolverError
+from pfgm.skips import NonFiniteLoss
+
+
+def kill_by(number):
+    def command(words):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    return command
+
+
+def fail(error):
+    def command(words):
+        raise error
+
+    return command
+
+
+ENDS = [
+    (fail(ValueError("n = 0: give more")), 2, r"x\.py: error: n = 0: give more"),
+    (fail(OSError(28, "No space left on device", "a.npz")), 2, r"x\.py: error: .*No space left on device: 'a\.npz'"),
+    (fail(NonFiniteLoss("at step 3")), 2, r"x\.py: error: at step 3"),
+    (fail(shell.LostProcess("another process ended")), 75, r"x\.py: another process ended"),
+    (kill_by(signal.SIGINT), 130, r"stopped by SIGINT; .* the same command continues .*"),
+    (kill_by(signal.SIGTERM), 143, r"stopped by SIGTERM; .* the same command continues .*"),
+    (fail(ZeroDivisionError("division")), 1, r"x\.py: ZeroDivisionError: division\. This is a defect of pfgm: .*--debug"),
+]
+
+
+@pytest.mark.parametrize(("command", "code", "text"), ENDS)
+def test_commands_end_with_one_line_and_a_code(command, code, text, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        shell.run("x.py", command, ["a"], (NonFiniteLoss,))
+    assert end.value.code == code
+    assert re.fullmatch(text, capsys.readouterr().err.strip())
+    assert signal.getsignal(signal.SIGTERM) == before != shell.end
+
+
+def test_signals_that_are_ignored_stay_so_and_threads_hear_none():
+    """As those of a job in the background of a script."""
+    before, done = signal.signal(signal.SIGINT, signal.SIG_IGN), []
+
+    def command(words):
+        os.kill(os.getpid(), signal.SIGINT)
+        done.extend(words)
+
+    try:
+        shell.run("x.py", command, ["alone"])
+        with ThreadPoolExecutor() as pool:
+            pool.submit(shell.run, "x.py", command, ["in a thread"]).result()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == ["alone", "in a thread"]
+
+
+def test_other_errors_of_a_draw_are_for_the_user(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        shell.run("x.py", fail(SolverError("too stiff")), [])
+    assert capsys.readouterr().err == "x.py: error: too stiff\n"
+
+
+def test_output_that_goes_nowhere_is_no_defect(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        patch.setattr(sys, "stderr", None)
+        shell.run("x.py", lambda words: print("a"), [])
+        sys.stdout.close()
+        sys.stderr.close()
+    with Path("/dev/full").open("w", encoding="ascii") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit, match="2"):
+            shell.run("x.py", lambda words: print("é"), [])
+    assert capsys.readouterr().err == "x.py: done, but its output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_ctrl_c_while_libraries_are_imported_ends_at_once(program):
+    process = subprocess.Popen([sys.executable, kills.ROOT / program, "nothing"], stderr=subprocess.PIPE, text=True)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trainer.log_every_n_steps=0"], r"trainer\.log_every_n_steps = 0: give a number >= 1"),
+        (["--trainer.limit_train_batches=0"], r"trainer\.limit_train_batches = 0\.0: nothing would be done"),
+        (["--trainer.max_epochs=0"], r"trainer\.max_epochs = 0: nothing would be done"),
+        (["--trainer.val_check_interval={hours: 1}"], r"trainer\.val_check_interval = .*hours.*: give a number >= 1"),
+        (["--seed_everything=-1"], "seed_everything = -1: give a whole number from 0"),
+        (["--seed_everything=4294967296"], "seed_everything = 4294967296: give a whole number from 0"),
+    ],
+)
+def test_settings_with_which_nothing_can_be_done_are_named(words, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        cli.main([*kills.command(tmp_path, "denoising", 5), *words])
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a:\n\t- b", b"[1, 2]", b"x: [", b"a: &a [*a", b"n: 1\nn: 2"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.py", "fit", "--config"],
+        ["train.py", "fit", "-c"],
+        ["train.py", "features", "--config"],
+        ["sample.py", "--config"],
+    ],
+    ids=" ".join,
+)
+def test_configurations_that_are_none_are_named(words, content, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content)
+    program, *rest = [*words, str(path)]
+    monkeypatch.setattr(sys, "argv", [program, *rest])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run() if program == "train.py" else commands.main(rest)
+    told = capsys.readouterr().err
+    assert re.fullmatch(rf"{program}: error: config = {path} (is no YAML|holds no settings).*\n", told), told
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        ("train.py", "", 'expected "subcommand" to be one of {fit,test,predict}, but it was not provided.'),
+        ("train.py", "fit", 'Parser key "run_dir": Expected a str. Got value: None'),
+        ("train.py", "test --run_dir=a --grids.n=1", "unrecognized arguments: --grids.n=1"),
+        ("train.py", "advise", "the following arguments are required: path"),
+        (
+            "train.py",
+            "fit --run_dir=a --model.loss=pfgm.loss.PoissonFieldLoss --model.loss.noise=pfgm.noise.PoissonFlowNoise "
+            "--model.loss.noise.tau=x",
+            'Parser key "model.loss": Problem with given class_path \'pfgm.loss.PoissonFieldLoss\': Parser key "noise": '
+            "Problem with given class_path 'pfgm.noise.PoissonFlowNoise': Parser key \"tau\": Expected a float. Got value: x",
+        ),
+        ("sample.py", "", "the following arguments are required: checkpoint"),
+        ("sample.py", "a --n=x", 'Parser key "n": Expected one of [int, NoneType]. Got value: x'),
+        ("sample.py", "encode a b --c.npz", "unrecognized arguments: --c.npz"),
+        ("sample.py", "a --config", "argument --config: expected one argument"),
+    ],
+)
+def test_what_the_parser_refuses_is_said_in_one_line(program, words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program, *words.split()])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run() if program == "train.py" else commands.main()
+    assert capsys.readouterr().err == f"{program}: error: {message}\n"
+
+
+def test_debug_shows_the_traceback_and_is_no_word_of_the_command():
+    with pytest.raises(ZeroDivisionError):
+        shell.run("x.py", fail(ZeroDivisionError()), ["--debug"])
+    given = []
+    shell.run("x.py", given.extend, ["a", "--debug", "b"])
+    shell.run("x.py", given.extend, ["c"])
+    assert given == ["a", "b", "c"]
