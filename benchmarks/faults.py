@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.faulty import damage, draws, hostile_data, hostile_models, inputs, kills, lines, strangers
+from benchmarks.faulty import damage, draws, hostile_data, hostile_models, inputs, kills, lines, patience, strangers
 
 Row = tuple[str, int, str]
 
@@ -87,7 +87,7 @@ def bad_inputs(folder: Path, tries: int, seed: int) -> Iterator[Row]:
 
 def _ends(counts: Counter, fine: str) -> str:
     other = counts["tried"] - counts[fine] - counts["named"] - counts["at work"]
-    busy = f", {counts['at work']} at work after {lines.PATIENCE} s" if counts["at work"] else ""
+    busy = f", {counts['at work']} at work after {patience.SECONDS} s" if counts["at work"] else ""
     return f"{counts[fine]} worked{busy}, {counts['named']} errors that name the argument, {other} others"
 
 

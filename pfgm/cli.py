@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from pfgm.prepare import COMMANDS, prepare
 from pfgm.runlog import RunLog
 from pfgm.skips import NonFiniteLoss
 from pfgm.spec import with_defaults
+from pfgm.typed import ArgumentTypeError, check_types, is_real
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -47,7 +49,9 @@ TRAINER_DEFAULTS = {
 
 
 SMALLEST = {"max_steps": 0, "val_check_interval": 1, "accumulate_grad_batches": 1, "gradient_clip_val": 0}
-SMALLEST |= {"log_every_n_steps": 1}
+SMALLEST |= {"log_every_n_steps": 1, "check_val_every_n_epoch": 1, "num_nodes": 1}
+OBJECTS = ("accelerator", "strategy", "callbacks", "logger", "plugins", "profiler")
+"""Settings of the trainer that may be objects."""
 LIMITS = ("limit_train_batches", "limit_test_batches", "limit_predict_batches", "max_epochs")
 """Settings of the trainer with which, at 0, nothing would be done."""
 
@@ -136,14 +140,17 @@ class TrainCLI(LightningCLI):
         fitting, run_dir = self.subcommand == "fit", self._get(self.config, "run_dir")
         if not run_dir:
             raise ValueError("run_dir is empty; give a folder such as runs/mine")
-        check_trainer(config, fitting)
+        check_trainer(vars(config), fitting)
         if config["enable_progress_bar"] is not False:
             config["callbacks"] = [*(config["callbacks"] or []), StepProgressBar()]
         if config["logger"] is False and fitting:
             kwargs["logger"] = RunLog(run_dir)
         if SLURMEnvironment.detect():  # signals are for LastCheckpoint, and what comes then for the batch script
             config["plugins"] = [*(config["plugins"] or []), SLURMEnvironment(auto_requeue=False)]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            raise ValueError(f"trainer: {error}; see train.py fit --help") from error
 
     def fit(self, model: PFGM, datamodule: DataModule) -> None:
         """Resume if the run has a checkpoint, else start, from `--init_from` if given."""
@@ -191,11 +198,15 @@ class TrainCLI(LightningCLI):
         self.trainer.predict(Draw(last, options), DataLoader(range(1), batch_size=None), return_predictions=False)  # type: ignore
 
 
-def check_trainer(config: Any, fitting: bool) -> None:
+def check_trainer(config: Mapping[str, Any], fitting: bool) -> None:
     """ValueError for settings of the trainer that Lightning would stumble over, or worse, later."""
+    try:
+        check_types(pl.Trainer.__init__, {name: value for name, value in config.items() if name not in OBJECTS})
+    except ArgumentTypeError as error:
+        raise ValueError(f"trainer.{error}") from error
     for name, lowest in (SMALLEST | ({} if fitting else {"max_steps": -1})).items():
         value = config.get(name)
-        if value is not None and not (isinstance(value, (int, float)) and value >= lowest):
+        if value is not None and not (is_real(value) and value >= lowest):
             raise ValueError(f"trainer.{name} = {value}: give a number >= {lowest}")
     for name in LIMITS:
         if config.get(name) == 0:

@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from pfgm import rng
 from pfgm.collect import Wanted, collect
 from pfgm.datamodule import DataModule
 from pfgm.degrade import Degradation
@@ -72,6 +73,7 @@ class Toy(DataModule):
             raise ValueError(f"name = {name!r} is unknown; choose one of {', '.join(TOYS)}")
         if size < 1:
             raise ValueError(f"size = {size} must be at least 1")
+        seed = rng.natural("seed", seed)
         parts = [torch.tensor(TOYS[name](size, np.random.default_rng((seed, k))), dtype=torch.float32) for k in (0, 1)]
         super().__init__(Part(parts[0]), Part(parts[1]), batch_size=batch_size, seed=seed, mean=mean)
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pfgm.kernel import check_dimensions, expand, norm, per_sample, power_law
+from pfgm.kernel import check_dimensions, check_shapes, expand, norm, per_sample, power_law
 from pfgm.typed import checked
 
 BLOCK_BYTES = 2**25
@@ -112,6 +112,7 @@ def denoised_from_field(x: Tensor, z: float | Tensor, v_x: Tensor, v_z: Tensor, 
     knows 1-s = (z² + gamma R)/(R (R + gamma)) without cancellation.
     """
     gamma, height, N = float(gamma), per_sample(z, x, "z"), x[0].numel()
+    check_shapes(x, v_x, "v_x")
     v_z = per_sample(v_z, x, "v_z")
     v_norm = norm(v_x)
     n_raw = v_norm / math.sqrt(N)

@@ -28,7 +28,7 @@ def check_dimensions(D: float | str) -> float:
     """`D`, or its text, as a float; ValueError unless .5 <= D <= inf."""
     try:
         value = float(D)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"D = {D!r} is not a number; give a real number from {MIN_D} to inf") from None
     if not value >= MIN_D:
         raise ValueError(
@@ -51,7 +51,11 @@ def check_shapes(x: Tensor, y: Tensor, name: str) -> None:
 
 
 def per_sample(value: float | Tensor, like: Tensor, name: str = "sigma") -> Tensor:
-    """A float or a [B] tensor as float64 [B] on the device of `like` [B, ...]; ValueError for any other shape."""
+    """A float or a [B] tensor as float64 [B] on the device of samples `like` [B, ...]; ValueError for any other."""
+    if like.ndim < 2:
+        raise ValueError(f"x or y has the shape {tuple(like.shape)}; give samples [B, ...], single numbers as [B, 1]")
+    if not like.is_floating_point():
+        raise ValueError(f"x or y has the type {like.dtype}; give floating-point numbers")
     tensor = torch.as_tensor(value, dtype=torch.float64, device=like.device)
     if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) != len(like)):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give a float or one value for each of {len(like)} samples")
@@ -96,10 +100,10 @@ class StudentTKernel:
 
         ValueError unless sigma > 0.
         """
+        s = per_sample(sigma, x)
         check_shapes(x, y, "y")
         difference = x.double() - y.double()
         N = difference[0].numel()
-        s = per_sample(sigma, difference)
         if not bool((s > 0).all()):
             raise ValueError(f"sigma = {sigma}: the kernel has a density for positive numbers only")
         q = (norm(difference) / s).square()
@@ -115,8 +119,8 @@ class StudentTKernel:
         the sample already carries. With a denoised estimate for `source` it is an approximation.
         ValueError unless 0 < sigma <= sigma_next.
         """
-        check_shapes(x, source, "source")
         low, high = per_sample(sigma, x), per_sample(sigma_next, x, "sigma_next")
+        check_shapes(x, source, "source")
         if not bool(((low > 0) & (low <= high)).all()):
             raise ValueError(f"renoise needs 0 < sigma <= sigma_next, got sigma = {sigma}, sigma_next = {sigma_next}")
         scale = (high.square() - low.square()).sqrt()

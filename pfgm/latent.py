@@ -9,6 +9,9 @@ from torch import Tensor
 from pfgm.kernel import expand, norm
 from pfgm.typed import check_types
 
+MOST_POINTS = 10**5
+"""Of a way, which is kept in memory."""
+
 
 @dataclass
 class Latent:
@@ -30,9 +33,9 @@ class Latent:
 
 
 def check_points(points: int) -> None:
-    """ValueError unless `points` is a whole number of at least 2."""
-    if not isinstance(points, int) or points < 2:
-        raise ValueError(f"points = {points!r} must be at least 2: the two ends")
+    """ValueError unless `points` is a whole number from 2 to `MOST_POINTS`."""
+    if not isinstance(points, int) or not 2 <= points <= MOST_POINTS:
+        raise ValueError(f"points = {points!r} must be at least 2, the two ends, and at most {MOST_POINTS}")
 
 
 def interpolate(a: Latent, b: Latent, points: int) -> list[Latent]:

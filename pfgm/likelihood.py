@@ -79,8 +79,8 @@ def estimate_log_prob(
     `pfgm.solver.make_solver`. `differentiable` keeps the graph through the solver, for gradients with respect to x; the memory
     grows with the calls. ValueError for arguments out of range, SolverError if solving fails.
     """
-    if not len(x):
-        raise ValueError("x has no samples; give at least one")
+    if x.ndim < 2 or not len(x):
+        raise ValueError(f"x has the shape {tuple(x.shape)}; give samples [B, ...], one at least, single numbers as [B, 1]")
     check_levels(sigma_min, sigma_max)
     check_positive("sigma_data", sigma_data)
     if probes < 1:

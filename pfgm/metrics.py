@@ -25,7 +25,7 @@ class Points:
         self.x = x.flatten(1).double()
         if not bool(torch.isfinite(self.x).all()):
             bad = int((~torch.isfinite(self.x).all(1)).sum())
-            raise ValueError(f"{bad} of {len(x)} samples hold NaN or infinite values; nothing can be compared with them")
+            raise ValueError(f"x, y: {bad} of {len(x)} samples hold NaN or infinite values; nothing can be compared with them")
 
     @classmethod
     def of(cls, x: "Tensor | Points") -> "Points":
@@ -161,7 +161,7 @@ def copying(x: Tensor | Points, train: Tensor | Points, held_out: Tensor | Point
 def _pair(x: Tensor | Points, y: Tensor | Points) -> tuple[Points, Points]:
     a, b = Points.of(x), Points.of(y)
     if a.x.shape[1] != b.x.shape[1]:
-        raise ValueError(f"sets of {a.x.shape[1]} and of {b.x.shape[1]} numbers a sample: give two of one shape")
+        raise ValueError(f"x has {a.x.shape[1]} numbers a sample, y {b.x.shape[1]}; give two sets of one shape")
     return a, b
 
 

@@ -89,7 +89,7 @@ class PFGM(Recorded, pl.LightningModule):
             norm=data.norm if data_norm is None else data_norm,
         )
         self.lr, self.betas, self.warmup_steps, self.decay_steps = lr, betas, warmup_steps, decay_steps
-        self.label_dropout, self.seed = label_dropout, seed
+        self.label_dropout, self.seed = label_dropout, rng.natural("seed", seed)
         self._losses: list[Tensor] = []
         self._batches: list[dict[str, Any]] = []
         self._step = -1

@@ -5,8 +5,10 @@ numbers were drawn before, nor of the parts in which a batch is worked off. Resu
 accumulation then cannot change a result, and no generator state has to be saved.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +35,21 @@ Generators = torch.Generator | Sequence[torch.Generator] | Rows | None
 """One generator for a whole batch or for a part of it, one for each sample, or None for torch's global one."""
 
 
-def seed(*counters: int) -> int:
-    """An integer that is a function of the non-negative integers `counters` alone."""
-    high, low = (int(word) for word in np.random.SeedSequence(counters).generate_state(2, np.uint32))
+def natural(name: str, value: Any) -> int:
+    """`value` as an int; ValueError, which calls it `name`, unless it is a whole number from 0 to 2^32 - 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} has the value {value!r}; give whole numbers") from None
+    if not 0 <= number < 2**32:  # above, numpy's SeedSequence would take it for two counters
+        raise ValueError(f"{name} has the value {number}; it must not be negative, and below 2^32")
+    return number
+
+
+def seed(first: int, *counters: int) -> int:
+    """An integer that is a function of the natural numbers `first`, a seed, and `counters` alone. ValueError for no seed."""
+    words = np.random.SeedSequence([natural("seed", first), *counters]).generate_state(2, np.uint32)
+    high, low = map(int, words)
     return (high << 31) ^ low
 
 

@@ -6,7 +6,6 @@ batch it is drawn in.
 
 import copy
 import math
-import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -297,19 +296,9 @@ def seed_pairs(n: int | None = None, seed: int | None = None, seeds: Sequence[in
     if (n is None) == (seeds is None) or (seeds is not None and seed is not None):
         raise ValueError(f"n = {n}, seed = {seed}, seeds = {seeds}: give either a number n (and a seed for all), or seeds")
     if seeds is None:
-        one = _natural("seed", 0 if seed is None else seed)
-        return [(one, i) for i in range(_natural("n", n))]
-    return [(_natural("seeds", k), 0) for k in seeds]
-
-
-def _natural(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} has the value {value!r}; give whole numbers") from None
-    if not 0 <= number < 2**32:  # above, numpy's SeedSequence would take it for two counters
-        raise ValueError(f"{name} has the value {number}; it must not be negative, and below 2^32")
-    return number
+        one = rng.natural("seed", 0 if seed is None else seed)
+        return [(one, i) for i in range(rng.natural("n", n))]
+    return [(rng.natural("seeds", k), 0) for k in seeds]
 
 
 def check_shape(shape: Sequence[int]) -> None:
@@ -339,8 +328,8 @@ def check_finite_samples(name: str, x: Tensor) -> None:
 
 
 def check_levels(sigma_min: float, sigma_max: float) -> None:
-    """ValueError unless 0 < sigma_min < sigma_max < inf."""
-    if not 0 < sigma_min < sigma_max < math.inf:
+    """ValueError unless 1e-30 <= sigma_min < sigma_max <= 1e30."""
+    if not 1e-30 <= sigma_min < sigma_max <= 1e30:
         raise ValueError(
-            f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: noise levels must be finite, 0 < sigma_min < sigma_max"
+            f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: noise levels must be from 1e-30 to 1e30, sigma_min < sigma_max"
         )

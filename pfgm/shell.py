@@ -2,7 +2,8 @@
 
 0    done
 1    a defect of this package; --debug shows the traceback
-2    a wrong argument or an unusable file, said in one line, or a training loss that is not finite; repeating does not help
+2    a wrong argument, an unusable file or too little memory, said in one line, or a training loss that is not finite; repeating
+     does not help
 75   another process of the same run was lost; the same command continues
 130, 138, 143    stopped by Ctrl-C, SIGUSR1 or SIGTERM; the same command continues
 141  what read the output has gone; files are whole
@@ -15,6 +16,8 @@ import sys
 import threading
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+
+import torch
 
 from pfgm.ode import SolverError
 from pfgm.spec import cause
@@ -32,6 +35,8 @@ WORDY = (
     (r" - Expected a NoneType Given value type: .*", ""),
 )
 """What jsonargparse says of a value that is of none of several types, or makes no object, and how that is said in a line."""
+TOO_MUCH = r"can't allocate memory|not enough memory|Storage size calculation overflowed"
+"""What torch says if there is too little memory."""
 LOST = 75
 """The exit code for `LostProcess`: EX_TEMPFAIL of sysexits.h."""
 
@@ -58,14 +63,10 @@ def run(
     try:
         command(words)
         _flush(program)
-    except (*ERRORS, *errors) as error:
-        _exit(f"{program}: error: {_in_a_line(cause(error))}", 2)
-    except LostProcess as error:
-        _exit(f"{program}: {error}", LOST)
     except KeyboardInterrupt:  # of a thread, or of a library
         end(signal.SIGINT)
     except Exception as error:
-        _exit(f"{program}: {type(error).__name__}: {error}. This is a defect of pfgm: please report it, with --debug", 1)
+        _exit(*_last_words(program, error, errors))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -99,6 +100,30 @@ def _flush(program: str) -> None:
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + signal.SIGPIPE)
         _exit(f"{program}: done, but its output cannot be written: {error.strerror}", 2)
+
+
+def _last_words(program: str, error: Exception, errors: tuple[type[Exception], ...]) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
+    if is_of_memory(error):
+        wanted = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        return (
+            f"{program}: error: out of memory{f' ({wanted[0]})' if wanted else ''}; give a smaller batch_size (in training, "
+            "trainer.accumulate_grad_batches makes up for it), fewer samples, or a smaller network"
+        ), 2
+    if isinstance(error, (*ERRORS, *errors)):
+        return f"{program}: error: {_in_a_line(cause(error))}", 2
+    if isinstance(error, OverflowError):
+        return f"{program}: error: a number is too large ({error}); give one of 64 bits", 2
+    if isinstance(error, LostProcess):
+        return f"{program}: {error}", LOST
+    return f"{program}: {type(error).__name__}: {error}. This is a defect of pfgm: please report it, with --debug", 1
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Whether there is too little of it, on this machine or on a GPU; torch has no class for the first."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and re.search(TOO_MUCH, str(error)) is not None
+    )
 
 
 def _in_a_line(error: Exception) -> str:

@@ -210,5 +210,5 @@ def split_rows(n: int, label: Tensor | None, held_out: float, seed: int) -> tupl
         raise ValueError(f"held_out = {held_out}: of {n} samples none would be left for one of the parts; give more data")
     sizes = np.unique(np.zeros(n) if label is None else label, return_counts=True)[1]
     classes = label if sizes.min() > 1 and len(sizes) <= min(count, n - count) else None
-    train, rest = train_test_split(np.arange(n), test_size=held_out, random_state=seed, stratify=classes)
+    train, rest = train_test_split(np.arange(n), test_size=held_out, random_state=rng.natural("seed", seed), stratify=classes)
     return train, rest

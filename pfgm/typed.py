@@ -103,15 +103,24 @@ def _sequence(of: Any, length: int | None) -> tuple[Test, str]:
 
 def _is_number(value: Any, kind: type) -> bool:
     if isinstance(value, (Tensor, np.ndarray)):
-        return value.ndim == 0 and isinstance(value.item(), kind)
+        return value.ndim == 0 and _is_number(value.item(), kind)
     return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value, numbers.Integral) and -(2**63) <= int(value) < 2**63
+
+
+def is_real(value: Any) -> bool:
+    """Whether it is a number, of 64 bits if it is a whole one, perhaps inf or nan."""
+    return _is_number(value, numbers.Real) and (_is_whole(value) or not _is_number(value, numbers.Integral))
 
 
 PLAIN: dict[Any, tuple[Test, str]] = {
     type(None): (lambda value: value is None, "nothing (None)"),
     bool: (lambda value: isinstance(value, (bool, np.bool_)), "True or False"),
-    int: (lambda value: _is_number(value, numbers.Integral), "a whole number"),
-    float: (lambda value: _is_number(value, numbers.Real), "a number"),
+    int: (_is_whole, "a whole number of 64 bits"),
+    float: (is_real, "a number"),
     str: (lambda value: isinstance(value, str), "a word"),
     Path: (lambda value: isinstance(value, (str, os.PathLike)), "a path"),
     Tensor: (lambda value: isinstance(value, Tensor) and value.ndim > 0 and not value.is_complex(), "a tensor of real numbers"),

@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from benchmarks.faulty import hostile_data, hostile_models, inputs, lines, strangers
-from pfgm import commands, draw, output, plot
+from pfgm import commands, draw, field, output, plot, rng
+from pfgm.data import Digits, Toy
 from pfgm.kernel import StudentTKernel
+from pfgm.likelihood import log_prob
+from pfgm.loss import DenoisingLoss
+from pfgm.module import PFGM
+from pfgm.nn import TimeMLP
 from pfgm.ode import SolverError
 from pfgm.runlog import RunLog
 from pfgm.sampler import Sampler
@@ -48,7 +53,18 @@ def test_what_no_number_or_word_is_does_not_pass_for_one():
         return True
 
     assert f(3, 1, np.array([1.0, 2.0]), torch.ones(1))
-    for bad in ({"n": True}, {"name": True}, {"pair": np.ones(3)}, {"pair": [1.0]}, {"x": torch.ones(1, dtype=torch.cfloat)}):
+    assert f(2**63 - 1)
+    for bad in (
+        {"n": True},
+        {"n": 2**63},
+        {"n": np.array(True)},
+        {"n": -(2**63) - 1},
+        {"pair": [10**400, 1.0]},
+        {"name": True},
+        {"pair": np.ones(3)},
+        {"pair": [1.0]},
+        {"x": torch.ones(1, dtype=torch.cfloat)},
+    ):
         with pytest.raises(ArgumentTypeError, match=f"{next(iter(bad))} = .*: give"):
             f(**bad)
 
@@ -71,6 +87,54 @@ def test_denoisers_return_the_shape_that_they_get():
             Sampler(denoiser, StudentTKernel(8.0), shape=(4,), sigma_min=0.1, sigma_max=1.0).sample(3)
     with pytest.raises(ValueError, match=r"shape = \(-2,\)"):
         Sampler(lambda x, sigma: x, StudentTKernel(8.0), shape=(-2,), sigma_min=0.1, sigma_max=1.0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: StudentTKernel(4).sample(x, 1.0),
+        lambda x: StudentTKernel(4).log_prob(x, x, 1.0),
+        lambda x: StudentTKernel(4).renoise(x, x, 1.0, 2.0),
+        lambda x: field.posterior_mean(x, 1.0, x, 4.0),
+        lambda x: field.poisson_field(x, 1.0, x, 4.0),
+        lambda x: field.normalized_field(x, 1.0, x),
+        lambda x: field.denoised_from_field(x, 1.0, x, x, 0.1),
+        lambda x: log_prob(lambda x, sigma: x, StudentTKernel(4), x, sigma_min=0.1, sigma_max=1.0),
+    ],
+)
+def test_samples_without_a_dimension_of_their_own_are_named(call):
+    with pytest.raises(ValueError, match=r"x .*has the shape \(3,\); give samples \[B, \.\.\.\], .*single numbers as \[B, 1\]"):
+        call(torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_samples_of_whole_numbers_are_named(dtype):
+    with pytest.raises(ValueError, match=rf"x or y has the type {dtype}; give floating-point numbers"):
+        StudentTKernel(4).sample(torch.ones(3, 4, dtype=dtype), 1.0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda seed: Toy(seed=seed),
+        lambda seed: Digits(seed=seed),
+        lambda seed: PFGM(TimeMLP((2,), 0, 0), Toy(size=9).summary, DenoisingLoss(), seed=seed),
+        lambda seed: rng.generator(seed, 1),
+    ],
+)
+def test_seeds_of_runs_and_data_are_natural_numbers(call, seed):
+    with pytest.raises(ValueError, match=f"seed has the value {seed}; it must not be negative, and below"):
+        call(seed)
+
+
+def test_a_tensor_of_one_number_is_a_seed():
+    assert torch.equal(Toy(size=9, seed=torch.tensor(3)).train.x, Toy(size=9, seed=3).train.x)
+
+
+def test_a_field_that_is_not_like_its_points_is_named():
+    with pytest.raises(ValueError, match=r"v_x has the shape \(3, 5\)"):
+        field.denoised_from_field(torch.zeros(3, 4), 1.0, torch.zeros(3, 5), torch.ones(3), 0.1)
 
 
 def test_odd_arguments_are_named():

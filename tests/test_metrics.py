@@ -143,5 +143,5 @@ def test_blocks_do_not_matter(monkeypatch):
     by_hand = ((x[:, None] - y[None]) ** 2).sum(2).sqrt().sort(1)
     assert torch.equal(index, by_hand.indices[:, :4])
     assert torch.allclose(distance, by_hand.values[:, :4])
-    with pytest.raises(ValueError, match="sets of 3 and of 2 numbers a sample"):
+    with pytest.raises(ValueError, match="x has 3 numbers a sample, y 2; give two"):
         energy_distance(x, y[:, :2])

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.faulty import kills
 from pfgm import cli, commands, shell
@@ -32,7 +33,15 @@ def fail(error):
     return command
 
 
+SMALLER = r"give a smaller batch_size \(.*\), fewer samples, or a smaller network"
+GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB")
 ENDS = [
+    (lambda words: torch.empty(2**60), 2, rf"x\.py: error: out of memory \(tried to allocate {4 * 2**60} bytes\); {SMALLER}"),
+    (lambda words: torch.empty(2**62), 2, rf"x\.py: error: out of memory; {SMALLER}"),
+    (lambda words: bytearray(2**62), 2, rf"x\.py: error: out of memory; {SMALLER}"),
+    (fail(GPU_FULL), 2, rf"x\.py: error: out of memory \(Tried to allocate 2\.00 GiB\); {SMALLER}"),
+    (fail(OverflowError("int too large")), 2, r"x\.py: error: a number is too large \(int too large\); give one of 64 bits"),
+    (fail(RuntimeError("size mismatch")), 1, r"x\.py: RuntimeError: size mismatch\. This is a defect of pfgm: .*"),
     (fail(ValueError("n = 0: give more")), 2, r"x\.py: error: n = 0: give more"),
     (fail(OSError(28, "No space left on device", "a.npz")), 2, r"x\.py: error: .*No space left on device: 'a\.npz'"),
     (fail(NonFiniteLoss("at step 3")), 2, r"x\.py: error: at step 3"),
@@ -104,6 +113,10 @@ def test_ctrl_c_while_libraries_are_imported_ends_at_once(program):
     [
         (["--trainer.log_every_n_steps=0"], r"trainer\.log_every_n_steps = 0: give a number >= 1"),
         (["--trainer.limit_train_batches=0"], r"trainer\.limit_train_batches = 0\.0: nothing would be done"),
+        ([f"--trainer.max_steps={10**400}"], r"trainer\.max_steps = 1000+\.\.\.: give a whole number of 64 bits"),
+        (["--trainer.check_val_every_n_epoch=0"], r"trainer\.check_val_every_n_epoch = 0: give a number >= 1"),
+        ([f"--trainer.num_nodes={10**30}"], r"trainer\.num_nodes = 1000+: give a whole number of 64 bits"),
+        (["--trainer.max_time={x: 1}"], r"trainer: 'x' is an invalid keyword argument .*; see train\.py fit --help"),
         (["--trainer.max_epochs=0"], r"trainer\.max_epochs = 0: nothing would be done"),
         (["--trainer.val_check_interval={hours: 1}"], r"trainer\.val_check_interval = .*hours.*: give a number >= 1"),
         (["--seed_everything=-1"], "seed_everything = -1: give a whole number from 0"),
@@ -114,6 +127,13 @@ def test_settings_with_which_nothing_can_be_done_are_named(words, message, tmp_p
     with pytest.raises(ValueError, match=message):
         cli.main([*kills.command(tmp_path, "denoising", 5), *words])
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("max_steps", "a whole number"), ("detect_anomaly", "True or False")])
+def test_settings_that_are_nothing_in_a_file_are_named(name, kind, tmp_path):
+    (tmp_path / "a.yaml").write_text(f"trainer: {{{name}: null}}")
+    with pytest.raises(ValueError, match=rf"trainer\.{name} = None: give {kind}"):
+        cli.main([*kills.command(tmp_path / "run", "denoising", 5), f"--config={tmp_path}/a.yaml"])
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a:\n\t- b", b"[1, 2]", b"x: [", b"a: &a [*a", b"n: 1\nn: 2"])

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from benchmarks.faulty.hostile import flow
+from benchmarks.faulty.patience import AtWork, limited
 from pfgm import field, kernel, likelihood, metrics, noise
 from pfgm.augment import Augment
 from pfgm.data import Arrays, Digits, Toy
@@ -28,6 +29,7 @@ from pfgm.ode import SolverError
 from pfgm.optimal import optimize_grid
 from pfgm.posthoc import exponent
 from pfgm.sampler import Sampler
+from pfgm.shell import is_of_memory
 
 NAMED = (ValueError, TypeError, OSError, SolverError)
 
@@ -126,7 +128,7 @@ def _module(**options: Any) -> PFGM:
 def odd_values() -> st.SearchStrategy:
     """Anything a user might give."""
     numbers = st.sampled_from(
-        [0, -1, 1, 3, 1.5, -0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf, 10**30, -(2**63), True, 2j]
+        [0, -1, 1, 3, 1.5, -0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf, 10**15, 10**30, 10**400, -(2**63), True, 2j]
     )
     words = st.sampled_from(["", "3", "nan", "none", "../x", "\0", "ab3", "é" * 50])
     nothing = st.sampled_from([True, None, (), [], {}, set(), [None], [[1, 2], [3]], {"x": 1}, b"1", object(), len, float])
@@ -158,9 +160,9 @@ def calls(draw: Any, known: dict[str, Target]) -> tuple[str, dict[str, Any], lis
 
 
 def outcome(call: Callable[..., Any], arguments: dict[str, Any], changed: list[str]) -> tuple[str, str]:
-    """ "result", "named", or what went wrong; and what was said."""
+    """ "result", "at work" still, out "of memory", "named", or what went wrong; and what was said."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), limited():
             warnings.simplefilter("ignore")
             call(**arguments)
     except NAMED as error:
@@ -168,7 +170,11 @@ def outcome(call: Callable[..., Any], arguments: dict[str, Any], changed: list[s
         return (
             "named" if any(name in text for name in (*arguments, "data", str(arguments.get("path")))) else "not named"
         ), f"{type(error).__name__}: {text}"
+    except AtWork:
+        return "at work", ""
     except Exception as error:
+        if is_of_memory(error):
+            return "of memory", ""
         return "traceback", f"{type(error).__name__}: {error}"
     return "result", ""
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import signal
 import sys
 import traceback
 import warnings
@@ -22,16 +21,15 @@ from PIL import Image
 import pfgm
 from benchmarks.faulty import kills
 from benchmarks.faulty.hostile import flow
+from benchmarks.faulty.patience import AtWork, limited
 from pfgm import cli, commands
+from pfgm.shell import is_of_memory
 
 WORDS = ["", "0", "-1", "1.5", "nan", "inf", "-inf", "1e999", "99999999999999999999", "none", "null", "true", "[]", "[1"]
 WORDS += ["{}", "[1,2,3]", "[[1,2],[3]]", "/dev/null", "..", "x/y/z", "nothing.npy", "a.npy", "bad.npy", "a.png", "b.ckpt"]
 WORDS += ["export", "\t", "os.system", "pfgm.nn.UNet", "torch.nn.Linear", "{class_path: os.system}", "é", "--", "-h", "@x"]
-WORDS += ["!!x", "{class_path: pfgm.nn.UNet}"]
+WORDS += ["!!x", "{class_path: pfgm.nn.UNet}", "1000000000000000", "9" * 400]
 NO_YAML = ["[1, 2]", "a: [", "\0", "x", "- a\n- b", "&a [*a]", "!!python/object/apply:os.system ['touch canary']"]
-
-PATIENCE = 20
-"""Seconds for a line."""
 
 Line = tuple[str, list[str]]
 
@@ -95,7 +93,8 @@ def spoil(line: Line, chance: random.Random, configuration: Path) -> Line:
 
 def spoil_yaml(path: Path, chance: random.Random) -> None:
     """Write a configuration with one setting changed, or text that is none."""
-    config = yaml.safe_load((kills.ROOT / "configs" / "heart.yaml").read_text()) | {"run_dir": "new"}
+    few, all_there_are = kills.ROOT / "configs" / "heart.yaml", Path("run/config.yaml")
+    config = yaml.safe_load(chance.choice([few, all_there_are]).read_text()) | {"run_dir": "new"}
     config["trainer"] |= {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False}
     config["data"]["init_args"] = (config["data"].get("init_args") or {}) | {"size": 50, "batch_size": 8}
     section: dict = config
@@ -111,17 +110,9 @@ def spoil_yaml(path: Path, chance: random.Random) -> None:
     path.write_text(text)
 
 
-class AtWork(BaseException):
-    """A line does what it says for longer than is waited for, such as a run of a trillion steps."""
-
-
-def _end(*_: object) -> None:
-    raise AtWork
-
-
 def accidental(error: BaseException | None) -> bool:
     """Whether what a user is told was not meant for one: nobody raised it, or a library that knows nothing of arguments."""
-    if error is None or isinstance(error, (OSError, ArgumentError, SystemExit, KeyboardInterrupt)):
+    if error is None or isinstance(error, (OSError, ArgumentError, SystemExit, KeyboardInterrupt)) or is_of_memory(error):
         return False
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(pfgm.__file__).parent in Path(last.filename).parents
@@ -132,16 +123,15 @@ def attempt(line: Line) -> tuple[str, str]:
     """ "done", "at work" still, "named" (one error, exit code 2), or what went wrong; and the end of what was said."""
     program, words = line
     out, error = io.StringIO(), io.StringIO()
-    before = signal.signal(signal.SIGALRM, _end)
-    signal.alarm(PATIENCE)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            if program == "sample":
-                commands.main(words)
-            else:
-                sys.argv = ["train.py", *words]
-                cli.run()
+            with limited():
+                if program == "sample":
+                    commands.main(words)
+                else:
+                    sys.argv = ["train.py", *words]
+                    cli.run()
         except SystemExit as end:
             code = end.code or 0
             if accidental(end.__context__):
@@ -152,9 +142,6 @@ def attempt(line: Line) -> tuple[str, str]:
             return "traceback", f"{type(other).__name__}: {other}"
         else:
             code = 0
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
     said = error.getvalue()
     last = said.strip().rpartition("\n")[2].rpartition("\r")[2]
     if "Traceback" in said or code == 1:
