@@ -50,8 +50,6 @@ TRAINER_DEFAULTS = {
 
 SMALLEST = {"max_steps": 0, "val_check_interval": 1, "accumulate_grad_batches": 1, "gradient_clip_val": 0}
 SMALLEST |= {"log_every_n_steps": 1, "check_val_every_n_epoch": 1, "num_nodes": 1}
-OBJECTS = ("accelerator", "strategy", "callbacks", "logger", "plugins", "profiler")
-"""Settings of the trainer that may be objects."""
 LIMITS = ("limit_train_batches", "limit_test_batches", "limit_predict_batches", "max_epochs")
 """Settings of the trainer with which, at 0, nothing would be done."""
 
@@ -201,7 +199,7 @@ class TrainCLI(LightningCLI):
 def check_trainer(config: Mapping[str, Any], fitting: bool) -> None:
     """ValueError for settings of the trainer that Lightning would stumble over, or worse, later."""
     try:
-        check_types(pl.Trainer.__init__, {name: value for name, value in config.items() if name not in OBJECTS})
+        check_types(pl.Trainer.__init__, config)
     except ArgumentTypeError as error:
         raise ValueError(f"trainer.{error}") from error
     for name, lowest in (SMALLEST | ({} if fitting else {"max_steps": -1})).items():

@@ -54,8 +54,7 @@ class DataModule(Recorded, pl.LightningDataModule):
                 raise ValueError(f"the {name} data has shape {tuple(part.x.shape)}; it needs at least one sample, [n, ...]")
         if dequantize and not levels:
             raise ValueError("dequantize = True: this data is continuous, it has no levels; leave dequantize out")
-        self.train, self.held_out, self.batch_size = train, held_out, batch_size
-        self.seed = seed = rng.natural("seed", seed)
+        self.train, self.held_out, self.batch_size, self.seed = train, held_out, batch_size, seed
         labels = [part.label for part in (train, held_out) if part.label is not None]
         num_classes = int(torch.cat(labels).max()) + 1 if labels else 0
         if num_classes > len(train):

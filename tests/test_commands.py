@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from test_conditioning import conditional, labelled
 from test_flow import make_flow
 
 import pfgm
-from pfgm import commands
+from pfgm import cli, commands
 from pfgm.commands import join_pair
 from pfgm.files import read_images, read_inputs
 from pfgm.inverse import Mask, Measurement
@@ -274,6 +275,13 @@ def test_what_the_readme_names_is_there():
     assert pfgm.inverse.Measurement is Measurement
     assert pfgm.degrade.Downsample(2).factor == 2
     assert pfgm.latent.Latent is Latent
+
+
+def test_predict_takes_a_pair_too(monkeypatch):
+    given = []
+    monkeypatch.setattr(cli, "main", lambda: given.extend(sys.argv[1:]))
+    cli.command(["predict", "--draw.inpaint", "a", "b"])
+    assert given == ["predict", "--draw.inpaint", '["a", "b"]']
 
 
 def test_a_pair_after_inpaint_is_joined():

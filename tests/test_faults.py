@@ -2,13 +2,15 @@
 
 import gc
 import re
+import signal
+import time
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.faulty import hostile_data, hostile_models, inputs, lines, strangers
+from benchmarks.faulty import hostile_data, hostile_models, inputs, lines, patience, strangers
 from pfgm import commands, draw, field, output, plot, rng
 from pfgm.data import Digits, Toy
 from pfgm.kernel import StudentTKernel
@@ -107,6 +109,11 @@ def test_samples_without_a_dimension_of_their_own_are_named(call):
         call(torch.zeros(3))
 
 
+def test_the_density_of_no_samples_is_named():
+    with pytest.raises(ValueError, match=r"x has the shape \(0, 4\); give samples .* one at least"):
+        log_prob(lambda x, sigma: x, StudentTKernel(4), torch.zeros(0, 4), sigma_min=0.1, sigma_max=1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
 def test_samples_of_whole_numbers_are_named(dtype):
     with pytest.raises(ValueError, match=rf"x or y has the type {dtype}; give floating-point numbers"):
@@ -152,12 +159,21 @@ def test_odd_arguments_are_named():
         (lambda: commands.read_config("nowhere"), False),
         (lambda: commands.join_pair(3), True),
         (lambda: np.zeros(-1), True),
+        (lambda: torch.empty(2**60), False),
     ],
 )
 def test_errors_that_nobody_raised_for_a_user_are_told_from_others(call, accident):
-    with pytest.raises((ValueError, TypeError, OSError)) as error:
+    with pytest.raises((ValueError, TypeError, OSError, RuntimeError)) as error:
         call()
     assert lines.accidental(error.value) == accident
+
+
+def test_calls_without_end_are_counted_apart(monkeypatch):
+    monkeypatch.setattr(patience, "SECONDS", 1)
+    before = signal.getsignal(signal.SIGALRM)
+    assert inputs.outcome(lambda seconds: time.sleep(seconds), {"seconds": 30}, []) == ("at work", "")
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.alarm(0) == 0
 
 
 def test_spoiled_command_lines_end_in_one_line(tmp_path):

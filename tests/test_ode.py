@@ -426,6 +426,8 @@ def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch):
         ({"start": "sphere"}, "start = 'sphere' is unknown"),
         ({"sigma_min": 40.0}, "sigma_min = 40.0"),
         ({"sigma_min": math.nan}, "sigma_min = nan"),
+        ({"sigma_min": 9e-31}, r"sigma_min = 9e-31, .* from 1e-30 to 1e30"),
+        ({"sigma_max": 2e30}, r"sigma_max = 2e\+30"),
         ({"sigma_max": math.inf}, "sigma_max = inf"),
         ({"sigma_data": 0.0}, "sigma_data = 0"),
         ({"method": "euler"}, "steps = None"),
