@@ -116,7 +116,10 @@ def _last_words(program: str, error: Exception, errors: tuple[type[Exception], .
         return f"{program}: error: a number is too large ({error}); give one of 64 bits", 2
     if isinstance(error, LostProcess):
         return f"{program}: {error}", LOST
-    return f"{program}: {type(error).__name__}: {error}. This is a defect of pfgm: please report it, with --debug", 1
+    return (
+        f"{program}: {type(error).__name__}: {_in_a_line(error)}. This is a defect of pfgm: please report it, with --debug",
+        1,
+    )
 
 
 def is_of_memory(error: BaseException) -> bool:

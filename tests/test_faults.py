@@ -173,7 +173,8 @@ def test_calls_without_end_are_counted_apart(monkeypatch):
     before = signal.getsignal(signal.SIGALRM)
     assert inputs.outcome(lambda seconds: time.sleep(seconds), {"seconds": 30}, []) == ("at work", "")
     assert signal.getsignal(signal.SIGALRM) == before
-    assert signal.alarm(0) == 0
+    assert inputs.outcome(lambda seconds: None, {"seconds": 30}, []) == ("result", "")
+    assert signal.alarm(0) == 0, "no alarm is left"
 
 
 def test_spoiled_command_lines_end_in_one_line(tmp_path):

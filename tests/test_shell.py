@@ -46,7 +46,7 @@ ENDS = [
     ),
     (fail(GPU_FULL), 2, rf"x\.py: error: out of memory \(Tried to allocate 2\.00 GiB\); {SMALLER}"),
     (fail(OverflowError("int too large")), 2, r"x\.py: error: a number is too large \(int too large\); give one of 64 bits"),
-    (fail(RuntimeError("size mismatch")), 1, r"x\.py: RuntimeError: size mismatch\. This is a defect of pfgm: .*"),
+    (fail(RuntimeError("size\n mismatch")), 1, r"x\.py: RuntimeError: size mismatch\. This is a defect of pfgm: .*"),
     (fail(ValueError("n = 0: give more")), 2, r"x\.py: error: n = 0: give more"),
     (fail(OSError(28, "No space left on device", "a.npz")), 2, r"x\.py: error: .*No space left on device: 'a\.npz'"),
     (fail(NonFiniteLoss("at step 3")), 2, r"x\.py: error: at step 3"),
