@@ -8,6 +8,7 @@ import re
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +24,7 @@ from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
 from pfgm.noise import PoissonFlowNoise
+from pfgm.rundir import checkpoint_path
 from pfgm.skips import NonFiniteLoss, Skips
 from pfgm.stream import Part, Stream
 
@@ -45,11 +47,12 @@ def model(data, objective="PFGM++", **options):
     return PFGM(net, data.summary, **settings, **{"lr": 1e-3, "warmup_steps": 0, **options})
 
 
-def train(data, module, steps, *callbacks, folder, **options):
+def train(data, module, steps, *callbacks, folder, resume=None, **options):
     settings = {"max_epochs": -1, "max_steps": steps, "logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
     settings |= {"accelerator": "cpu", "enable_model_summary": False, "gradient_clip_val": 1.0, "log_every_n_steps": 1}
-    trainer = pl.Trainer(**(settings | options), callbacks=[*callbacks], default_root_dir=folder, enable_checkpointing=False)
-    trainer.fit(module, data)
+    keeps = any(isinstance(callback, LastCheckpoint) for callback in callbacks)
+    trainer = pl.Trainer(**(settings | options), callbacks=[*callbacks], default_root_dir=folder, enable_checkpointing=keeps)
+    trainer.fit(module, data, ckpt_path=resume if resume and resume.exists() else None, weights_only=True)
     return [p.detach().clone() for p in module.parameters()]
 
 
@@ -400,19 +403,9 @@ def test_dropout_is_a_function_of_the_step(tmp_path):
         folder = tmp_path / str(len(stops))
         for steps in stops:
             module = model(data, net={"dropout": 0.3})
-            path = folder / "checkpoints" / "last.ckpt"
-            trainer_options = {"max_epochs": -1, "max_steps": steps, "logger": False, "enable_progress_bar": False}
-            trainer = pl.Trainer(
-                **trainer_options,
-                accelerator="cpu",
-                enable_model_summary=False,
-                limit_val_batches=0,
-                callbacks=[EMA(), LastCheckpoint()],
-                default_root_dir=folder,
-            )
             torch.rand(len(stops) * 7)
-            trainer.fit(module, data, ckpt_path=path if path.exists() else None, weights_only=True)
-        weights.append([p.detach().clone() for p in module.parameters()])
+            last = train(data, module, steps, EMA(), LastCheckpoint(), folder=folder, resume=checkpoint_path(folder))
+        weights.append(last)
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
@@ -432,6 +425,40 @@ def test_bfloat16_training_is_finite_and_as_good_as_float32(objective, tmp_path)
     full, low = (sum(losses[precision][50:]) for precision in ("32-true", "bf16-mixed"))
     assert abs(low / full - 1) < 0.02
     assert losses["bf16-mixed"] != losses["32-true"]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")  # its first step is one that is skipped
+@pytest.mark.parametrize("objective", ["PFGM", "PFGM++"])
+def test_float16_skips_what_overflows_until_it_has_its_scale_and_resumes_with_it(objective, tmp_path):
+    """From a scale of 2^30 it is halved at each step that overflows, and no such step changes a weight.
+
+    The gradient that is clipped and logged is the unscaled one: of the first step that counts about that of float32.
+    """
+    seen, norms, full = [], [], []
+
+    class Record(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            scale = trainer.precision_plugin.scaler.get_scale()
+            seen.append((module._skips.state[0], scale, [p.detach().clone() for p in module.parameters()]))
+            norms.append(float(trainer.callback_metrics["grad_norm"]))
+
+    train(digits(), model(digits(), objective), 1, folder=tmp_path, logger=Log(full))
+    for stops in ((26,), (22, 26)):
+        data, folder = digits(), tmp_path / str(len(stops))
+        for stop in stops:
+            scaler, module = torch.amp.GradScaler("cpu", init_scale=2.0**30), model(data, objective)
+            options = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)], "resume": checkpoint_path(folder)}
+            train(data, module, stop, Record(), LastCheckpoint(), folder=folder, **options)
+        skips, scales, weights = zip(*seen[-26:], strict=True)
+        assert 5 < skips[-1] < 20
+        assert all(scale == 2.0 ** (30 - skipped) for skipped, scale in zip(skips, scales, strict=True))
+        same = [all(torch.equal(a, b) for a, b in zip(x, y, strict=True)) for x, y in itertools.pairwise(weights)]
+        assert same == [b > a for a, b in itertools.pairwise(skips)]
+        assert all(bool(torch.isfinite(w).all()) for w in weights[-1])
+        assert {int(state["step"]) for state in module.optimizers(False).state.values()} == {26 - skips[-1]}
+        assert norms[-26:][same.index(False) + 1] == pytest.approx(full[0][1]["grad_norm"], rel=0.5)
+    assert len(seen) == 2 * 26
+    assert all(torch.equal(a, b) for a, b in zip(seen[25][2], seen[-1][2], strict=True))
 
 
 def test_the_network_runs_in_bfloat16_and_the_rest_does_not(monkeypatch):
