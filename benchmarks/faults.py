@@ -86,9 +86,10 @@ def bad_inputs(folder: Path, tries: int, seed: int) -> Iterator[Row]:
 
 
 def _ends(counts: Counter, fine: str) -> str:
-    other = counts["tried"] - counts[fine] - counts["named"] - counts["at work"]
+    other = counts["tried"] - counts[fine] - counts["named"] - counts["at work"] - counts["of memory"]
     busy = f", {counts['at work']} at work after {patience.SECONDS} s" if counts["at work"] else ""
-    return f"{counts[fine]} worked{busy}, {counts['named']} errors that name the argument, {other} others"
+    full = f", {counts['of memory']} out of memory" if counts["of memory"] else ""
+    return f"{counts[fine]} worked{busy}{full}, {counts['named']} errors that name the argument, {other} others"
 
 
 def _tell(text: str) -> None:

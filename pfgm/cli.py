@@ -17,7 +17,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from pfgm import rundir, shell, storage
+from pfgm import rng, rundir, shell, storage
 from pfgm.atomic import replacing
 from pfgm.callbacks import SampleGrid, Speed, StepProgressBar
 from pfgm.checkpointing import LastCheckpoint, Stopped
@@ -122,9 +122,7 @@ class TrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """ValueError for a seed that is none, before it is set."""
         super().parse_arguments(parser, args)
-        seed = self.config[self.config.subcommand].seed_everything
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed_everything = {seed}: give a whole number from 0 to {2**32 - 1}")
+        rng.natural("seed_everything", self.config[self.config.subcommand].seed_everything)
 
     def before_instantiate_classes(self) -> None:
         """ValueError for a section of settings that is none, which no parser has looked at."""

@@ -125,8 +125,8 @@ def test_ctrl_c_while_libraries_are_imported_ends_at_once(program):
         (["--trainer.max_time={x: 1}"], r"trainer: 'x' is an invalid keyword argument .*; see train\.py fit --help"),
         (["--trainer.max_epochs=0"], r"trainer\.max_epochs = 0: nothing would be done"),
         (["--trainer.val_check_interval={hours: 1}"], r"trainer\.val_check_interval = .*hours.*: give a number >= 1"),
-        (["--seed_everything=-1"], "seed_everything = -1: give a whole number from 0"),
-        (["--seed_everything=4294967296"], "seed_everything = 4294967296: give a whole number from 0"),
+        (["--seed_everything=-1"], "seed_everything has the value -1; it must not be negative, and below"),
+        (["--seed_everything=4294967296"], "seed_everything has the value 4294967296; it must not be negative, and below"),
     ],
 )
 def test_settings_with_which_nothing_can_be_done_are_named(words, message, tmp_path):

@@ -112,7 +112,7 @@ def spoil_yaml(path: Path, chance: random.Random) -> None:
 
 def accidental(error: BaseException | None) -> bool:
     """Whether what a user is told was not meant for one: nobody raised it, or a library that knows nothing of arguments."""
-    if error is None or isinstance(error, (OSError, ArgumentError, SystemExit, KeyboardInterrupt)) or is_of_memory(error):
+    if error is None or isinstance(error, (OSError, ArgumentError, SystemExit, KeyboardInterrupt)):
         return False
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(pfgm.__file__).parent in Path(last.filename).parents
@@ -120,7 +120,7 @@ def accidental(error: BaseException | None) -> bool:
 
 
 def attempt(line: Line) -> tuple[str, str]:
-    """ "done", "at work" still, "named" (one error, exit code 2), or what went wrong; and the end of what was said."""
+    """ "done", "at work" still, out "of memory", "named" (one error, exit code 2), or else; and the end of what was said."""
     program, words = line
     out, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), warnings.catch_warnings():
@@ -134,6 +134,8 @@ def attempt(line: Line) -> tuple[str, str]:
                     cli.run()
         except SystemExit as end:
             code = end.code or 0
+            if end.__context__ is not None and is_of_memory(end.__context__):
+                return "of memory", ""
             if accidental(end.__context__):
                 return "by accident", repr(end.__context__)
         except AtWork:
@@ -162,7 +164,7 @@ def command_lines(tries: int, seed: int, folder: Path, report: Callable[[str], N
             kind, text = attempt(line)
             counts["tried"] += 1
             counts[kind] += 1
-            if kind not in ("done", "at work", "named"):
+            if kind not in ("done", "at work", "of memory", "named"):
                 report(f"{kind}: {line[0]}.py {json.dumps(line[1])}: {text[:200]}")
         counts["executed"] += Path("canary").exists()
     finally:
