@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pfgm.field import posterior_mean
-from pfgm.kernel import check_dimensions, expand, norm, per_sample
+from pfgm.kernel import StudentTKernel, expand, norm, per_sample
 
 
 class EmpiricalDenoiser(nn.Module):
@@ -21,13 +21,13 @@ class EmpiricalDenoiser(nn.Module):
 
     def __init__(self, charges: Tensor, D: float, weights: Tensor | None = None):
         super().__init__()
-        self.D = check_dimensions(D)
+        self.kernel = StudentTKernel(D)
         self.register_buffer("charges", charges)
         self.register_buffer("weights", weights)
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[y | x, sigma], like `x` [B, ...]."""
-        return posterior_mean(x, sigma, self.charges, self.D, self.weights)
+        return posterior_mean(x, sigma, self.charges, self.kernel.D, self.weights)
 
 
 class PointCharge(nn.Module):
@@ -35,8 +35,9 @@ class PointCharge(nn.Module):
 
     y: Tensor
 
-    def __init__(self, y: Tensor):
+    def __init__(self, y: Tensor, D: float = math.inf):
         super().__init__()
+        self.kernel = StudentTKernel(D)
         self.register_buffer("y", y)
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
@@ -53,7 +54,7 @@ class CauchyBlob(nn.Module):
 
     def __init__(self, scale: float):
         super().__init__()
-        self.scale = _positive(scale)
+        self.scale, self.kernel = _positive(scale), StudentTKernel(1.0)
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[y | x, sigma], like `x` [B, ...]."""
@@ -71,7 +72,8 @@ class GaussianBlob(nn.Module):
 
     def __init__(self, scale: float, D: float = math.inf):
         super().__init__()
-        self.scale, self.D = _positive(scale), check_dimensions(D)
+        self.scale, self.kernel = _positive(scale), StudentTKernel(D)
+        self.D = self.kernel.D
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[y | x, sigma], like `x` [B, ...]."""
@@ -101,6 +103,10 @@ class GaussianBlob(nn.Module):
 
 class UniformSegment(nn.Module):
     """Data uniform on [-1, 1], N = D = 1: E_z and E_x of a charged segment in closed form, denoised = x - z E_x/E_z."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = StudentTKernel(1.0)
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[y | x, sigma], like `x` [B, 1]."""

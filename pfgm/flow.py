@@ -43,9 +43,9 @@ class Options(SamplerOptions, Conditioning, total=False):
 
 
 class PoissonFlow(nn.Module):
-    """A denoiser with its kernel, its range of noise and its units.
+    """A denoiser with its range of noise and its units.
 
-    `denoiser` works in centred model space for data of event `shape`; `D` is the number of augmented dimensions. `mean`
+    `denoiser` works in centred model space for data of event `shape` and owns the `kernel`. `mean`
     [*shape] (default 0) and `scale` take model space to the user's units, user = (model + mean) scale. sigma_min, sigma_max
     and sigma_data are in model units. `value_range` (low, high) of the user's units is what pictures map to black and white;
     `num_classes` is 0 for a model without labels, which are optional if it is also `unconditional`. Discrete data had so many
@@ -61,12 +61,11 @@ class PoissonFlow(nn.Module):
     def __init__(
         self,
         denoiser: nn.Module,
-        D: float | str,
         *,
         shape: Sequence[int],
         sigma_min: float,
         sigma_max: float,
-        sigma_data: float = 0.5,
+        sigma_data: float | None = None,
         mean: Tensor | None = None,
         scale: float = 1.0,
         value_range: Sequence[float] | None = None,
@@ -82,10 +81,11 @@ class PoissonFlow(nn.Module):
         super().__init__()
         check_shape(shape)
         check_levels(sigma_min, sigma_max)
-        check_positive("sigma_data", sigma_data)
+        sigma_data = own_sigma_data(denoiser, sigma_data)
         check_positive("scale", scale)
         check_start(start)
-        self.denoiser, self.kernel = denoiser, StudentTKernel(D)
+        self.denoiser = denoiser
+        self.kernel  # noqa: B018 (a denoiser without one is refused now, not at the first sample)
         self.shape, self.scale, self.num_classes, self.start = tuple(shape), scale, num_classes, start
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
         self.value_range = None if value_range is None else tuple(value_range)
@@ -97,18 +97,31 @@ class PoissonFlow(nn.Module):
         self.register_buffer("condition_std", torch.ones(channels) if channels and condition_std is None else condition_std)
 
     @property
+    def kernel(self) -> StudentTKernel:
+        """The perturbation kernel of the denoiser, which is the only place that knows D."""
+        kernel = getattr(self.denoiser, "kernel", None)
+        if not isinstance(kernel, StudentTKernel):
+            raise ValueError(
+                f"denoiser = {type(self.denoiser).__name__}: it has no StudentTKernel as its attribute kernel; set it to that "
+                "of the D for which it denoises"
+            )
+        return kernel
+
+    @property
     def config(self) -> dict[str, Any]:
         """All but the tensors, as strict JSON data; `from_config` makes the flow again."""
         names = ["shape", "sigma_min", "sigma_max", "sigma_data", "scale", "value_range", "num_classes", "unconditional"]
         names += ["levels", "dequantized", "condition_shape", "start"]
-        return to_json({"denoiser": self.denoiser, "D": self.kernel.D} | {name: getattr(self, name) for name in names})
+        return to_json({"denoiser": self.denoiser} | {name: getattr(self, name) for name in names})
 
     @classmethod
     def from_config(cls, config: dict[str, Any], trust: Sequence[str] = ()) -> "PoissonFlow":
         """A flow with fresh weights. ValueError for class paths outside this package and outside the modules `trust`."""
-        return cls(
-            build(config["denoiser"], trust, nn.Module), **{name: value for name, value in config.items() if name != "denoiser"}
-        )
+        settings = {name: value for name, value in config.items() if name not in ("denoiser", "D")}
+        flow = cls(build(config["denoiser"], trust, nn.Module), **settings)
+        if "D" in config and float(config["D"]) != flow.kernel.D:  # version 0.1 stored it twice
+            raise ValueError(f"D = {config['D']} of the flow is not that of its denoiser, {flow.kernel.D:g}")
+        return flow
 
     def to_model(self, x: Array) -> Tensor:
         """The user's units [B, *shape], also as numpy array -> centred model space."""
@@ -372,6 +385,15 @@ class PoissonFlow(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Export to `folder`: config.json (valid JSON, also for D = inf) and model.safetensors; `pfgm.load` reads it."""
         storage.write_export(folder, self.config, self.state_dict())
+
+
+def own_sigma_data(denoiser: nn.Module, value: float | None) -> float:
+    """`value`, or if it is None that of the `denoiser`, or .5. ValueError if both are known and differ."""
+    own = getattr(denoiser, "sigma_data", 0.5 if value is None else value)
+    check_positive("sigma_data", own if value is None else value)
+    if value not in (None, own):
+        raise ValueError(f"sigma_data = {value}: the denoiser was made with sigma_data = {own}; leave it out")
+    return own
 
 
 def check_batch_size(batch_size: int) -> None:

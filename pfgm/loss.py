@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
 from pfgm.field import normalized_field, posterior_mean
 from pfgm.kernel import expand
-from pfgm.noise import DataSummary, LogNormal, LogUniform, PoissonFlowNoise, recommended_sigma_max
+from pfgm.noise import DataSummary, LogNormal, NoiseLaw, PoissonFlowNoise, recommended_sigma_max
 from pfgm.rng import Generators
 from pfgm.spec import Recorded
 
@@ -76,7 +76,7 @@ class DenoisingLoss(Loss):
 
     extra_channels = 0
 
-    def __init__(self, noise: LogNormal | LogUniform | None = None, reference_size: int = 0, log_variance: bool = False):
+    def __init__(self, noise: NoiseLaw | None = None, reference_size: int = 0, log_variance: bool = False):
         super().__init__()
         self.noise, self.reference_size = noise or LogNormal(), check_reference_size(reference_size, 0)
         self.log_variance = LogVariance() if log_variance else None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pfgm.conditioning import normalized_condition
 from pfgm.flow import PoissonFlow
 from pfgm.kernel import check_dimensions, check_positive
 from pfgm.loss import DenoisingLoss, Loss
-from pfgm.noise import DataSummary, LogNormal, LogUniform, PoissonFlowNoise, recommended_sigma_min
+from pfgm.noise import DataSummary, NoiseLaw, PoissonFlowNoise, recommended_sigma_min
 from pfgm.skips import MAX_SKIPPED, NonFiniteLoss, Skips
 from pfgm.spec import Recorded, build
 from pfgm.stream import one_of
@@ -96,7 +96,6 @@ class PFGM(Recorded, pl.LightningModule):
         self._skips = Skips()
         self.flow = PoissonFlow(
             self.loss.make_denoiser(net, D, self.data),
-            D,
             shape=data.shape,
             sigma_min=recommended_sigma_min(self.data.sigma_data) if sigma_min is None else sigma_min,
             sigma_max=self.loss.recommended_sigma_max(self.data) if sigma_max is None else sigma_max,
@@ -261,9 +260,16 @@ class PFGM(Recorded, pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's has arguments for files that need them
-        cls, checkpoint_path: str | Path, map_location: Any = "cpu", weights_only: bool = True, **arguments: Any
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = "cpu",
+        weights_only: bool = True,
+        trust: Sequence[str] = (),
+        **arguments: Any,
     ) -> "PFGM":
         """The module of a `.ckpt` file with its averaged weights; `arguments` replace stored ones.
+
+        Networks, losses and noise laws of other packages are made only if their module is in `trust`.
 
         CheckpointError if it is damaged, of another format, or if weights and network do not match. ValueError for
         `weights_only` = False: no code of a file is run.
@@ -274,7 +280,9 @@ class PFGM(Recorded, pl.LightningModule):
             )
         checkpoint = storage.read_checkpoint(checkpoint_path)
         stored, weights = checkpoint["hyper_parameters"] | arguments, checkpoint["state_dict"]
-        module = storage.restored(lambda: cls(**stored), weights, checkpoint_path)
+        module = storage.restored(
+            lambda: cls(**{name: _made(value, trust) for name, value in stored.items()}), weights, checkpoint_path
+        )
         return module.to(map_location)
 
     def _loss(self, batch: dict[str, Any], stream: int) -> Tensor:
@@ -323,10 +331,10 @@ def check_augment(net: nn.Module, data: DataSummary, loss: Loss) -> None:
         )
 
 
-PARTS = (nn.Module, DataSummary, LogNormal, LogUniform, PoissonFlowNoise, Augment)
+PARTS = (nn.Module, DataSummary, NoiseLaw, PoissonFlowNoise, Augment)
 """What a stored module is made of; other classes of this package, such as data modules, read and write files."""
 
 
-def _made(value: Any) -> Any:
-    """`value`, or what a stored spec describes."""
-    return build(value, kind=PARTS) if isinstance(value, Mapping) else value
+def _made(value: Any, trust: Sequence[str] = ()) -> Any:
+    """`value`, or what a stored spec describes; its classes are of this package or of the modules `trust`."""
+    return build(value, trust, PARTS) if isinstance(value, Mapping) else value

@@ -5,6 +5,7 @@ perturbation, which draws x and z together.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -132,7 +133,18 @@ def recommended_sigma_min(sigma_data: float) -> float:
     return sigma_data / 50
 
 
-class LogNormal(Recorded):
+class NoiseLaw(Recorded, ABC):
+    """Draw the noise levels of training: subclass it, and name the class in `DenoisingLoss(noise=...)` or as class_path.
+
+    Constructor arguments are recorded, so that a checkpoint can make the law again; it then needs `trust` for its module.
+    """
+
+    @abstractmethod
+    def sample(self, y: Tensor, sigma_data: float, generator: Generators = None) -> Tensor:
+        """Draw one sigma for each clean sample of `y` [B, ...], in model units: [B] in float64."""
+
+
+class LogNormal(NoiseLaw):
     """log(sigma / sigma_data) ~ N(mean, std²). EDM (arXiv 2206.00364) has -1.2 at sigma_data = .5, that is mean = -.5."""
 
     def __init__(self, mean: float = -0.5, std: float = 1.2):
@@ -146,7 +158,7 @@ class LogNormal(Recorded):
         return sigma_data * torch.exp(self.mean + self.std * rng.normal((len(y),), generator, like=like))
 
 
-class LogUniform(Recorded):
+class LogUniform(NoiseLaw):
     """log(sigma / sigma_data) uniform between log(low) and log(high)."""
 
     def __init__(self, low: float = 0.002, high: float = 100.0):

@@ -27,7 +27,7 @@ def conditional(shape=(2,), condition_shape=(3,), **options):
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2)
     settings = {"sigma_min": 0.01, "sigma_max": 40.0, "condition_shape": condition_shape} | options
-    return PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), 8.0, shape=shape, **settings)
+    return PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), shape=shape, **settings)
 
 
 def labelled(**options):
@@ -187,7 +187,7 @@ def test_unet_refuses_conditions_that_are_neither_image_nor_vector():
 def test_measurements_are_in_the_users_units():
     """At D = inf and Gaussian data of scale s about a mean m: each known pixel has mean m + (b - m) s²/(s² + noise²)."""
     mean, scale, s = torch.tensor([1.0, -1.0, 0.5]), 4.0, 0.5
-    flow = PoissonFlow(GaussianBlob(s), math.inf, shape=(3,), sigma_min=1e-3, sigma_max=80.0, mean=mean, scale=scale)
+    flow = PoissonFlow(GaussianBlob(s), shape=(3,), sigma_min=1e-3, sigma_max=80.0, mean=mean, scale=scale)
     measurement = Measurement(Mask(torch.tensor([True, True, False])), torch.tensor([6.0, -5.0]), noise=1.5)
     x = flow.sample(4000, measurement=measurement, batch_size=1500).x.double()
     shrink = (s * scale) ** 2 / ((s * scale) ** 2 + 1.5**2)
@@ -200,7 +200,7 @@ def test_measurements_are_in_the_users_units():
 def discrete(levels=5, **options):
     settings = {"value_range": (-1.0, 1.0), "levels": levels, "dequantized": True, "scale": 2.0} | options
     settings |= {"shape": (1,)} | options
-    return PoissonFlow(GaussianBlob(0.3), math.inf, sigma_min=0.01, sigma_max=400.0, sigma_data=0.3, **settings)
+    return PoissonFlow(GaussianBlob(0.3), sigma_min=0.01, sigma_max=400.0, sigma_data=0.3, **settings)
 
 
 def test_bits_per_dim_is_the_integral_over_the_gap():
@@ -296,7 +296,7 @@ def test_variations_are_those_of_the_model_in_any_units_and_batches():
 
 def test_a_variation_of_a_gaussian_has_its_closed_form():
     """D = inf, data N(0, s²): x + level n flows to (x + level n) sqrt((s² + min²)/(s² + level²))."""
-    flow = PoissonFlow(GaussianBlob(0.5), math.inf, shape=(2,), sigma_min=0.01, sigma_max=40.0)
+    flow = PoissonFlow(GaussianBlob(0.5), shape=(2,), sigma_min=0.01, sigma_max=40.0)
     x = torch.tensor([[1.0, -2.0]]).repeat(3000, 1)
     v = flow.vary(x, 0.5, method="dopri5", rtol=1e-4, atol=1e-4, batch_size=3000).x.double()
     factor = math.sqrt((0.25 + 1e-4) / (0.25 + 0.25)) * 0.25 / (0.25 + 1e-4)
@@ -324,7 +324,7 @@ def both(**options):
         "condition_shape": (3,),
         "unconditional": True,
     } | options
-    return PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), 8.0, shape=(2,), **settings)
+    return PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), shape=(2,), **settings)
 
 
 def test_labels_conditions_guidance_and_measurements_work_together():

@@ -16,6 +16,7 @@ from PIL import Image
 import pfgm
 import pfgm.sampler
 from pfgm import commands, storage
+from pfgm.analytic import GaussianBlob
 from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
 from pfgm.likelihood import log_prob
@@ -38,7 +39,7 @@ def make_flow(D=128.0, shape=(1, 8, 8), classes=0, std=0.05, **options):
         torch.nn.init.normal_(parameter, std=std)
     denoiser = FieldDenoiser(net, 5.0, 0.5, 0.06) if D == 1 else PreconditionedDenoiser(net, D, 0.5, 0.06)
     settings = {"sigma_min": 0.01, "sigma_max": 40.0, "num_classes": classes, "value_range": (-1.0, 1.0)} | options
-    return PoissonFlow(denoiser, D, shape=shape, mean=0.3 * torch.randn(shape), **settings)
+    return PoissonFlow(denoiser, shape=shape, mean=0.3 * torch.randn(shape), **settings)
 
 
 @pytest.mark.parametrize("D", [1, 128.0, math.inf])
@@ -51,6 +52,29 @@ def test_an_export_gives_the_same_samples_and_is_strict_json(D, tmp_path):
     assert torch.equal(again.sample(5, seed=3, **FAST).x, flow.sample(5, seed=3, **FAST).x)
     assert not again.training
     assert again.kernel.D == D
+
+
+def test_a_flow_has_the_kernel_and_the_sigma_data_of_its_denoiser():
+    flow = make_flow(D=8.0)
+    assert flow.kernel is flow.denoiser.kernel
+    assert flow.sigma_data == flow.denoiser.sigma_data == 0.5
+    settings = {"shape": (1, 8, 8), "sigma_min": 0.01, "sigma_max": 40.0}
+    with pytest.raises(TypeError, match="positional"):
+        PoissonFlow(flow.denoiser, 128.0, **settings)
+    with pytest.raises(ValueError, match=r"sigma_data = 0\.7: the denoiser was made with sigma_data = 0\.5"):
+        PoissonFlow(flow.denoiser, sigma_data=0.7, **settings)
+    with pytest.raises(ValueError, match="denoiser = Identity: it has no StudentTKernel"):
+        PoissonFlow(torch.nn.Identity(), **settings)
+    assert PoissonFlow(GaussianBlob(0.3, 16.0), **settings).kernel.D == 16
+
+
+def test_a_description_with_two_D_is_refused(tmp_path):
+    flow = make_flow(shape=(5,))
+    storage.write_export(tmp_path / "same", flow.config | {"D": 128.0}, flow.state_dict())
+    assert pfgm.load(tmp_path / "same").kernel.D == 128
+    storage.write_export(tmp_path / "other", flow.config | {"D": 8.0}, flow.state_dict())
+    with pytest.raises(ValueError, match=r"D = 8\.0 of the flow is not that of its denoiser, 128"):
+        pfgm.load(tmp_path / "other")
 
 
 def test_samples_come_in_the_users_units():
@@ -221,7 +245,7 @@ class Elsewhere(pfgm.nn.Network):
 
 
 def test_classes_from_elsewhere_need_trust(tmp_path):
-    flow = PoissonFlow(PreconditionedDenoiser(Elsewhere((3,)), 4.0, 0.5, 0.06), 4.0, shape=(3,), sigma_min=0.01, sigma_max=40.0)
+    flow = PoissonFlow(PreconditionedDenoiser(Elsewhere((3,)), 4.0, 0.5, 0.06), shape=(3,), sigma_min=0.01, sigma_max=40.0)
     flow.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pass trust="):
         pfgm.load(tmp_path)

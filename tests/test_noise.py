@@ -1,14 +1,25 @@
 """Training laws of sigma against their distributions, and what is recommended from data."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 
-from pfgm import rng
+import pfgm
+from pfgm import cli, rng
 from pfgm.kernel import norm
-from pfgm.noise import DataSummary, LogNormal, LogUniform, PoissonFlowNoise, recommended_sigma_max, recommended_sigma_min
+from pfgm.module import PFGM
+from pfgm.noise import (
+    DataSummary,
+    LogNormal,
+    LogUniform,
+    NoiseLaw,
+    PoissonFlowNoise,
+    recommended_sigma_max,
+    recommended_sigma_min,
+)
 from pfgm.spec import build
 
 F64 = torch.float64
@@ -21,6 +32,48 @@ def test_levels_follow_their_laws():
     levels = LogUniform(0.01, 50).sample(Y, 0.3, rng.generator(1))
     low, high = math.log(0.003), math.log(15)
     assert stats.kstest(levels.log().numpy(), stats.uniform(low, high - low).cdf).pvalue > 1e-3
+
+
+LAW = """
+import torch
+import pfgm
+from pfgm import cli, rng
+from pfgm.noise import NoiseLaw
+
+class Triangular(NoiseLaw):
+    def __init__(self, top: float = 4.0):
+        self.top = top
+
+    def sample(self, y, sigma_data, generator=None):
+        u, v = (rng.uniform(len(y), generator, device=y.device) for _ in range(2))
+        return sigma_data * self.top * (u + v) / 2 + 1e-3
+"""
+
+
+def test_a_law_of_the_users_own_trains_resumes_and_loads_from_a_trusted_module(tmp_path, monkeypatch):
+    (tmp_path / "my_laws.py").write_text(LAW)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = Path(__file__).parent.parent / "configs" / "heart.yaml"
+    words = ["fit", "--config", str(config), "--data.init_args.size=100", "--model.D=4", "--trainer.accelerator=cpu"]
+    words += ["--model.loss=pfgm.loss.DenoisingLoss", "--model.loss.init_args.noise=my_laws.Triangular", "--grid.n=0"]
+    words += ["--model.loss.init_args.noise.init_args.top=3", f"--run_dir={tmp_path / 'run'}"]
+    for steps in (2, 4):
+        module = cli.main([*words, f"--trainer.max_steps={steps}"]).model
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match=r"class_path 'my_laws\.Triangular' is outside pfgm.*trust=\['my_laws'\]"):
+        PFGM.load_from_checkpoint(checkpoint)
+    loaded = PFGM.load_from_checkpoint(checkpoint, trust=["my_laws"])
+    assert type(loaded.loss.noise).__name__ == "Triangular"
+    assert loaded.loss.noise.top == 3
+    y = torch.zeros(5000, 2)
+    u = loaded.loss.noise.sample(y, 1.0, rng.generator(1)) / 3
+    assert stats.kstest(u.numpy(), stats.triang(0.5).cdf).pvalue > 1e-3
+    assert torch.equal(pfgm.load(checkpoint).sample(2).x, module.flow.eval().sample(2).x), "the flow does not need the law"
+
+
+def test_a_law_that_draws_nothing_is_refused():
+    with pytest.raises(TypeError, match="abstract"):
+        NoiseLaw()
 
 
 def test_poisson_flow_noise_is_the_published_one():

@@ -14,6 +14,7 @@ from pfgm.analytic import EmpiricalDenoiser
 from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
 from pfgm.grid import Paced
+from pfgm.kernel import StudentTKernel
 from pfgm.nn import TimeMLP
 from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
 
@@ -23,6 +24,8 @@ CHARGES = torch.randn(12, 3, generator=torch.Generator().manual_seed(3), dtype=t
 class Exact(torch.nn.Module):
     """The denoiser of a few charges, with labels or without."""
 
+    kernel = StudentTKernel(4.0)
+
     def forward(self, x, sigma, label=None):
         assert (label is None) == (self.num_classes == 0)
         return EmpiricalDenoiser(CHARGES, 4.0)(x, sigma)
@@ -31,16 +34,14 @@ class Exact(torch.nn.Module):
 def flow(num_classes=0):
     denoiser = Exact()
     denoiser.num_classes = num_classes
-    return PoissonFlow(
-        denoiser, 4.0, shape=(3,), sigma_min=0.02, sigma_max=80.0, sigma_data=1.0, scale=2.0, num_classes=num_classes
-    )
+    return PoissonFlow(denoiser, shape=(3,), sigma_min=0.02, sigma_max=80.0, sigma_data=1.0, scale=2.0, num_classes=num_classes)
 
 
 @pytest.fixture
 def export(tmp_path):
     net = TimeMLP((2,), width=16, depth=1)
     torch.nn.init.normal_(net.last.weight, std=0.1)
-    model = PoissonFlow(PreconditionedDenoiser(net, 4.0, 0.5, 0.1), 4.0, shape=(2,), sigma_min=0.01, sigma_max=40.0)
+    model = PoissonFlow(PreconditionedDenoiser(net, 4.0, 0.5, 0.1), shape=(2,), sigma_min=0.01, sigma_max=40.0)
     model.save_pretrained(tmp_path / "export")
     return str(tmp_path / "export")
 

@@ -82,9 +82,7 @@ def targets() -> dict[str, Target]:
         "log_prob": Target(_log_prob, {"x": x, "sigma_data": 0.5, "probes": 1, "rtol": 0.1, "atol": 0.1} | levels),
         "optimize_grid": Target(optimize_grid, {"flow": net, "steps": 2, "n": 2}),
         "Latent": Target(Latent, {"t": torch.zeros(2, 4), "level": 1.0, "surface": "plane"}),
-        "PoissonFlow": Target(
-            _flow, {"shape": (4,), "D": 8.0, "scale": 1.0, "sigma_data": 0.5, "start": "hemisphere"} | levels
-        ),
+        "PoissonFlow": Target(_flow, {"shape": (4,), "scale": 1.0, "sigma_data": 0.5, "start": "hemisphere"} | levels),
         "load": Target(load, {"path": "none.ckpt", "device": "cpu", "ema": True, "trust": ()}),
         "UNet": Target(UNet, {"shape": (1, 8, 8), "blocks": 1, "dropout": 0.1} | small),
         "TimeMLP": Target(TimeMLP, {"shape": (4,), "depth": 1} | small),
