@@ -14,9 +14,9 @@ from torch import Tensor
 
 import pfgm
 from pfgm import plot
+from pfgm.core.tensors import expand, norm
 from pfgm.data import Digits
 from pfgm.flow import PoissonFlow
-from pfgm.kernel import expand, norm
 from pfgm.latent import Latent, interpolate
 from pfgm.metrics import energy_distance
 

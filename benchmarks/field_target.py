@@ -18,9 +18,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from pfgm import rng
+from pfgm.core import rng
+from pfgm.core.tensors import norm
 from pfgm.field import posterior_mean
-from pfgm.kernel import StudentTKernel, norm
+from pfgm.kernel import StudentTKernel
 
 SIGMAS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 40.0)
 

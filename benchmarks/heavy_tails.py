@@ -24,11 +24,12 @@ import torch
 from scipy.stats import ks_2samp
 from torch import Tensor, nn
 
+from pfgm.core.tensors import expand, norm, per_sample
 from pfgm.data import DataModule, Digits
 from pfgm.denoiser import PreconditionedDenoiser, noise_level, preconditioning
 from pfgm.ema import EMA
 from pfgm.flow import PoissonFlow
-from pfgm.kernel import StudentTKernel, expand, norm, per_sample
+from pfgm.kernel import StudentTKernel
 from pfgm.loss import DenoisingLoss
 from pfgm.metrics import energy_distance, frechet_distance
 from pfgm.module import PFGM

@@ -12,9 +12,9 @@ import torch
 from torchvision.transforms.functional import gaussian_blur
 
 from pfgm import metrics, storage
+from pfgm.core.configurable import build
 from pfgm.features import extract, load_features
 from pfgm.metrics import Points
-from pfgm.spec import build
 
 MEASURES = {
     "Fréchet": metrics.frechet_distance,

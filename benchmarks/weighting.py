@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 import pfgm
-from pfgm import cli, metrics, posthoc, rng
+from pfgm import cli, metrics, posthoc
+from pfgm.core import rng
 from pfgm.data import Digits
 from pfgm.flow import PoissonFlow
 from pfgm.loss import DenoisingLoss

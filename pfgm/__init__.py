@@ -27,11 +27,14 @@ __all__ = ["PFGM", "PoissonFlow", "load", "optimize_grid"]
 
 _HOMES = {"PoissonFlow": "pfgm.flow", "load": "pfgm.loading", "PFGM": "pfgm.module", "optimize_grid": "pfgm.optimal"}
 _ROOMS = [
+    "core",
+    "data",
+    "flow",
+    "nn",
     "kernel",
     "field",
     "analytic",
     "noise",
-    "nn",
     "denoiser",
     "guidance",
     "inverse",
@@ -40,11 +43,12 @@ _ROOMS = [
     "latent",
     "sampler",
     "likelihood",
-    "flow",
     "draw",
     "metrics",
+    "degrade",
+    "augment",
+    "features",
 ]
-_ROOMS += ["degrade", "augment", "features", "data"]
 
 
 def __getattr__(name: str) -> Any:

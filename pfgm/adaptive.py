@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pfgm.kernel import expand
+from pfgm.core.tensors import expand
 from pfgm.multistep import Slope
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 2.0

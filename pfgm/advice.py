@@ -11,7 +11,8 @@ import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
-from pfgm import metrics, rng
+from pfgm import metrics
+from pfgm.core import rng
 from pfgm.datamodule import DataModule
 from pfgm.kernel import check_dimensions
 from pfgm.noise import DataSummary, PoissonFlowNoise, recommended_sigma_max, recommended_sigma_min

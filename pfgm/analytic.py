@@ -9,8 +9,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pfgm.core.tensors import expand, norm, per_sample
 from pfgm.field import posterior_mean
-from pfgm.kernel import StudentTKernel, expand, norm, per_sample
+from pfgm.kernel import StudentTKernel
 
 
 class EmpiricalDenoiser(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pfgm import rng
-from pfgm.rng import Generators
-from pfgm.spec import Recorded
+from pfgm.core import rng
+from pfgm.core.configurable import Recorded
+from pfgm.core.rng import Generators
 
 SIZE = 9
 """Numbers that describe an augmentation: mirrored, upside down, scale, turn (2), stretch (2), shift (2)."""

@@ -10,10 +10,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from pfgm import plot
+from pfgm.core.arguments import checked
 from pfgm.datamodule import DataModule
 from pfgm.module import PFGM
 from pfgm.ode import SolverError
-from pfgm.typed import checked
 
 
 class Speed(Callback):

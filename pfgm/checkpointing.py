@@ -9,11 +9,12 @@ import pytorch_lightning as pl
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
-from pfgm import shell, storage
+from pfgm import storage
+from pfgm.core import exits
+from pfgm.core.arguments import checked
 from pfgm.module import PFGM
 from pfgm.rundir import checkpoint_path
 from pfgm.storage import LAST, PREVIOUS
-from pfgm.typed import checked
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 """What asks a run to save and stop; Windows has no SIGUSR1."""
@@ -127,7 +128,7 @@ class LastCheckpoint(Checkpoint):
 
     def _ask(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT:
-            signal.signal(number, shell.end)
+            signal.signal(number, exits.end)
         self.signal = number
 
     def _asked(self, trainer: pl.Trainer) -> int:

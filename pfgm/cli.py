@@ -17,11 +17,14 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from pfgm import rng, rundir, shell, storage
+from pfgm import rundir, shell, storage
 from pfgm.atomic import replacing
 from pfgm.callbacks import SampleGrid, Speed, StepProgressBar
 from pfgm.checkpointing import LastCheckpoint, Stopped
 from pfgm.commands import check_configs, join_pair
+from pfgm.core import exits, rng
+from pfgm.core.arguments import ArgumentTypeError, check_types, is_real
+from pfgm.core.configurable import with_defaults
 from pfgm.datamodule import DataModule
 from pfgm.draw import draw
 from pfgm.ema import EMA, PowerAverages
@@ -32,8 +35,6 @@ from pfgm.module import PFGM
 from pfgm.prepare import COMMANDS, prepare
 from pfgm.runlog import RunLog
 from pfgm.skips import NonFiniteLoss
-from pfgm.spec import with_defaults
-from pfgm.typed import ArgumentTypeError, check_types, is_real
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -323,7 +324,7 @@ def command(words: list[str]) -> None:
         raise
     except RuntimeError as error:
         if _is_of_ranks(error):
-            raise shell.LostProcess(
+            raise exits.LostProcess(
                 f"another process of this run ended, or never came ({str(error).strip().splitlines()[-1][:200]}). Look for its "
                 "error; the same command resumes from the last checkpoint"
             ) from error

@@ -9,8 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from pfgm import rng
 from pfgm.collect import Wanted, collect
+from pfgm.core import rng
 from pfgm.datamodule import DataModule
 from pfgm.degrade import Degradation
 from pfgm.files import check_values, read_samples

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pfgm import rng
+from pfgm.core import rng
+from pfgm.core.configurable import Recorded
 from pfgm.degrade import Degradation
 from pfgm.noise import DataSummary, level_spacing
-from pfgm.spec import Recorded
 from pfgm.stream import HeldOut, Part, Preparation, Stream
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pfgm import rng
-from pfgm.kernel import check_positive
-from pfgm.rng import Generators
-from pfgm.spec import Recorded
+from pfgm.core import rng
+from pfgm.core.configurable import Recorded
+from pfgm.core.rng import Generators
+from pfgm.core.tensors import check_positive
 
 
 class Degradation(Recorded, ABC):

@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pfgm.core.configurable import Recorded
+from pfgm.core.tensors import expand, norm, per_sample
 from pfgm.field import denoised_from_field
-from pfgm.kernel import StudentTKernel, expand, norm, per_sample
-from pfgm.spec import Recorded
+from pfgm.kernel import StudentTKernel
 
 Statistics = tuple[float, float]
 """sigma_data and power_std of `DataSummary`."""

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from pfgm import files, plot
 from pfgm.conditioning import check_conditioning, check_labels
+from pfgm.core.configurable import to_json
+from pfgm.core.tensors import check_positive
 from pfgm.drawing import Drawing, Share
 from pfgm.files import read_inputs
 from pfgm.flow import PoissonFlow, check_batch_size
 from pfgm.guidance import cost
 from pfgm.inverse import Mask, Measurement
-from pfgm.kernel import check_positive
 from pfgm.loading import load
 from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
 from pfgm.output import (
@@ -30,7 +31,6 @@ from pfgm.output import (
     write_images,
 )
 from pfgm.sampler import Samples, check_max_calls, seed_pairs
-from pfgm.spec import to_json
 from pfgm.storage import digest
 from pfgm.trajectory import check_trajectory, write_trajectory
 

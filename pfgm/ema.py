@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from pfgm import posthoc
-from pfgm.typed import checked
+from pfgm.core.arguments import checked
 
 
 def lerp_(averages: list[Tensor], weights: Sequence[Tensor], share: float) -> None:

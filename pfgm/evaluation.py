@@ -13,14 +13,15 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfgm import metrics, plot, rng
+from pfgm import metrics, plot
 from pfgm.atomic import replacing
+from pfgm.core import rng
+from pfgm.core.arguments import checked
 from pfgm.datamodule import DataModule
 from pfgm.features import extract, load_features, name_of
 from pfgm.metrics import Points
 from pfgm.module import PFGM
 from pfgm.ode import SolverError
-from pfgm.typed import checked
 
 MEASURES: dict[str, Callable[[Points, Points], float]] = {
     "energy": metrics.energy_distance,

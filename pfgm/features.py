@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfgm import rng, storage
+from pfgm import storage
+from pfgm.core import rng
+from pfgm.core.configurable import Recorded, build
 from pfgm.images import first_line
-from pfgm.spec import Recorded, build
 from pfgm.stream import Part, Preparation, Stream
 
 INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"

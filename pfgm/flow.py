@@ -13,29 +13,20 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from pfgm import rng, storage
+from pfgm import storage
 from pfgm.conditioning import Conditioning, Given, check_conditioning
+from pfgm.core import rng
+from pfgm.core.arguments import Array, checked
+from pfgm.core.configurable import build, to_json
+from pfgm.core.tensors import check_finite_samples, check_levels, check_positive, check_shape, per_sample
 from pfgm.guidance import cost
-from pfgm.kernel import StudentTKernel, check_positive, per_sample
+from pfgm.kernel import StudentTKernel
 from pfgm.latent import Latent, check_points, interpolate
 from pfgm.likelihood import LogProb, estimate_log_prob
 from pfgm.noise import level_spacing
 from pfgm.progress import DrawProgress
-from pfgm.sampler import (
-    Sampler,
-    SamplerOptions,
-    Samples,
-    Trajectory,
-    check_finite_samples,
-    check_levels,
-    check_max_calls,
-    check_shape,
-    check_start,
-    seed_pairs,
-)
+from pfgm.sampler import Sampler, SamplerOptions, Samples, Trajectory, check_max_calls, check_start, seed_pairs
 from pfgm.solver import SolverOptions
-from pfgm.spec import build, to_json
-from pfgm.typed import Array, checked
 
 
 class Options(SamplerOptions, Conditioning, total=False):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfgm.kernel import check_dimensions, expand, norm, per_sample
+from pfgm.core.tensors import expand, norm, per_sample
+from pfgm.kernel import check_dimensions
 
 Interval = tuple[float, float]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pfgm.core.tensors import check_positive, expand, per_sample
 from pfgm.guidance import cost
-from pfgm.kernel import check_positive, expand, per_sample
 
 
 @dataclass(frozen=True)

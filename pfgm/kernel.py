@@ -17,9 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pfgm import rng
-from pfgm.rng import Generators
-from pfgm.typed import checked
+from pfgm.core import rng
+from pfgm.core.arguments import checked
+from pfgm.core.rng import Generators
+from pfgm.core.tensors import check_shapes, expand, norm, per_sample
 
 MIN_D = 0.5
 
@@ -36,40 +37,6 @@ def check_dimensions(D: float | str) -> float:
             f"(below, the square of the noise overflows float32 more and more often)"
         )
     return value
-
-
-def check_positive(name: str, value: float) -> None:
-    """ValueError unless `value` is positive and finite, and so is its square."""
-    if not 1e-150 < value < 1e150:
-        raise ValueError(f"{name} = {value} must be a positive finite number, from 1e-150 to 1e150")
-
-
-def check_shapes(x: Tensor, y: Tensor, name: str) -> None:
-    """ValueError unless `y`, called `name`, has samples like those of `x` [B, ...], as many or one."""
-    if y.shape[1:] != x.shape[1:] or len(y) not in (1, len(x)):
-        raise ValueError(f"{name} has the shape {tuple(y.shape)}, x {tuple(x.shape)}; give as many samples of the same shape")
-
-
-def per_sample(value: float | Tensor, like: Tensor, name: str = "sigma") -> Tensor:
-    """A float or a [B] tensor as float64 [B] on the device of samples `like` [B, ...]; ValueError for any other."""
-    if like.ndim < 2:
-        raise ValueError(f"x or y has the shape {tuple(like.shape)}; give samples [B, ...], single numbers as [B, 1]")
-    if not like.is_floating_point():
-        raise ValueError(f"x or y has the type {like.dtype}; give floating-point numbers")
-    tensor = torch.as_tensor(value, dtype=torch.float64, device=like.device)
-    if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) != len(like)):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give a float or one value for each of {len(like)} samples")
-    return tensor.expand(len(like))
-
-
-def expand(value: Tensor, like: Tensor) -> Tensor:
-    """[B] as [B, 1, ..., 1] in the dtype of `like` [B, ...], so that it multiplies samples."""
-    return value.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def norm(x: Tensor) -> Tensor:
-    """Euclidean norm over the event, in float64: [B, ...] -> [B]."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64)
 
 
 class StudentTKernel:

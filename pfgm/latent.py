@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pfgm.kernel import expand, norm
-from pfgm.typed import check_types
+from pfgm.core.arguments import check_types
+from pfgm.core.tensors import expand, norm
 
 MOST_POINTS = 10**5
 """Of a way, which is kept in memory."""

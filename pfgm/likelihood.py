@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfgm import rng
 from pfgm.coordinates import Angle
-from pfgm.kernel import StudentTKernel, check_positive
+from pfgm.core import rng
+from pfgm.core.arguments import checked
+from pfgm.core.tensors import check_levels, check_positive
+from pfgm.kernel import StudentTKernel
 from pfgm.ode import CountedDenoiser, solve
-from pfgm.sampler import check_levels
 from pfgm.solver import ADAPTIVE, make_solver
-from pfgm.typed import checked
 
 EXACT_UP_TO = 32
 """Dimensions up to which the trace is exact if nothing is said."""

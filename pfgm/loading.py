@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from pfgm import storage
+from pfgm.core.arguments import checked
 from pfgm.flow import PoissonFlow
-from pfgm.typed import checked
 
 PREFIX = "flow."
 """Of the flow's tensors in the state of the training module."""

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pfgm.core.configurable import Recorded
+from pfgm.core.rng import Generators
+from pfgm.core.tensors import expand
 from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
 from pfgm.field import normalized_field, posterior_mean
-from pfgm.kernel import expand
 from pfgm.noise import DataSummary, LogNormal, NoiseLaw, PoissonFlowNoise, recommended_sigma_max
-from pfgm.rng import Generators
-from pfgm.spec import Recorded
 
 
 class Loss(Recorded, nn.Module, ABC):

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pfgm.typed import checked
+from pfgm.core.arguments import checked
 
 BLOCK = 2**24
 """Pairs of samples of which distances are held at once."""

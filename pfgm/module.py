@@ -10,15 +10,18 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from pfgm import augment, rng, storage
+from pfgm import storage
+from pfgm.augment import SIZE as AUGMENTED
 from pfgm.augment import Augment
 from pfgm.conditioning import normalized_condition
+from pfgm.core import rng
+from pfgm.core.configurable import Recorded, build
+from pfgm.core.tensors import check_positive
 from pfgm.flow import PoissonFlow
-from pfgm.kernel import check_dimensions, check_positive
+from pfgm.kernel import check_dimensions
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.noise import DataSummary, NoiseLaw, PoissonFlowNoise, recommended_sigma_min
 from pfgm.skips import MAX_SKIPPED, NonFiniteLoss, Skips
-from pfgm.spec import Recorded, build
 from pfgm.stream import one_of
 
 
@@ -319,10 +322,10 @@ REMEDY = (
 
 def check_augment(net: nn.Module, data: DataSummary, loss: Loss) -> None:
     """ValueError unless augmented images can be told from others by `net`, and neither condition nor charges belong to them."""
-    if getattr(net, "augmentation_size", 0) != augment.SIZE or len(data.shape) != 3:
+    if getattr(net, "augmentation_size", 0) != AUGMENTED or len(data.shape) != 3:
         raise ValueError(
-            f"augment: it changes images {data.shape} and tells the network how, in {augment.SIZE} numbers; give a UNet with "
-            f"augmentation_size = {augment.SIZE}"
+            f"augment: it changes images {data.shape} and tells the network how, in {AUGMENTED} numbers; give a UNet with "
+            f"augmentation_size = {AUGMENTED}"
         )
     if data.condition_shape is not None or loss.reference_size:
         raise ValueError(

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pfgm import rng
-from pfgm.kernel import check_positive, expand, norm
-from pfgm.rng import Generators
-from pfgm.spec import Recorded, to_json
+from pfgm.core import rng
+from pfgm.core.configurable import Recorded, public_path, to_json
+from pfgm.core.rng import Generators
+from pfgm.core.tensors import check_positive, expand, norm
 
 BLOCK_BYTES = 2**25
 """Size of the float64 copy of a block of data."""
@@ -102,7 +102,7 @@ class DataSummary(Recorded):
     def spec(self) -> dict[str, Any]:
         """As for every Recorded, without the tensors, which are stored with the weights."""
         init_args = {field.name: to_json(getattr(self, field.name)) for field in fields(self) if field.name not in self.TENSORS}
-        return {"class_path": f"{__name__}.DataSummary", "init_args": init_args}
+        return {"class_path": public_path(type(self)), "init_args": init_args}
 
 
 def _channel_statistics(condition: Tensor) -> tuple[Tensor, Tensor]:

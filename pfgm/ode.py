@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pfgm.adaptive import StepError
 from pfgm.coordinates import Coordinates
+from pfgm.core.tensors import expand
 from pfgm.guidance import cost
-from pfgm.kernel import expand
 from pfgm.multistep import Slope
 from pfgm.solver import OnStep, Solver, Steps
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from pfgm.atomic import replacing
 from pfgm.coordinates import Angle
+from pfgm.core.arguments import checked
 from pfgm.flow import PoissonFlow
 from pfgm.intake import read_text
 from pfgm.sampler import seed_pairs
 from pfgm.storage import digest
-from pfgm.typed import checked
 
 SEED = 2**32 - 1
 """Of the samples: not one that a user would draw with."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pfgm import storage
 from pfgm.atomic import PARTIAL, clear_partial
+from pfgm.core.arguments import checked
 from pfgm.loading import load
-from pfgm.typed import checked
 
 FOLDER = "averages"
 WIDEST = 12**-0.5

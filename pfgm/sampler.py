@@ -14,14 +14,15 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from pfgm import rng
+from pfgm.core import rng
+from pfgm.core.arguments import checked
+from pfgm.core.tensors import check_levels, check_positive, check_shape, expand, norm
 from pfgm.guidance import cost
-from pfgm.kernel import StudentTKernel, check_positive, expand, norm
+from pfgm.kernel import StudentTKernel
 from pfgm.latent import Latent
 from pfgm.ode import CountedDenoiser, OutOfCalls, Way, follow
 from pfgm.solver import SolverOptions, Steps, make_solver
 from pfgm.stochastic import Plan, check_churn, check_restart, churn, restart
-from pfgm.typed import checked
 
 STARTS = ("hemisphere", "hyperplane")
 
@@ -301,12 +302,6 @@ def seed_pairs(n: int | None = None, seed: int | None = None, seeds: Sequence[in
     return [(rng.natural("seeds", k), 0) for k in seeds]
 
 
-def check_shape(shape: Sequence[int]) -> None:
-    """ValueError unless samples can have this shape."""
-    if not len(shape) or min(shape) < 1:
-        raise ValueError(f"shape = {tuple(shape)}: give whole numbers >= 1, one for each dimension of a sample")
-
-
 def check_start(start: str) -> None:
     """ValueError unless `start` is known."""
     if start not in STARTS:
@@ -317,19 +312,3 @@ def check_max_calls(max_calls: int | None, last: int = 1) -> None:
     """ValueError if `max_calls` is given and below `last`, the calls of the final denoising."""
     if max_calls is not None and max_calls < last:
         raise ValueError(f"max_calls = {max_calls} must be at least {last}: the final denoising")
-
-
-def check_finite_samples(name: str, x: Tensor) -> None:
-    """ValueError if `x` has values that are NaN or infinite, or no samples."""
-    if not len(x):
-        raise ValueError(f"{name} has no samples; give at least one")
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"{name}: {int((~torch.isfinite(x)).sum())} values are NaN or infinite")
-
-
-def check_levels(sigma_min: float, sigma_max: float) -> None:
-    """ValueError unless 1e-30 <= sigma_min < sigma_max <= 1e30."""
-    if not 1e-30 <= sigma_min < sigma_max <= 1e30:
-        raise ValueError(
-            f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: noise levels must be from 1e-30 to 1e30, sigma_min < sigma_max"
-        )

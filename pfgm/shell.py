@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from pfgm.core.configurable import cause
+from pfgm.core.exits import LOST, LostProcess, _exit, end
 from pfgm.ode import SolverError
-from pfgm.spec import cause
 
 ERRORS: tuple[type[Exception], ...] = (ArgumentError, ValueError, OSError, ImportError, SolverError)
 """What says which argument is wrong, and what to do."""
@@ -37,12 +38,6 @@ WORDY = (
 """What jsonargparse says of a value that is of none of several types, or makes no object, and how that is said in a line."""
 TOO_MUCH = r"can't allocate memory|not enough memory|Storage size calculation overflowed"
 """What torch says if there is too little memory."""
-LOST = 75
-"""The exit code for `LostProcess`: EX_TEMPFAIL of sysexits.h."""
-
-
-class LostProcess(RuntimeError):
-    """A process that this one works with has ended before it."""
 
 
 def run(
@@ -70,14 +65,6 @@ def run(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def end(number: int, frame: object = None) -> None:
-    """End the process for a signal, with its exit code; Lightning has one of its own for KeyboardInterrupt."""
-    _exit(
-        f"stopped by {signal.Signals(number).name}; files are whole, and the same command continues a run or a folder",
-        128 + number,
-    )
 
 
 def _open_streams() -> None:
@@ -134,8 +121,3 @@ def _in_a_line(error: Exception) -> str:
     for pattern, words in WORDY:
         text = re.sub(pattern, words, text)
     return text
-
-
-def _exit(text: str, code: int) -> None:
-    print(text, file=sys.stderr)
-    sys.exit(code)

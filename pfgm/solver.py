@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pfgm.adaptive import GROW, PAIRS, StepError, integrate_each, rms
 from pfgm.coordinates import Angle, Coordinates, LogSigma, Sigma
+from pfgm.core.arguments import checked
+from pfgm.core.tensors import check_positive
 from pfgm.grid import Grid, make_grid
-from pfgm.kernel import check_positive
 from pfgm.multistep import Slope, adams_bashforth, dpm_solver
-from pfgm.typed import checked
 
 BOTH, ANGLE, LOG_SIGMA = ("angle", "log_sigma"), ("angle",), ("log_sigma",)
 ADAPTIVE = {"dopri5": BOTH, "dopri8": BOTH, "bosh3": BOTH, "adaptive_heun": BOTH}

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from pfgm import rng
+from pfgm.core import rng
+from pfgm.core.rng import Generators, Rows
 from pfgm.degrade import Degradation
-from pfgm.rng import Generators, Rows
 
 Batch = dict[str, Any]
 """"x" [B, *shape]; "label" [B] and "condition" [B, ...] if there are any; "step", the number of the optimizer step or of the

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pfgm import plot
 from pfgm.atomic import replacing
+from pfgm.core.tensors import expand
 from pfgm.flow import PoissonFlow
-from pfgm.kernel import expand
 from pfgm.sampler import Samples, Trajectory
 
 ENDINGS = (".png", ".gif", ".npz")

@@ -9,8 +9,9 @@ import yaml
 from PIL import Image
 from test_training import SMALL, fit, last
 
-from pfgm import advice, prepare, rng
+from pfgm import advice, prepare
 from pfgm.advice import Because, Measured, mirrored, recommend, to_yaml, widest
+from pfgm.core import rng
 from pfgm.data import Arrays, Digits
 from pfgm.noise import DataSummary
 

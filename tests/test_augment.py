@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_step import train
 
-from pfgm import augment, rng
+from pfgm import augment
 from pfgm.augment import Augment, diagonal, rotation, warp
+from pfgm.core import rng
 from pfgm.data import DataModule
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM

@@ -13,7 +13,8 @@ import torch
 from test_training import ROOT, fit, last
 
 import pfgm
-from pfgm import commands, posthoc, rng, storage
+from pfgm import commands, posthoc, storage
+from pfgm.core import rng
 from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.loss import DenoisingLoss, LogVariance
 from pfgm.module import PFGM

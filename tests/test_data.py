@@ -9,7 +9,8 @@ import torch
 from test_training import ROOT, SMALL, fit, last
 
 import pfgm
-from pfgm import cli, rng, storage
+from pfgm import cli, storage
+from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.degrade import AddNoise, Downsample, Grey
 from pfgm.denoiser import PreconditionedDenoiser

@@ -9,10 +9,11 @@ import torch
 from scipy import stats
 from torch import nn
 
-from pfgm import rng
+from pfgm.core import rng
+from pfgm.core.tensors import norm
 from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser, noise_level
 from pfgm.field import field_from_displacement, normalized_field, posterior_mean
-from pfgm.kernel import StudentTKernel, norm
+from pfgm.kernel import StudentTKernel
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.nn import TimeMLP
 from pfgm.noise import DataSummary, LogUniform, PoissonFlowNoise

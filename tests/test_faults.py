@@ -13,7 +13,9 @@ import torch
 
 from benchmarks import faults
 from benchmarks.faulty import hostile_data, hostile_models, inputs, lines, patience, strangers
-from pfgm import commands, draw, field, output, plot, rng
+from pfgm import commands, draw, field, output, plot
+from pfgm.core import rng
+from pfgm.core.arguments import ArgumentTypeError, checked
 from pfgm.data import Digits, Toy
 from pfgm.kernel import StudentTKernel
 from pfgm.likelihood import log_prob
@@ -23,7 +25,6 @@ from pfgm.nn import TimeMLP
 from pfgm.ode import SolverError
 from pfgm.runlog import RunLog
 from pfgm.sampler import Sampler
-from pfgm.typed import ArgumentTypeError, checked
 
 
 def test_pictures_leave_no_figures_in_memory(tmp_path):

@@ -13,7 +13,8 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 import pfgm
-from pfgm import cli, evaluation, features, metrics, prepare, rng, storage
+from pfgm import cli, evaluation, features, metrics, prepare, storage
+from pfgm.core import rng
 from pfgm.data import Digits
 from pfgm.evaluation import Evaluation
 from pfgm.features import Classifier, accuracy, extract, fit_classifier, load_features, save_classifier

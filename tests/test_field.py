@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from pfgm import rng
 from pfgm.analytic import UniformSegment
+from pfgm.core import rng
+from pfgm.core.tensors import norm
 from pfgm.field import denoised_from_field, field_from_displacement, normalized_field, poisson_field, posterior_mean
-from pfgm.kernel import StudentTKernel, norm
+from pfgm.kernel import StudentTKernel
 
 F64 = torch.float64
 CHARGES = torch.randn(7, 3, generator=rng.generator(1), dtype=F64)

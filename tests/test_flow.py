@@ -17,12 +17,12 @@ import pfgm
 import pfgm.sampler
 from pfgm import commands, storage
 from pfgm.analytic import GaussianBlob
+from pfgm.core.configurable import build
 from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
 from pfgm.likelihood import log_prob
 from pfgm.nn import TimeMLP, UNet
 from pfgm.sampler import seed_pairs
-from pfgm.spec import build
 from pfgm.trajectory import _rescaled
 
 FAST = {"method": "midpoint", "steps": 4}
@@ -250,7 +250,7 @@ def test_classes_from_elsewhere_need_trust(tmp_path):
     with pytest.raises(ValueError, match="pass trust="):
         pfgm.load(tmp_path)
     assert torch.equal(pfgm.load(tmp_path, trust=[__name__]).sample(2).x, flow.sample(2).x)
-    for path in ("os.system", "pfgm.storage.os", "pfgm.rng.generator", "pfgm.none.Thing", "builtins.eval"):
+    for path in ("os.system", "pfgm.storage.os", "pfgm.core.rng.generator", "pfgm.none.Thing", "builtins.eval"):
         with pytest.raises(ValueError, match="class_path"):
             build({"class_path": path, "init_args": {}})
     with pytest.raises(ValueError, match="cannot be made"):

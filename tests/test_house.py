@@ -1,38 +1,40 @@
-"""The order of the house: a file imports only from files above it."""
+"""The order of the house: a room imports only from the rooms before it, and only some may import Lightning."""
 
 import ast
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parent.parent / "pfgm"
-ORDER = "typed rng spec kernel field analytic noise nn denoiser guidance inverse loss coordinates grid multistep adaptive "
-ORDER += "solver ode shell stochastic latent sampler likelihood conditioning progress atomic intake storage rundir flow "
-ORDER += "loading posthoc optimal plot trajectory images files output drawing draw edit commands metrics toys degrade "
-ORDER += "augment labels sources imageset stream features collect datamodule data ema skips module runlog callbacks "
-ORDER += "checkpointing evaluation advice prepare cli"
+FLOORS = "core / files / theory / nn sampling data / flow / evaluation / training / cli"
+ROOMS = {room: floor for floor, rooms in enumerate(FLOORS.split("/")) for room in rooms.split()}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if len(path.relative_to(PACKAGE).parts) > 1)
+LIGHTNING = {"training", "data/datamodule.py", "data/image_dataset.py", "cli/train.py"}
 
 
-def room(module):
-    """Position of pfgm.<room>... in the reading order."""
-    return ORDER.split().index(module.split(".")[1])
+def imported_modules(path):
+    """Dotted names of all that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
 
 
-def imports_at_load(path):
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pfgm"):
-            names = [f"pfgm.{a.name}" for a in node.names] if node.module == "pfgm" else [node.module]
-            yield from names
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_a_room_imports_only_from_rooms_before_it(path):
+    own = path.relative_to(PACKAGE).parts[0]
+    for name in imported_modules(path):
+        package, _, inside = name.partition(".")
+        other = inside.partition(".")[0]
+        if package == "pfgm" and other in ROOMS and other != own:
+            assert ROOMS[other] < ROOMS[own], f"{path} imports {name}"
 
 
-def test_files_import_only_from_files_above_them():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        relative = path.relative_to(PACKAGE).with_suffix("").parts
-        if relative == ("__init__",):
-            continue
-        for name in imports_at_load(path):
-            inside = relative[0] == "nn" and name.startswith("pfgm.nn")
-            assert inside or room(name) < room(f"pfgm.{relative[0]}"), f"{path.name} imports {name}"
-
-
-def test_every_file_has_its_place():
-    rooms = {p.relative_to(PACKAGE).with_suffix("").parts[0] for p in PACKAGE.rglob("*.py")} - {"__init__"}
-    assert rooms == set(ORDER.split())
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_lightning_stays_where_it_belongs(path):
+    place = path.relative_to(PACKAGE)
+    if place.parts[0] in LIGHTNING or place.as_posix() in LIGHTNING:
+        return
+    names = [name for name in imported_modules(path) if name.split(".")[0] in ("pytorch_lightning", "lightning_fabric")]
+    assert not names, f"{place} imports {names}"

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import pfgm
 from pfgm import cli, images, labels, sources
+from pfgm.core.configurable import build
 from pfgm.data import ImageDataModule
 from pfgm.files import read_images
 from pfgm.images import Form, ImageError, read_header, read_pixels
@@ -25,7 +26,6 @@ from pfgm.imageset import ImageSet
 from pfgm.module import PFGM
 from pfgm.nn import UNet
 from pfgm.noise import DataSummary
-from pfgm.spec import build
 from pfgm.stream import Preparation, Stream
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)

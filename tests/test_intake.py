@@ -10,17 +10,17 @@ import torch
 from benchmarks.faulty import hostile, hostile_data, hostile_models
 from benchmarks.faulty.hostile import labelled, zipped
 from pfgm import intake
+from pfgm.core.configurable import build
 from pfgm.draw import read_mask
 from pfgm.files import load_arrays, read_inputs
 from pfgm.images import ImageError, read_pixels
 from pfgm.intake import RefusedError, load_torch, opened_zip
-from pfgm.spec import build
 from pfgm.storage import read_tensors
 
 REASONS = {
     "array file: os.system": "holds posix.system, no tensor or plain value",
     "array file: os.system, protocol 4": "holds an object, no tensor or plain value",
-    "array file: own class": r"holds pfgm\.data\.ImageDataModule, no tensor",
+    "array file: own class": r"holds pfgm\.data\.(datasets\.)?ImageDataModule, no tensor",
     "array file: INST": r"holds os\.system, no tensor",
     "array file: two pickles of one name": "several entries have one name",
     "array file: a second pickle": r"holds posix\.system, no tensor",

@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
-from pfgm import rng
-from pfgm.kernel import StudentTKernel, norm
+from pfgm.core import rng
+from pfgm.core.tensors import norm
+from pfgm.kernel import StudentTKernel
 
 F64 = torch.float64
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy import linalg, stats
 
-from pfgm import metrics, rng
+from pfgm import metrics
+from pfgm.core import rng
 from pfgm.metrics import (
     Points,
     copying,

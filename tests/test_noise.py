@@ -8,8 +8,10 @@ import torch
 from scipy import stats
 
 import pfgm
-from pfgm import cli, rng
-from pfgm.kernel import norm
+from pfgm import cli
+from pfgm.core import rng
+from pfgm.core.configurable import build
+from pfgm.core.tensors import norm
 from pfgm.module import PFGM
 from pfgm.noise import (
     DataSummary,
@@ -20,7 +22,6 @@ from pfgm.noise import (
     recommended_sigma_max,
     recommended_sigma_min,
 )
-from pfgm.spec import build
 
 F64 = torch.float64
 Y = torch.zeros(4000, 8, dtype=F64)
@@ -36,8 +37,7 @@ def test_levels_follow_their_laws():
 
 LAW = """
 import torch
-import pfgm
-from pfgm import cli, rng
+from pfgm.core import rng
 from pfgm.noise import NoiseLaw
 
 class Triangular(NoiseLaw):

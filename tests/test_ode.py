@@ -7,9 +7,11 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from pfgm import adaptive, ode, rng, solver
+from pfgm import adaptive, ode, solver
 from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
-from pfgm.kernel import StudentTKernel, norm
+from pfgm.core import rng
+from pfgm.core.tensors import norm
+from pfgm.kernel import StudentTKernel
 from pfgm.latent import Latent
 from pfgm.multistep import adams_bashforth, dpm_solver
 from pfgm.sampler import Sampler, seed_pairs

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.faulty import kills
 from pfgm import cli, commands, shell
+from pfgm.core import exits
 from pfgm.ode import SolverError
 from pfgm.skips import NonFiniteLoss
 
@@ -50,7 +51,7 @@ ENDS = [
     (fail(ValueError("n = 0: give more")), 2, r"x\.py: error: n = 0: give more"),
     (fail(OSError(28, "No space left on device", "a.npz")), 2, r"x\.py: error: .*No space left on device: 'a\.npz'"),
     (fail(NonFiniteLoss("at step 3")), 2, r"x\.py: error: at step 3"),
-    (fail(shell.LostProcess("another process ended")), 75, r"x\.py: another process ended"),
+    (fail(exits.LostProcess("another process ended")), 75, r"x\.py: another process ended"),
     (kill_by(signal.SIGINT), 130, r"stopped by SIGINT; .* the same command continues .*"),
     (kill_by(signal.SIGTERM), 143, r"stopped by SIGTERM; .* the same command continues .*"),
     (fail(ZeroDivisionError("division")), 1, r"x\.py: ZeroDivisionError: division\. This is a defect of pfgm: .*--debug"),
@@ -64,7 +65,7 @@ def test_commands_end_with_one_line_and_a_code(command, code, text, capsys):
         shell.run("x.py", command, ["a"], (NonFiniteLoss,))
     assert end.value.code == code
     assert re.fullmatch(text, capsys.readouterr().err.strip())
-    assert signal.getsignal(signal.SIGTERM) == before != shell.end
+    assert signal.getsignal(signal.SIGTERM) == before != exits.end
 
 
 def test_signals_that_are_ignored_stay_so_and_threads_hear_none():
@@ -176,7 +177,8 @@ def test_configurations_that_are_none_are_named(words, content, tmp_path, monkey
             "fit --run_dir=a --model.loss=pfgm.loss.PoissonFieldLoss --model.loss.noise=pfgm.noise.PoissonFlowNoise "
             "--model.loss.noise.tau=x",
             'Parser key "model.loss": Problem with given class_path \'pfgm.loss.PoissonFieldLoss\': Parser key "noise": '
-            "Problem with given class_path 'pfgm.noise.PoissonFlowNoise': Parser key \"tau\": Expected a float. Got value: x",
+            "Problem with given class_path 'pfgm.noise.PoissonFlowNoise': "
+            'Parser key "tau": Expected a float. Got value: x',
         ),
         ("sample.py", "", "the following arguments are required: checkpoint"),
         ("sample.py", "a --n=x", 'Parser key "n": Expected one of [int, NoneType]. Got value: x'),

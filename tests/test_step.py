@@ -12,9 +12,9 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pfgm import rng
 from pfgm.callbacks import Speed
 from pfgm.checkpointing import LastCheckpoint
+from pfgm.core import rng
 from pfgm.data import DataModule, Digits
 from pfgm.degrade import AddNoise
 from pfgm.ema import EMA, PowerAverages

@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy import stats
 
-from pfgm import rng
 from pfgm.analytic import EmpiricalDenoiser, PointCharge
-from pfgm.kernel import StudentTKernel, expand, norm, per_sample
+from pfgm.core import rng
+from pfgm.core.tensors import expand, norm, per_sample
+from pfgm.kernel import StudentTKernel
 from pfgm.sampler import Sampler, seed_pairs
 from pfgm.stochastic import churn, restart
 

@@ -16,7 +16,8 @@ import torch
 import yaml
 
 import pfgm
-from pfgm import cli, rng, storage
+from pfgm import cli, storage
+from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.ema import EMA
 from pfgm.loading import PREFIX

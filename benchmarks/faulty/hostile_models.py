@@ -179,7 +179,7 @@ def _descriptions() -> Iterator[Hostile]:
         "a function of ours": named("pfgm.cli.main", args=["fit"]),
         "a data module of ours": named("pfgm.data.ImageDataModule", path="torchvision:MNIST", root=CANARY),
         "another package": named("torch.nn.Linear", in_features=1, out_features=1),
-        "no class": named("pfgm.rng"),
+        "no class": named("pfgm.core.rng"),
         "a path that is none": named("..", x=1),
         "nested": {"denoiser": nested},
         "a wide network": with_net(width=10**6),

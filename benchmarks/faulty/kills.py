@@ -15,8 +15,8 @@ from pathlib import Path
 
 from benchmarks.faulty.forks import forks
 from pfgm.atomic import PARTIAL
+from pfgm.core.exits import LOST
 from pfgm.rundir import checkpoint_path
-from pfgm.shell import LOST
 from pfgm.storage import CheckpointError, digest, read_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent

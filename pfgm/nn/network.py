@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pfgm.spec import Recorded
+from pfgm.core.configurable import Recorded
 
 
 class Network(Recorded, nn.Module):

@@ -129,7 +129,7 @@ PLAIN: dict[Any, tuple[Test, str]] = {
 
 
 def _is_spec(value: Any) -> bool:
-    """Whether it describes an object, see `pfgm.spec`."""
+    """Whether it describes an object, see `pfgm.core.configurable`."""
     return isinstance(value, Mapping) and "class_path" in value
 
 

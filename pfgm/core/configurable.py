@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from pfgm.typed import ArgumentTypeError, check_types
+from pfgm.core.arguments import ArgumentTypeError, check_types
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -36,8 +36,17 @@ class Recorded:
     @property
     def spec(self) -> dict[str, Any]:
         """{"class_path": ..., "init_args": ...} as strict JSON data; TypeError for an argument that has no such form."""
-        class_path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"class_path": class_path, "init_args": to_json(self._arguments)}
+        return {"class_path": public_path(type(self)), "init_args": to_json(self._arguments)}
+
+
+def public_path(class_: type) -> str:
+    """Return the path by which `class_` is imported: that of the room which exports it, or of its own module."""
+    package, _, inside = class_.__module__.partition(".")
+    if package == PACKAGE and inside:
+        room = f"{PACKAGE}.{inside.partition('.')[0]}"
+        if getattr(importlib.import_module(room), class_.__name__, None) is class_:
+            return f"{room}.{class_.__qualname__}"
+    return f"{class_.__module__}.{class_.__qualname__}"
 
 
 def to_json(value: Any) -> Any:
