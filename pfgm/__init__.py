@@ -29,6 +29,7 @@ _HOMES = {"PoissonFlow": "pfgm.flow", "load": "pfgm.loading", "PFGM": "pfgm.modu
 _ROOMS = [
     "core",
     "data",
+    "files",
     "flow",
     "nn",
     "kernel",

@@ -18,7 +18,6 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from pfgm import rundir, shell, storage
-from pfgm.atomic import replacing
 from pfgm.callbacks import SampleGrid, Speed, StepProgressBar
 from pfgm.checkpointing import LastCheckpoint, Stopped
 from pfgm.commands import check_configs, join_pair
@@ -29,6 +28,8 @@ from pfgm.datamodule import DataModule
 from pfgm.draw import draw
 from pfgm.ema import EMA, PowerAverages
 from pfgm.evaluation import Evaluation
+from pfgm.files import locking
+from pfgm.files.atomic import replacing
 from pfgm.loading import load
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.module import PFGM
@@ -153,7 +154,7 @@ class TrainCLI(LightningCLI):
         """Resume if the run has a checkpoint, else start, from `--init_from` if given."""
         run_dir = Path(self._get(self.config, "run_dir"))
         first = self.trainer.is_global_zero
-        with rundir.held(run_dir) if first else nullcontext():
+        with locking.held(run_dir) if first else nullcontext():
             if first:
                 rundir.clear(run_dir)
             start = self._start(model, datamodule, run_dir, first)

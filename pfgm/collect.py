@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from pfgm.images import Resize
+from pfgm.files.images import Resize
 from pfgm.imageset import ImageSet, Survey
 from pfgm.labels import csv_labels, numbered
 from pfgm.sources import Source, open_source

@@ -12,7 +12,7 @@ import yaml
 from pfgm import shell
 from pfgm.draw import draw
 from pfgm.edit import decode, encode, interpolate, vary
-from pfgm.intake import read_text
+from pfgm.files.untrusted import read_text
 from pfgm.posthoc import average
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -13,8 +13,8 @@ from pfgm.collect import Wanted, collect
 from pfgm.core import rng
 from pfgm.datamodule import DataModule
 from pfgm.degrade import Degradation
-from pfgm.files import check_values, read_samples
-from pfgm.images import Resize
+from pfgm.files.arrays import check_values, read_samples
+from pfgm.files.images import Resize
 from pfgm.noise import DataSummary
 from pfgm.stream import Part, split
 from pfgm.toys import TOYS

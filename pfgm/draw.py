@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pfgm import files, plot
+from pfgm import plot
 from pfgm.conditioning import check_conditioning, check_labels
 from pfgm.core.configurable import to_json
 from pfgm.core.tensors import check_positive
 from pfgm.drawing import Drawing, Share
-from pfgm.files import read_inputs
+from pfgm.files import arrays as arrays_module
+from pfgm.files.arrays import read_inputs
 from pfgm.flow import PoissonFlow, check_batch_size
 from pfgm.guidance import cost
 from pfgm.inverse import Mask, Measurement
@@ -341,12 +342,12 @@ def read_inpainting(paths: tuple[Path, Path] | None, noise: float | None, flow: 
 def read_mask(path: Path, shape: Sequence[int]) -> Tensor:
     """A mask [*shape], True where it is white, or 1 in an array of the last dimensions of `shape`. ValueError if it is no mask,
     or the same everywhere."""
-    if path.suffix in files.ARRAYS:
-        mask = files.load_arrays(path, ["x"], name="inpaint")["x"]
+    if path.suffix in arrays_module.ARRAYS:
+        mask = arrays_module.load_arrays(path, ["x"], name="inpaint")["x"]
         if tuple(mask.shape) != tuple(shape)[len(shape) - mask.ndim :] or not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(f"inpaint = {path}: {tuple(mask.shape)} is no mask of {tuple(shape)}; give 1 to fill in, else 0")
     else:
-        mask = files.read_images(path, (1, *shape[1:]), "inpaint")[0]
+        mask = arrays_module.read_images(path, (1, *shape[1:]), "inpaint")[0]
     filled = (mask > 0.5).expand(*shape)
     if bool((filled == filled.flatten()[0]).all()):
         raise ValueError(f"inpaint = {path}: the mask is the same everywhere; make it white where the image is to be filled in")

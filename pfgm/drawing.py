@@ -17,9 +17,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from pfgm import plot
-from pfgm.atomic import PARTIAL, replacing
-from pfgm.intake import read_text
-from pfgm.rundir import held
+from pfgm.files.atomic import PARTIAL, replacing
+from pfgm.files.locking import held
+from pfgm.files.untrusted import read_text
 
 RECORD = "draw.json"
 """The file in the folder that says how its samples were drawn."""

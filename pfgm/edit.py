@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pfgm.draw import check_device, parse_seeds, read_condition
-from pfgm.files import load_arrays, read_inputs
+from pfgm.files.arrays import load_arrays, read_inputs
 from pfgm.flow import PoissonFlow
 from pfgm.latent import Latent, check_points
 from pfgm.latent import interpolate as between

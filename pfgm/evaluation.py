@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfgm import metrics, plot
-from pfgm.atomic import replacing
 from pfgm.core import rng
 from pfgm.core.arguments import checked
 from pfgm.datamodule import DataModule
 from pfgm.features import extract, load_features, name_of
+from pfgm.files.atomic import replacing
 from pfgm.metrics import Points
 from pfgm.module import PFGM
 from pfgm.ode import SolverError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pfgm.images import Form, ImageError, Resize, fit
+from pfgm.files.images import Form, ImageError, Resize, fit
 from pfgm.sources import Source
 
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pfgm.images import ImageError
-from pfgm.intake import RefusedError, read_bytes
+from pfgm.files.images import ImageError
+from pfgm.files.untrusted import RefusedError, read_bytes
 
 Labels = Sequence[str | int]
 MAX_TABLE, PER_NAME = 2**24, 1000

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfgm.atomic import replacing
 from pfgm.coordinates import Angle
 from pfgm.core.arguments import checked
+from pfgm.files.atomic import replacing
+from pfgm.files.untrusted import read_text
 from pfgm.flow import PoissonFlow
-from pfgm.intake import read_text
 from pfgm.sampler import seed_pairs
 from pfgm.storage import digest
 

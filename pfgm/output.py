@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from pfgm import plot
-from pfgm.atomic import replacing, save_torch
+from pfgm.files.atomic import replacing, save_torch
 
 ARRAYS = (".npz", ".pt")
 

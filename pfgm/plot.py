@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfgm.atomic import replacing
+from pfgm.files.atomic import replacing
 
 ValueRange = Sequence[float] | None
 

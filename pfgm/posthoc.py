@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from pfgm import storage
-from pfgm.atomic import PARTIAL, clear_partial
 from pfgm.core.arguments import checked
+from pfgm.files.atomic import PARTIAL, clear_partial
 from pfgm.loading import load
 
 FOLDER = "averages"

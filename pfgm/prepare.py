@@ -18,7 +18,7 @@ from pfgm.data import Arrays, ImageDataModule
 from pfgm.datamodule import DataModule
 from pfgm.draw import check_device
 from pfgm.features import accuracy, fit_classifier, save_classifier
-from pfgm.files import ARRAYS
+from pfgm.files.arrays import ARRAYS
 from pfgm.imageset import Survey
 from pfgm.output import check_writable
 from pfgm.sources import open_source

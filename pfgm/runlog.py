@@ -9,7 +9,7 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 
-from pfgm.atomic import replacing
+from pfgm.files.atomic import replacing
 
 COLUMNS = ("step", "train_loss", "val_loss", "lr", "grad_norm", "skipped")
 LONGEST = 10_000

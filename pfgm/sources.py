@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from pfgm.files import ARRAYS, raw_arrays
-from pfgm.images import SUFFIXES, Form, ImageError, first_line, pixels, read_header, read_pixels
-from pfgm.intake import FREE, UNREADABLE, is_regular, opened_zip, read_bytes
+from pfgm.files.arrays import ARRAYS, raw_arrays
+from pfgm.files.images import SUFFIXES, Form, ImageError, pixels, read_header, read_pixels
+from pfgm.files.untrusted import FREE, UNREADABLE, first_line, is_regular, opened_zip, read_bytes
 from pfgm.labels import Labels, table_or_folders
 
 
@@ -31,7 +31,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, i: int) -> np.ndarray:
-        """The pixels of image `i`, see `pfgm.images`. ImageError if it is damaged."""
+        """The pixels of image `i`, see `pfgm.files.images`. ImageError if it is damaged."""
 
     def header(self, i: int) -> Form:
         """The form of image `i`. ImageError if it is damaged."""

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pfgm.atomic import DamagedError, check_stamp, replacing, replacing_all, save_torch, stamp
-from pfgm.intake import UNREADABLE, RefusedError, check_network, check_safetensors, load_torch, read_text
+from pfgm.files.atomic import DamagedError, check_stamp, replacing, replacing_all, save_torch, stamp
+from pfgm.files.untrusted import UNREADABLE, RefusedError, check_network, check_safetensors, load_torch, read_text
 
 M = TypeVar("M", bound=nn.Module)
 

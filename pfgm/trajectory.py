@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pfgm import plot
-from pfgm.atomic import replacing
 from pfgm.core.tensors import expand
+from pfgm.files.atomic import replacing
 from pfgm.flow import PoissonFlow
 from pfgm.sampler import Samples, Trajectory
 

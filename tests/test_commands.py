@@ -15,7 +15,7 @@ from test_flow import make_flow
 import pfgm
 from pfgm import cli, commands
 from pfgm.commands import join_pair
-from pfgm.files import read_images, read_inputs
+from pfgm.files.arrays import read_images, read_inputs
 from pfgm.inverse import Mask, Measurement
 from pfgm.latent import Latent
 

@@ -13,8 +13,8 @@ import torch
 import pfgm
 from benchmarks.faulty import damage, draws, hostile, kills
 from pfgm import cli, output, plot, rundir, storage
-from pfgm.atomic import DamagedError, check_stamp, replacing
-from pfgm.intake import load_torch
+from pfgm.files.atomic import DamagedError, check_stamp, replacing
+from pfgm.files.untrusted import load_torch
 from pfgm.module import PFGM
 from pfgm.runlog import RunLog, read_rows
 

@@ -17,12 +17,13 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from benchmarks.faulty import draws, kills
 from benchmarks.faulty.draws import content
-from pfgm import cli, commands, drawing, rundir, storage
+from pfgm import cli, commands, drawing, storage
 from pfgm.checkpointing import LastCheckpoint, Stopped
 from pfgm.core.exits import LostProcess
 from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.drawing import Share
 from pfgm.ema import EMA
+from pfgm.files import locking
 from pfgm.flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
 from pfgm.skips import Skips
@@ -246,7 +247,7 @@ def test_files_of_which_nothing_is_known_are_left_alone(export, tmp_path, capsys
 
 
 def test_a_share_is_drawn_by_one_process(export, tmp_path, capsys):
-    with rundir.held(tmp_path / "a", "out", "-2-of-3"):
+    with locking.held(tmp_path / "a", "out", "-2-of-3"):
         draw(export, tmp_path / "a", "--share=1/3")
         with pytest.raises(SystemExit, match="2"):
             draw(export, tmp_path / "a", "--share=2/3")
@@ -255,7 +256,7 @@ def test_a_share_is_drawn_by_one_process(export, tmp_path, capsys):
 
 def test_shares_of_another_number_of_processes_wait(export, tmp_path, capsys):
     """They would draw the same batches."""
-    with rundir.held(tmp_path / "a", "out", "-2-of-3"):
+    with locking.held(tmp_path / "a", "out", "-2-of-3"):
         with pytest.raises(SystemExit, match="2"):
             draw(export, tmp_path / "a")
         assert f"out = {tmp_path / 'a'} is being drawn by 3 processes, each its share" in capsys.readouterr().err

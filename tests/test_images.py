@@ -17,11 +17,12 @@ from test_training import ROOT, SMALL, fit, last
 from torch.utils.data import DataLoader
 
 import pfgm
-from pfgm import cli, images, labels, sources
+from pfgm import cli, labels, sources
 from pfgm.core.configurable import build
 from pfgm.data import ImageDataModule
-from pfgm.files import read_images
-from pfgm.images import Form, ImageError, read_header, read_pixels
+from pfgm.files import images
+from pfgm.files.arrays import read_images
+from pfgm.files.images import Form, ImageError, read_header, read_pixels
 from pfgm.imageset import ImageSet
 from pfgm.module import PFGM
 from pfgm.nn import UNet

@@ -9,12 +9,12 @@ import torch
 
 from benchmarks.faulty import hostile, hostile_data, hostile_models
 from benchmarks.faulty.hostile import labelled, zipped
-from pfgm import intake
 from pfgm.core.configurable import build
 from pfgm.draw import read_mask
-from pfgm.files import load_arrays, read_inputs
-from pfgm.images import ImageError, read_pixels
-from pfgm.intake import RefusedError, load_torch, opened_zip
+from pfgm.files import untrusted
+from pfgm.files.arrays import load_arrays, read_inputs
+from pfgm.files.images import ImageError, read_pixels
+from pfgm.files.untrusted import RefusedError, load_torch, opened_zip
 from pfgm.storage import read_tensors
 
 REASONS = {
@@ -140,20 +140,20 @@ def test_the_end_of_archives_of_more_than_4_gb_is_found(tmp_path, monkeypatch):
     assert b"PK\6\6" in content
     path = tmp_path / "a.zip"
     path.write_bytes(content)
-    intake._check_layout(path, b"", "a.zip")
+    untrusted._check_layout(path, b"", "a.zip")
     at = content.index(b"PK\6\6")
     elsewhere = content[: at + 64] + bytes(8) + content[at + 72 :]
     for spoiled in (b"PK" + content, content[:at] + b"more" + content[at:], content + content, elsewhere):
         path.write_bytes(spoiled)
         with pytest.raises(RefusedError, match="in something else"):
-            intake._check_layout(path, b"", "a.zip")
+            untrusted._check_layout(path, b"", "a.zip")
 
 
 def test_what_archives_unpack_to_is_bounded(tmp_path):
     path = tmp_path / "a.zip"
     path.write_bytes(zipped({"a": bytes(2**26)}))
     with opened_zip(path, "a.zip") as archive:
-        assert len(archive.read("a")) == intake.FREE
+        assert len(archive.read("a")) == untrusted.FREE
     path.write_bytes(zipped({"a": bytes(2**26), "b": b"1"}))
     with pytest.raises(RefusedError, match=r"a\.zip has .* MB and would unpack to 67\.1 MB"), opened_zip(path, "a.zip"):
         pass
@@ -171,8 +171,8 @@ def test_archives_of_more_than_twenty_times_their_size_are_refused(tmp_path):
 def test_tensors_are_as_large_as_what_is_stored_of_them():
     for total, tensor in ((400, torch.zeros(1).expand(100)), (10, torch.zeros(100))):
         with pytest.raises(RefusedError, match=r"a tensor \(100,\) is larger than what is stored of it"):
-            intake._Copy(total, "a").of(tensor)
-    assert intake._Copy(400, "a").of(torch.zeros(100)).shape == (100,)
+            untrusted._Copy(total, "a").of(tensor)
+    assert untrusted._Copy(400, "a").of(torch.zeros(100)).shape == (100,)
 
 
 def test_labels_take_memory_in_proportion_to_images(tmp_path):

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from benchmarks.faulty import draws, kills
 from benchmarks.faulty.forks import forks
 from pfgm import cli, rundir
+from pfgm.files import locking
 from pfgm.module import PFGM
 
 
@@ -45,7 +46,7 @@ def test_a_validation_that_was_cut_short_is_repeated_and_no_other(tmp_path, monk
 
 
 def hold(folder, ready):
-    with rundir.held(folder):
+    with locking.held(folder):
         ready.send("held")
         time.sleep(60)
 
@@ -57,39 +58,39 @@ def test_one_process_writes_to_a_folder_and_a_dead_one_is_replaced(tmp_path):
     assert ready.recv() == "held"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".partial-last-xyz.ckpt").write_text("of the owner, who is writing it")
-    with pytest.raises(BlockingIOError, match=rf"run_dir = .* is in use by process {owner.pid} on "), rundir.held(tmp_path):
+    with pytest.raises(BlockingIOError, match=rf"run_dir = .* is in use by process {owner.pid} on "), locking.held(tmp_path):
         pass
     assert list((tmp_path / "checkpoints").iterdir())
     owner.kill()
     owner.join()
-    with rundir.held(tmp_path):
+    with locking.held(tmp_path):
         assert f"process {os.getpid()} " in (tmp_path / ".owner").read_text()
         rundir.clear(tmp_path)
         assert not list((tmp_path / "checkpoints").iterdir())
     (tmp_path / ".owner").write_bytes(b"\xff\0 process")
-    with rundir.held(tmp_path):
+    with locking.held(tmp_path):
         pass
 
 
 def test_a_lock_ends_with_its_block_and_its_owner_is_named_while_it_begins(tmp_path, monkeypatch):
     lock = FileLock(tmp_path / ".lock")
-    monkeypatch.setattr(rundir, "PATIENCE", 0.1)
+    monkeypatch.setattr(locking, "PATIENCE", 0.1)
     (tmp_path / ".owner").write_text(f"process 999999999 on {platform.node()}, since yesterday")
     lock.acquire(timeout=0)
     (tmp_path / ".owner").unlink()
-    with pytest.raises(BlockingIOError, match="in use by another process; wait"), rundir.held(tmp_path):
+    with pytest.raises(BlockingIOError, match="in use by another process; wait"), locking.held(tmp_path):
         pass
     (tmp_path / ".owner").write_text("")
-    with pytest.raises(BlockingIOError, match="in use by another process; wait"), rundir.held(tmp_path):
+    with pytest.raises(BlockingIOError, match="in use by another process; wait"), locking.held(tmp_path):
         pass
     lock.release()
-    with rundir.held(tmp_path), pytest.raises(Timeout):
+    with locking.held(tmp_path), pytest.raises(Timeout):
         FileLock(tmp_path / ".lock").acquire(timeout=0)
     FileLock(tmp_path / ".lock").acquire(timeout=0)
     assert not (tmp_path / ".owner").exists()
 
 
-@pytest.mark.parametrize(("number", "patience"), [(999999999, rundir.PATIENCE), (os.getpid(), 0)], ids=["dead", "living"])
+@pytest.mark.parametrize(("number", "patience"), [(999999999, locking.PATIENCE), (os.getpid(), 0)], ids=["dead", "living"])
 def test_a_lock_whose_owner_is_dead_is_waited_for_since_its_children_end_soon(number, patience, tmp_path, monkeypatch):
     asked, acquire = [], FileLock.acquire
 
@@ -99,7 +100,7 @@ def test_a_lock_whose_owner_is_dead_is_waited_for_since_its_children_end_soon(nu
 
     (tmp_path / ".owner").write_text(f"process {number} on {platform.node()}, since yesterday")
     monkeypatch.setattr(FileLock, "acquire", record)
-    with rundir.held(tmp_path):
+    with locking.held(tmp_path):
         pass
     assert asked == [patience]
     assert patience < 60
@@ -111,7 +112,7 @@ def test_a_folder_whose_owner_cannot_be_written_is_not_locked(tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(rundir, "replacing", fail)
-        with pytest.raises(OSError, match="cannot be written: No space left") as error, rundir.held(tmp_path):
+        with pytest.raises(OSError, match="cannot be written: No space left") as error, locking.held(tmp_path):
             pass
     FileLock(tmp_path / ".lock").acquire(timeout=0)
     assert error.value.__traceback__ is not None  # which holds the lock, so that it is not gone by itself
@@ -135,14 +136,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(OSError, match=r"run_dir = .*file/run cannot be written: Not a directory"),
-        rundir.held(tmp_path / "file" / "run"),
+        locking.held(tmp_path / "file" / "run"),
     ):
         pass
 
 
 def test_a_second_run_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *kills.command(tmp_path, "denoising", 4)])
-    with rundir.held(tmp_path), pytest.raises(SystemExit) as end:
+    with locking.held(tmp_path), pytest.raises(SystemExit) as end:
         cli.run()
     assert end.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]

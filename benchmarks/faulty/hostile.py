@@ -10,7 +10,7 @@ from typing import Any
 from pfgm.data import Arrays, ImageDataModule
 from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.edit import read_latents
-from pfgm.files import read_inputs
+from pfgm.files.arrays import read_inputs
 from pfgm.flow import PoissonFlow
 from pfgm.labels import csv_labels
 from pfgm.nn import TimeMLP

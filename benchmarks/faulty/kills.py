@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.faulty.forks import forks
-from pfgm.atomic import PARTIAL
 from pfgm.core.exits import LOST
+from pfgm.files.atomic import PARTIAL
 from pfgm.rundir import checkpoint_path
 from pfgm.storage import CheckpointError, digest, read_checkpoint
 

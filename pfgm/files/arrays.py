@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfgm.images import SUFFIXES, Form, ImageError, fit, read_pixels
-from pfgm.intake import UNREADABLE, RefusedError, check_arrays, check_claim, is_regular, load_torch
+from pfgm.files.images import SUFFIXES, Form, ImageError, fit, read_pixels
+from pfgm.files.untrusted import UNREADABLE, RefusedError, check_arrays, check_claim, is_regular, load_torch
 
 ARRAYS = (".npy", ".npz", ".pt")
 

@@ -283,3 +283,8 @@ def _size(path: str | Path | BinaryIO) -> int:
     size = path.seek(0, os.SEEK_END)
     path.seek(place)
     return size
+
+
+def first_line(error: Exception) -> str:
+    """Of what it says."""
+    return str(error).partition("\n")[0]

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from pfgm.files.untrusted import first_line
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
@@ -138,11 +140,6 @@ def _is_deep(image: Image.Image) -> bool:
 def _unreadable(error: Exception) -> ImageError:
     unknown = isinstance(error, Image.UnidentifiedImageError)
     return ImageError("empty, no image, or damaged at its start" if unknown else f"{type(error).__name__}: {first_line(error)}")
-
-
-def first_line(error: Exception) -> str:
-    """Of what it says."""
-    return str(error).partition("\n")[0]
 
 
 def fit(array: np.ndarray, form: Form, resize: Resize = "crop", crop: Sequence[int] | None = None) -> np.ndarray:
