@@ -20,8 +20,8 @@ from torch import Tensor
 
 from pfgm.core import rng
 from pfgm.core.tensors import norm
-from pfgm.field import posterior_mean
-from pfgm.kernel import StudentTKernel
+from pfgm.theory.field import posterior_mean
+from pfgm.theory.kernel import StudentTKernel
 
 SIGMAS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 40.0)
 

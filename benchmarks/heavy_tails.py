@@ -29,12 +29,12 @@ from pfgm.data import DataModule, Digits
 from pfgm.denoiser import PreconditionedDenoiser, noise_level, preconditioning
 from pfgm.ema import EMA
 from pfgm.flow import PoissonFlow
-from pfgm.kernel import StudentTKernel
 from pfgm.loss import DenoisingLoss
 from pfgm.metrics import energy_distance, frechet_distance
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
-from pfgm.noise import DataSummary
+from pfgm.theory.data_summary import DataSummary
+from pfgm.theory.kernel import StudentTKernel
 
 Statistics = tuple[float, float, float]
 """sigma_data, power_std and the largest |y|/sqrt(N) of the data."""

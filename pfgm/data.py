@@ -15,8 +15,8 @@ from pfgm.datamodule import DataModule
 from pfgm.degrade import Degradation
 from pfgm.files.arrays import check_values, read_samples
 from pfgm.files.images import Resize
-from pfgm.noise import DataSummary
 from pfgm.stream import Part, split
+from pfgm.theory.data_summary import DataSummary
 from pfgm.toys import TOYS
 
 

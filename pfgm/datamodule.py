@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from pfgm.core import rng
 from pfgm.core.configurable import Recorded
 from pfgm.degrade import Degradation
-from pfgm.noise import DataSummary, level_spacing
 from pfgm.stream import HeldOut, Part, Preparation, Stream
+from pfgm.theory.data_summary import DataSummary, level_spacing
 
 
 class DataModule(Recorded, pl.LightningDataModule):

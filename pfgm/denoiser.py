@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pfgm.core.configurable import Recorded
 from pfgm.core.tensors import expand, norm, per_sample
-from pfgm.field import denoised_from_field
-from pfgm.kernel import StudentTKernel
+from pfgm.theory.field import denoised_from_field
+from pfgm.theory.kernel import StudentTKernel
 
 Statistics = tuple[float, float]
 """sigma_data and power_std of `DataSummary`."""

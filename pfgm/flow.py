@@ -20,13 +20,13 @@ from pfgm.core.arguments import Array, checked
 from pfgm.core.configurable import build, to_json
 from pfgm.core.tensors import check_finite_samples, check_levels, check_positive, check_shape, per_sample
 from pfgm.guidance import cost
-from pfgm.kernel import StudentTKernel
 from pfgm.latent import Latent, check_points, interpolate
 from pfgm.likelihood import LogProb, estimate_log_prob
-from pfgm.noise import level_spacing
 from pfgm.progress import DrawProgress
 from pfgm.sampler import Sampler, SamplerOptions, Samples, Trajectory, check_max_calls, check_start, seed_pairs
 from pfgm.solver import SolverOptions
+from pfgm.theory.data_summary import level_spacing
+from pfgm.theory.kernel import StudentTKernel
 
 
 class Options(SamplerOptions, Conditioning, total=False):

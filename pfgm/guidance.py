@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pfgm.core.tensors import expand, norm, per_sample
-from pfgm.kernel import check_dimensions
+from pfgm.theory.kernel import check_dimensions
 
 Interval = tuple[float, float]
 

@@ -23,9 +23,9 @@ from pfgm.coordinates import Angle
 from pfgm.core import rng
 from pfgm.core.arguments import checked
 from pfgm.core.tensors import check_levels, check_positive
-from pfgm.kernel import StudentTKernel
 from pfgm.ode import CountedDenoiser, solve
 from pfgm.solver import ADAPTIVE, make_solver
+from pfgm.theory.kernel import StudentTKernel
 
 EXACT_UP_TO = 32
 """Dimensions up to which the trace is exact if nothing is said."""

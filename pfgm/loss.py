@@ -15,8 +15,8 @@ from pfgm.core.configurable import Recorded
 from pfgm.core.rng import Generators
 from pfgm.core.tensors import expand
 from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
-from pfgm.field import normalized_field, posterior_mean
-from pfgm.noise import DataSummary, LogNormal, NoiseLaw, PoissonFlowNoise, recommended_sigma_max
+from pfgm.theory.data_summary import DataSummary, LogNormal, NoiseLaw, PoissonFlowNoise, recommended_sigma_max
+from pfgm.theory.field import normalized_field, posterior_mean
 
 
 class Loss(Recorded, nn.Module, ABC):

@@ -18,11 +18,11 @@ from pfgm.core import rng
 from pfgm.core.configurable import Recorded, build
 from pfgm.core.tensors import check_positive
 from pfgm.flow import PoissonFlow
-from pfgm.kernel import check_dimensions
 from pfgm.loss import DenoisingLoss, Loss
-from pfgm.noise import DataSummary, NoiseLaw, PoissonFlowNoise, recommended_sigma_min
 from pfgm.skips import MAX_SKIPPED, NonFiniteLoss, Skips
 from pfgm.stream import one_of
+from pfgm.theory.data_summary import DataSummary, NoiseLaw, PoissonFlowNoise, recommended_sigma_min
+from pfgm.theory.kernel import check_dimensions
 
 
 class PFGM(Recorded, pl.LightningModule):

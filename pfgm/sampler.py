@@ -18,11 +18,11 @@ from pfgm.core import rng
 from pfgm.core.arguments import checked
 from pfgm.core.tensors import check_levels, check_positive, check_shape, expand, norm
 from pfgm.guidance import cost
-from pfgm.kernel import StudentTKernel
 from pfgm.latent import Latent
 from pfgm.ode import CountedDenoiser, OutOfCalls, Way, follow
 from pfgm.solver import SolverOptions, Steps, make_solver
 from pfgm.stochastic import Plan, check_churn, check_restart, churn, restart
+from pfgm.theory.kernel import StudentTKernel
 
 STARTS = ("hemisphere", "hyperplane")
 

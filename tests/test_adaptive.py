@@ -8,11 +8,11 @@ from scipy import integrate
 
 from pfgm import ode, solver
 from pfgm.adaptive import PAIRS, integrate_each
-from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, PointCharge
 from pfgm.denoiser import PreconditionedDenoiser
-from pfgm.kernel import StudentTKernel
 from pfgm.nn import UNet
 from pfgm.sampler import Sampler, seed_pairs
+from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, PointCharge
+from pfgm.theory.kernel import StudentTKernel
 
 F64 = torch.float64
 

@@ -13,7 +13,7 @@ from pfgm import advice, prepare
 from pfgm.advice import Because, Measured, mirrored, recommend, to_yaml, widest
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits
-from pfgm.noise import DataSummary
+from pfgm.theory.data_summary import DataSummary
 
 F64 = torch.float64
 

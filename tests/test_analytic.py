@@ -8,11 +8,11 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge, UniformSegment
 from pfgm.core import rng
 from pfgm.core.tensors import norm
-from pfgm.field import posterior_mean
-from pfgm.kernel import StudentTKernel
+from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge, UniformSegment
+from pfgm.theory.field import posterior_mean
+from pfgm.theory.kernel import StudentTKernel
 
 F64 = torch.float64
 

@@ -14,8 +14,8 @@ from pfgm.data import DataModule
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import UNet
-from pfgm.noise import DataSummary
 from pfgm.stream import Part
+from pfgm.theory.data_summary import DataSummary
 
 HEIGHT, WIDTH = 40, 56
 

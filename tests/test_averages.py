@@ -19,7 +19,7 @@ from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.loss import DenoisingLoss, LogVariance
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP
-from pfgm.noise import DataSummary, LogUniform
+from pfgm.theory.data_summary import DataSummary, LogUniform
 
 FAST = "--model.lr=0.02"
 AVERAGES = ["--averages.every_n_steps=10", "--averages.sigma_rel=[0.05,0.1]"]

@@ -17,8 +17,8 @@ from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP
-from pfgm.noise import DataSummary
 from pfgm.stream import HeldOut, Part, Preparation, Stream
+from pfgm.theory.data_summary import DataSummary
 
 SUPERRES = ["--config", str(ROOT / "configs" / "digits_superres.yaml"), *SMALL, "--model.net.init_args.width=8"]
 
@@ -232,7 +232,7 @@ def test_runs_of_versions_without_an_argument_resume(tmp_path):
         ("--model.label_dropout=0.1", r"model\.label_dropout: 0\.0 -> 0\.1"),
         ("--data.init_args.dequantize=true", r"data\.dequantize: False -> True"),
         ("--data.init_args.degrade=pfgm.degrade.Downsample", r"data\.degrade"),
-        ("--model.loss.init_args.noise=pfgm.noise.LogUniform", r"model\.loss\.noise"),
+        ("--model.loss.init_args.noise=pfgm.theory.LogUniform", r"model\.loss\.noise"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(tmp_path, "--trainer.max_steps=2", "--model.label_dropout=0", change, base=base)
@@ -281,7 +281,7 @@ def test_flipped_images_are_mirrored_half_of_the_time_in_training_only(tmp_path)
 def test_summaries_of_large_data_are_made_in_blocks(monkeypatch):
     x = 3 + torch.randn(50, 2, 3, 4)
     whole = DataSummary.of(x, scale=2.0)
-    monkeypatch.setattr("pfgm.noise.BLOCK_BYTES", 8 * 24 * 7)
+    monkeypatch.setattr("pfgm.theory.data_summary.BLOCK_BYTES", 8 * 24 * 7)
     blocks = DataSummary.of(x, scale=2.0)
     assert torch.allclose(blocks.mean, (x / 2).mean(0), atol=1e-6)
     for name in ("sigma_data", "norm", "power_std"):

@@ -12,11 +12,11 @@ from torch import nn
 from pfgm.core import rng
 from pfgm.core.tensors import norm
 from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser, noise_level
-from pfgm.field import field_from_displacement, normalized_field, posterior_mean
-from pfgm.kernel import StudentTKernel
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.nn import TimeMLP
-from pfgm.noise import DataSummary, LogUniform, PoissonFlowNoise
+from pfgm.theory.data_summary import DataSummary, LogUniform, PoissonFlowNoise
+from pfgm.theory.field import field_from_displacement, normalized_field, posterior_mean
+from pfgm.theory.kernel import StudentTKernel
 
 F64 = torch.float64
 STATISTICS = {"sigma_data": 0.5, "power_std": 0.06}

@@ -13,11 +13,10 @@ import torch
 
 from benchmarks import faults
 from benchmarks.faulty import hostile_data, hostile_models, inputs, lines, patience, strangers
-from pfgm import commands, draw, field, output, plot
+from pfgm import commands, draw, output, plot
 from pfgm.core import rng
 from pfgm.core.arguments import ArgumentTypeError, checked
 from pfgm.data import Digits, Toy
-from pfgm.kernel import StudentTKernel
 from pfgm.likelihood import log_prob
 from pfgm.loss import DenoisingLoss
 from pfgm.module import PFGM
@@ -25,6 +24,8 @@ from pfgm.nn import TimeMLP
 from pfgm.ode import SolverError
 from pfgm.runlog import RunLog
 from pfgm.sampler import Sampler
+from pfgm.theory import field
+from pfgm.theory.kernel import StudentTKernel
 
 
 def test_pictures_leave_no_figures_in_memory(tmp_path):

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from pfgm.analytic import UniformSegment
 from pfgm.core import rng
 from pfgm.core.tensors import norm
-from pfgm.field import denoised_from_field, field_from_displacement, normalized_field, poisson_field, posterior_mean
-from pfgm.kernel import StudentTKernel
+from pfgm.theory.analytic import UniformSegment
+from pfgm.theory.field import denoised_from_field, field_from_displacement, normalized_field, poisson_field, posterior_mean
+from pfgm.theory.kernel import StudentTKernel
 
 F64 = torch.float64
 CHARGES = torch.randn(7, 3, generator=rng.generator(1), dtype=F64)
@@ -108,7 +108,7 @@ def test_posterior_mean_is_the_weighted_mean_under_the_kernels_density(D):
 def test_blocks_of_charges_do_not_change_the_result(monkeypatch):
     x, images = torch.randn(4, 1, 2, 3, dtype=F64), torch.randn(50, 1, 2, 3, dtype=F64)
     whole = posterior_mean(x, 0.5, images, 3)
-    monkeypatch.setattr("pfgm.field.BLOCK_BYTES", 8 * 6 * 7)
+    monkeypatch.setattr("pfgm.theory.field.BLOCK_BYTES", 8 * 6 * 7)
     assert torch.allclose(posterior_mean(x, 0.5, images, 3), whole, rtol=1e-13)
     assert whole.shape == x.shape
 

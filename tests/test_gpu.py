@@ -18,10 +18,10 @@ from pfgm.callbacks import Speed
 from pfgm.core.rng import generator
 from pfgm.ema import EMA, PowerAverages
 from pfgm.evaluation import MEASURES
-from pfgm.field import posterior_mean
-from pfgm.kernel import StudentTKernel
 from pfgm.metrics import Points
 from pfgm.prepare import prepare
+from pfgm.theory.field import posterior_mean
+from pfgm.theory.kernel import StudentTKernel
 
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

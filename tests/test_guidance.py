@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from pfgm.analytic import EmpiricalDenoiser, GaussianBlob, PointCharge
-from pfgm.field import posterior_mean
 from pfgm.guidance import ClassifierGuidedDenoiser, ConditionedDenoiser, GuidedDenoiser, cost
-from pfgm.kernel import StudentTKernel
 from pfgm.likelihood import log_prob
 from pfgm.sampler import Sampler
+from pfgm.theory.analytic import EmpiricalDenoiser, GaussianBlob, PointCharge
+from pfgm.theory.field import posterior_mean
+from pfgm.theory.kernel import StudentTKernel
 
 F64 = torch.float64
 N = 16

@@ -26,8 +26,8 @@ from pfgm.files.images import Form, ImageError, read_header, read_pixels
 from pfgm.imageset import ImageSet
 from pfgm.module import PFGM
 from pfgm.nn import UNet
-from pfgm.noise import DataSummary
 from pfgm.stream import Preparation, Stream
+from pfgm.theory.data_summary import DataSummary
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
 GREY = RGB[..., 0]

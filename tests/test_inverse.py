@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from pfgm.analytic import EmpiricalDenoiser
-from pfgm.field import posterior_mean
 from pfgm.inverse import Mask, MeasuredDenoiser, Measurement, conjugate_residuals
-from pfgm.kernel import StudentTKernel
 from pfgm.sampler import Sampler
+from pfgm.theory.analytic import EmpiricalDenoiser
+from pfgm.theory.field import posterior_mean
+from pfgm.theory.kernel import StudentTKernel
 
 F64 = torch.float64
 N, NOISE = 4, 0.3

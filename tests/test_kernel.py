@@ -9,7 +9,7 @@ from scipy import stats
 
 from pfgm.core import rng
 from pfgm.core.tensors import norm
-from pfgm.kernel import StudentTKernel
+from pfgm.theory.kernel import StudentTKernel
 
 F64 = torch.float64
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from pfgm.kernel import StudentTKernel
 from pfgm.latent import Latent, interpolate
+from pfgm.theory.kernel import StudentTKernel
 
 F64 = torch.float64
 

@@ -8,10 +8,10 @@ import torch
 from scipy import integrate, stats
 from torch import nn
 
-from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
-from pfgm.kernel import StudentTKernel
 from pfgm.likelihood import estimate_log_prob, log_prob
 from pfgm.sampler import Sampler
+from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
+from pfgm.theory.kernel import StudentTKernel
 
 F64 = torch.float64
 INF = StudentTKernel(math.inf)

@@ -13,7 +13,7 @@ from pfgm.core import rng
 from pfgm.core.configurable import build
 from pfgm.core.tensors import norm
 from pfgm.module import PFGM
-from pfgm.noise import (
+from pfgm.theory.data_summary import (
     DataSummary,
     LogNormal,
     LogUniform,
@@ -38,7 +38,7 @@ def test_levels_follow_their_laws():
 LAW = """
 import torch
 from pfgm.core import rng
-from pfgm.noise import NoiseLaw
+from pfgm.theory.data_summary import NoiseLaw
 
 class Triangular(NoiseLaw):
     def __init__(self, top: float = 4.0):

@@ -8,13 +8,13 @@ import torch
 from scipy import integrate, stats
 
 from pfgm import adaptive, ode, solver
-from pfgm.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
 from pfgm.core import rng
 from pfgm.core.tensors import norm
-from pfgm.kernel import StudentTKernel
 from pfgm.latent import Latent
 from pfgm.multistep import adams_bashforth, dpm_solver
 from pfgm.sampler import Sampler, seed_pairs
+from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
+from pfgm.theory.kernel import StudentTKernel
 
 F64 = torch.float64
 TIGHT = {"method": "dopri5", "rtol": 1e-8, "atol": 1e-8}

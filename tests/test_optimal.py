@@ -10,13 +10,13 @@ import torch
 
 import pfgm
 from pfgm import commands
-from pfgm.analytic import EmpiricalDenoiser
 from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
 from pfgm.grid import Paced
-from pfgm.kernel import StudentTKernel
 from pfgm.nn import TimeMLP
 from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
+from pfgm.theory.analytic import EmpiricalDenoiser
+from pfgm.theory.kernel import StudentTKernel
 
 CHARGES = torch.randn(12, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 

@@ -174,10 +174,10 @@ def test_configurations_that_are_none_are_named(words, content, tmp_path, monkey
         ("train.py", "advise", "the following arguments are required: path"),
         (
             "train.py",
-            "fit --run_dir=a --model.loss=pfgm.loss.PoissonFieldLoss --model.loss.noise=pfgm.noise.PoissonFlowNoise "
+            "fit --run_dir=a --model.loss=pfgm.loss.PoissonFieldLoss --model.loss.noise=pfgm.theory.PoissonFlowNoise "
             "--model.loss.noise.tau=x",
             'Parser key "model.loss": Problem with given class_path \'pfgm.loss.PoissonFieldLoss\': Parser key "noise": '
-            "Problem with given class_path 'pfgm.noise.PoissonFlowNoise': "
+            "Problem with given class_path 'pfgm.theory.PoissonFlowNoise': "
             'Parser key "tau": Expected a float. Got value: x',
         ),
         ("sample.py", "", "the following arguments are required: checkpoint"),

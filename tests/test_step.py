@@ -18,15 +18,15 @@ from pfgm.core import rng
 from pfgm.data import DataModule, Digits
 from pfgm.degrade import AddNoise
 from pfgm.ema import EMA, PowerAverages
-from pfgm.field import normalized_field, poisson_field, posterior_mean
-from pfgm.kernel import StudentTKernel
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
-from pfgm.noise import PoissonFlowNoise
 from pfgm.rundir import checkpoint_path
 from pfgm.skips import NonFiniteLoss, Skips
 from pfgm.stream import Part, Stream
+from pfgm.theory.data_summary import PoissonFlowNoise
+from pfgm.theory.field import normalized_field, poisson_field, posterior_mean
+from pfgm.theory.kernel import StudentTKernel
 
 OBJECTIVES = {
     "PFGM": {"loss": PoissonFieldLoss(0.5, 100), "D": 1.0},

@@ -8,12 +8,12 @@ import pytest
 import torch
 from scipy import stats
 
-from pfgm.analytic import EmpiricalDenoiser, PointCharge
 from pfgm.core import rng
 from pfgm.core.tensors import expand, norm, per_sample
-from pfgm.kernel import StudentTKernel
 from pfgm.sampler import Sampler, seed_pairs
 from pfgm.stochastic import churn, restart
+from pfgm.theory.analytic import EmpiricalDenoiser, PointCharge
+from pfgm.theory.kernel import StudentTKernel
 
 F64, N = torch.float64, 6
 PLANS = [

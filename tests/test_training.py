@@ -24,9 +24,9 @@ from pfgm.loading import PREFIX
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
-from pfgm.noise import DataSummary
 from pfgm.skips import NonFiniteLoss
 from pfgm.stream import HeldOut, Part, Stream, stream_indices
+from pfgm.theory.data_summary import DataSummary
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))

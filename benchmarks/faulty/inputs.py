@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from benchmarks.faulty.hostile import flow
 from benchmarks.faulty.patience import AtWork, limited
-from pfgm import field, kernel, likelihood, metrics, noise
+from pfgm import likelihood, metrics
 from pfgm.augment import Augment
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.degrade import AddNoise, Downsample
@@ -30,6 +30,7 @@ from pfgm.optimal import optimize_grid
 from pfgm.posthoc import exponent
 from pfgm.sampler import Sampler
 from pfgm.shell import is_of_memory
+from pfgm.theory import data_summary, field, kernel
 
 NAMED = (ValueError, TypeError, OSError, SolverError)
 
@@ -90,9 +91,9 @@ def targets() -> dict[str, Target]:
         "PFGM(levels)": Target(_module, {"sigma_data": 0.5, "data_norm": 1.0, "label_dropout": 0.0, "seed": 0} | levels | data),
         "DenoisingLoss": Target(DenoisingLoss, {"reference_size": 0, "log_variance": False}),
         "PoissonFieldLoss": Target(PoissonFieldLoss, {"gamma": 5.0, "reference_size": 10}),
-        "LogNormal": Target(noise.LogNormal, {"mean": -1.2, "std": 1.2}),
-        "LogUniform": Target(noise.LogUniform, {"low": 0.1, "high": 1.0}),
-        "PoissonFlowNoise": Target(noise.PoissonFlowNoise, {}),
+        "LogNormal": Target(data_summary.LogNormal, {"mean": -1.2, "std": 1.2}),
+        "LogUniform": Target(data_summary.LogUniform, {"low": 0.1, "high": 1.0}),
+        "PoissonFlowNoise": Target(data_summary.PoissonFlowNoise, {}),
         "Augment": Target(Augment, {}),
         "EMA": Target(EMA, {"half_life": 10.0, "warmup": 0.1}),
         "PowerAverages": Target(PowerAverages, {"every_n_steps": 5, "sigma_rel": (0.05, 0.1)}),

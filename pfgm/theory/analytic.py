@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pfgm.core.tensors import expand, norm, per_sample
-from pfgm.field import posterior_mean
-from pfgm.kernel import StudentTKernel
+from pfgm.theory.field import posterior_mean
+from pfgm.theory.kernel import StudentTKernel
 
 
 class EmpiricalDenoiser(nn.Module):

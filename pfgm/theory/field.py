@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pfgm.core.arguments import checked
 from pfgm.core.tensors import check_shapes, expand, norm, per_sample
-from pfgm.kernel import check_dimensions, power_law
+from pfgm.theory.kernel import check_dimensions, power_law
 
 BLOCK_BYTES = 2**25
 """Size of the float64 copy of a block of charges."""
