@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from pfgm.core.tensors import expand, norm, per_sample
 from pfgm.data import DataModule, Digits
-from pfgm.denoiser import PreconditionedDenoiser, noise_level, preconditioning
 from pfgm.ema import EMA
 from pfgm.flow import PoissonFlow
 from pfgm.loss import DenoisingLoss
 from pfgm.metrics import energy_distance, frechet_distance
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
+from pfgm.nn.preconditioning import PreconditionedDenoiser, noise_level, preconditioning
 from pfgm.theory.data_summary import DataSummary
 from pfgm.theory.kernel import StudentTKernel
 

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.faulty import kills
 from benchmarks.faulty.draws import content
-from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
 from pfgm.nn import UNet
+from pfgm.nn.preconditioning import PreconditionedDenoiser
 
 
 def start(program: str, words: list[str]) -> psutil.Popen:

@@ -33,7 +33,6 @@ _ROOMS = [
     "flow",
     "nn",
     "theory",
-    "denoiser",
     "guidance",
     "inverse",
     "loss",

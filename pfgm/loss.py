@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pfgm.core.configurable import Recorded
 from pfgm.core.rng import Generators
 from pfgm.core.tensors import expand
-from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
+from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
 from pfgm.theory.data_summary import DataSummary, LogNormal, NoiseLaw, PoissonFlowNoise, recommended_sigma_max
 from pfgm.theory.field import normalized_field, posterior_mean
 

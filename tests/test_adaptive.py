@@ -8,8 +8,8 @@ from scipy import integrate
 
 from pfgm import ode, solver
 from pfgm.adaptive import PAIRS, integrate_each
-from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.nn import UNet
+from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.sampler import Sampler, seed_pairs
 from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, PointCharge
 from pfgm.theory.kernel import StudentTKernel

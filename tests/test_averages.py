@@ -15,10 +15,10 @@ from test_training import ROOT, fit, last
 import pfgm
 from pfgm import commands, posthoc, storage
 from pfgm.core import rng
-from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.loss import DenoisingLoss, LogVariance
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP
+from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.theory.data_summary import DataSummary, LogUniform
 
 FAST = "--model.lr=0.02"

@@ -10,11 +10,11 @@ from test_flow import FAST, make_flow
 from torch import nn
 
 import pfgm
-from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
 from pfgm.guidance import GuidedDenoiser
 from pfgm.inverse import Mask, Measurement
 from pfgm.nn import TimeMLP, UNet
+from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.theory.analytic import GaussianBlob
 
 CALLS = {"preset": "fast"}

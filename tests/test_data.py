@@ -13,10 +13,10 @@ from pfgm import cli, storage
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.degrade import AddNoise, Downsample, Grey
-from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP
+from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.stream import HeldOut, Part, Preparation, Stream
 from pfgm.theory.data_summary import DataSummary
 

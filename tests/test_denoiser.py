@@ -11,9 +11,9 @@ from torch import nn
 
 from pfgm.core import rng
 from pfgm.core.tensors import norm
-from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser, noise_level
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.nn import TimeMLP
+from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser, noise_level
 from pfgm.theory.data_summary import DataSummary, LogUniform, PoissonFlowNoise
 from pfgm.theory.field import field_from_displacement, normalized_field, posterior_mean
 from pfgm.theory.kernel import StudentTKernel

@@ -20,12 +20,12 @@ from benchmarks.faulty.draws import content
 from pfgm import cli, commands, drawing, storage
 from pfgm.checkpointing import LastCheckpoint, Stopped
 from pfgm.core.exits import LostProcess
-from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.drawing import Share
 from pfgm.ema import EMA
 from pfgm.files import locking
 from pfgm.flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
+from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.skips import Skips
 
 

@@ -17,10 +17,10 @@ import pfgm
 import pfgm.sampler
 from pfgm import commands, storage
 from pfgm.core.configurable import build
-from pfgm.denoiser import FieldDenoiser, PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
 from pfgm.likelihood import log_prob
 from pfgm.nn import TimeMLP, UNet
+from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
 from pfgm.sampler import seed_pairs
 from pfgm.theory.analytic import GaussianBlob
 from pfgm.trajectory import _rescaled

@@ -10,10 +10,10 @@ import torch
 
 import pfgm
 from pfgm import commands
-from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.flow import PoissonFlow
 from pfgm.grid import Paced
 from pfgm.nn import TimeMLP
+from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
 from pfgm.theory.analytic import EmpiricalDenoiser
 from pfgm.theory.kernel import StudentTKernel

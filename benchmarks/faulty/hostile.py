@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pfgm.data import Arrays, ImageDataModule
-from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.edit import read_latents
 from pfgm.files.arrays import read_inputs
 from pfgm.flow import PoissonFlow
 from pfgm.labels import csv_labels
 from pfgm.nn import TimeMLP
+from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.optimal import stored_grid
 from pfgm.posthoc import reconstruct
 

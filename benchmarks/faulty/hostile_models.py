@@ -19,11 +19,11 @@ import pfgm
 from benchmarks.faulty.hostile import CANARY, Call, Hostile, averages, flow, samples, written
 from pfgm import storage
 from pfgm.data import ImageDataModule
-from pfgm.denoiser import PreconditionedDenoiser
 from pfgm.features import load_features
 from pfgm.flow import PoissonFlow
 from pfgm.module import PFGM
 from pfgm.nn import UNet
+from pfgm.nn.preconditioning import PreconditionedDenoiser
 
 
 def _calls() -> Iterator[tuple[str, bytes]]:

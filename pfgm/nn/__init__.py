@@ -1,8 +1,13 @@
-"""Networks: `TimeMLP` for vectors, `UNet` for images, `DiffusersUNet` from elsewhere. The contract is in `Network`."""
+"""Networks and their preconditioning: what is learned, and how its output becomes a denoised sample.
 
-from pfgm.nn.adapter import DiffusersUNet
+`Network` states the contract; `TimeMLP` takes vectors, `UNet` signals, images and volumes, `DiffusersUNet` adapts another
+package's network. This room imports `pfgm.core`, `pfgm.files` and `pfgm.theory`.
+"""
+
+from pfgm.nn.diffusers import DiffusersUNet
 from pfgm.nn.mlp import TimeMLP
 from pfgm.nn.network import Network
+from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
 from pfgm.nn.unet import UNet
 
-__all__ = ["DiffusersUNet", "Network", "TimeMLP", "UNet"]
+__all__ = ["DiffusersUNet", "FieldDenoiser", "Network", "PreconditionedDenoiser", "TimeMLP", "UNet"]
