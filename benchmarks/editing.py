@@ -17,8 +17,8 @@ from pfgm import plot
 from pfgm.core.tensors import expand, norm
 from pfgm.data import Digits
 from pfgm.flow import PoissonFlow
-from pfgm.latent import Latent, interpolate
 from pfgm.metrics import energy_distance
+from pfgm.sampling.latents import Latent, interpolate
 
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
 LEVELS = (0.1, 0.3, 0.5, 0.8, 1.5, 3.0)

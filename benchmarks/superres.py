@@ -23,8 +23,8 @@ import pfgm
 from pfgm import plot
 from pfgm.data import Digits
 from pfgm.degrade import Downsample
-from pfgm.inverse import Measurement
 from pfgm.metrics import energy_distance, frechet_distance
+from pfgm.sampling.inverse import Measurement
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from pfgm import plot
 from pfgm.core.arguments import checked
 from pfgm.datamodule import DataModule
 from pfgm.module import PFGM
-from pfgm.ode import SolverError
+from pfgm.sampling.ode import SolverError
 
 
 class Speed(Callback):

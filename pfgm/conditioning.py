@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from pfgm.guidance import ClassifierGuidedDenoiser, ConditionedDenoiser, GuidedDenoiser, Interval, check_interval
-from pfgm.inverse import MeasuredDenoiser, Measurement
-from pfgm.ode import input_dtype
+from pfgm.sampling.guidance import ClassifierGuidedDenoiser, ConditionedDenoiser, GuidedDenoiser, Interval, check_interval
+from pfgm.sampling.inverse import MeasuredDenoiser, Measurement
+from pfgm.sampling.ode import input_dtype
 
 if TYPE_CHECKING:
     from pfgm.flow import PoissonFlow
@@ -224,7 +224,7 @@ def _checked_measurement(flow: "PoissonFlow", n: int, measurement: Measurement |
     if measurement is None:
         return None
     if not isinstance(measurement, Measurement):
-        raise ValueError(f"measurement = {measurement!r}: give a pfgm.inverse.Measurement")
+        raise ValueError(f"measurement = {measurement!r}: give a pfgm.sampling.Measurement")
     like = input_dtype(flow.denoiser, torch.float32)
     values = measurement.values.to(flow.mean.device, like)
     try:

@@ -1,7 +1,7 @@
 """Degradations of images: what a model is conditioned on to undo them.
 
 Each maps clean samples [B, C, H, W] to their conditions, in the same units. `Downsample` and `Grey` are linear, so that they
-also serve as measurements (`pfgm.inverse`).
+also serve as measurements (`pfgm.sampling.inverse`).
 """
 
 from abc import ABC, abstractmethod

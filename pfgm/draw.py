@@ -17,8 +17,6 @@ from pfgm.drawing import Drawing, Share
 from pfgm.files import arrays as arrays_module
 from pfgm.files.arrays import read_inputs
 from pfgm.flow import PoissonFlow, check_batch_size
-from pfgm.guidance import cost
-from pfgm.inverse import Mask, Measurement
 from pfgm.loading import load
 from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
 from pfgm.output import (
@@ -31,7 +29,9 @@ from pfgm.output import (
     save_arrays,
     write_images,
 )
-from pfgm.sampler import Samples, check_max_calls, seed_pairs
+from pfgm.sampling.guidance import cost
+from pfgm.sampling.inverse import Mask, Measurement
+from pfgm.sampling.sampler import Samples, check_max_calls, seed_pairs
 from pfgm.storage import digest
 from pfgm.trajectory import check_trajectory, write_trajectory
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from pfgm.draw import check_device, parse_seeds, read_condition
 from pfgm.files.arrays import load_arrays, read_inputs
 from pfgm.flow import PoissonFlow
-from pfgm.latent import Latent, check_points
-from pfgm.latent import interpolate as between
 from pfgm.loading import load
 from pfgm.output import (
     ARRAYS,
@@ -23,8 +21,10 @@ from pfgm.output import (
     write_images,
     write_strip,
 )
-from pfgm.sampler import seed_pairs
-from pfgm.solver import ADAPTIVE
+from pfgm.sampling.latents import Latent, check_points
+from pfgm.sampling.latents import interpolate as between
+from pfgm.sampling.sampler import seed_pairs
+from pfgm.sampling.solvers import ADAPTIVE
 
 
 def encode(

@@ -21,7 +21,7 @@ from pfgm.features import extract, load_features, name_of
 from pfgm.files.atomic import replacing
 from pfgm.metrics import Points
 from pfgm.module import PFGM
-from pfgm.ode import SolverError
+from pfgm.sampling.ode import SolverError
 
 MEASURES: dict[str, Callable[[Points, Points], float]] = {
     "energy": metrics.energy_distance,

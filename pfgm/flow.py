@@ -19,12 +19,12 @@ from pfgm.core import rng
 from pfgm.core.arguments import Array, checked
 from pfgm.core.configurable import build, to_json
 from pfgm.core.tensors import check_finite_samples, check_levels, check_positive, check_shape, per_sample
-from pfgm.guidance import cost
-from pfgm.latent import Latent, check_points, interpolate
-from pfgm.likelihood import LogProb, estimate_log_prob
-from pfgm.progress import DrawProgress
-from pfgm.sampler import Sampler, SamplerOptions, Samples, Trajectory, check_max_calls, check_start, seed_pairs
-from pfgm.solver import SolverOptions
+from pfgm.sampling.guidance import cost
+from pfgm.sampling.latents import Latent, check_points, interpolate
+from pfgm.sampling.likelihood import LogProb, estimate_log_prob
+from pfgm.sampling.progress import DrawProgress
+from pfgm.sampling.sampler import Sampler, SamplerOptions, Samples, Trajectory, check_max_calls, check_start, seed_pairs
+from pfgm.sampling.solvers import SolverOptions
 from pfgm.theory.data_summary import level_spacing
 from pfgm.theory.kernel import StudentTKernel
 
@@ -293,7 +293,7 @@ class PoissonFlow(nn.Module):
     def interpolate(self, a: Array, b: Array, points: int, *, labels: Any = None, **options: Any) -> Tensor:
         """From `a` to `b` [B, *shape] in `points` steps, both ends included: [points, B, *shape] in the user's units.
 
-        Encoded, followed along great circles (`pfgm.latent.interpolate`) and decoded; options as for `encode`.
+        Encoded, followed along great circles (`pfgm.sampling.latents.interpolate`) and decoded; options as for `encode`.
         """
         check_points(points)
         if len(a) != len(b):
@@ -305,7 +305,7 @@ class PoissonFlow(nn.Module):
     def log_prob(self, x: Array, *, labels: Any = None, condition: Tensor | None = None, **options: Any) -> Tensor:
         """The log-density of `x` [B, *shape], blurred by the noise of sigma_min, in nats in the user's units: [B] in float64.
 
-        `options` are those of `pfgm.likelihood.estimate_log_prob`, which also tells the error of the estimate: exact, probes,
+        `options` are those of `likelihood.estimate_log_prob`, which also tells the error of the estimate: exact, probes,
         seed, method, rtol, atol, differentiable. ValueError for x that is not finite or of another shape.
         """
         return self.estimate_log_prob(x, labels=labels, condition=condition, **options).value

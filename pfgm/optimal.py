@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfgm.coordinates import Angle
 from pfgm.core.arguments import checked
 from pfgm.files.atomic import replacing
 from pfgm.files.untrusted import read_text
 from pfgm.flow import PoissonFlow
-from pfgm.sampler import seed_pairs
+from pfgm.sampling.coordinates import Angle
+from pfgm.sampling.sampler import seed_pairs
 from pfgm.storage import digest
 
 SEED = 2**32 - 1

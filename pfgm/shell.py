@@ -21,7 +21,7 @@ import torch
 
 from pfgm.core.configurable import cause
 from pfgm.core.exits import LOST, LostProcess, _exit, end
-from pfgm.ode import SolverError
+from pfgm.sampling.ode import SolverError
 
 ERRORS: tuple[type[Exception], ...] = (ArgumentError, ValueError, OSError, ImportError, SolverError)
 """What says which argument is wrong, and what to do."""

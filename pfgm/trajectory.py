@@ -13,7 +13,7 @@ from pfgm import plot
 from pfgm.core.tensors import expand
 from pfgm.files.atomic import replacing
 from pfgm.flow import PoissonFlow
-from pfgm.sampler import Samples, Trajectory
+from pfgm.sampling.sampler import Samples, Trajectory
 
 ENDINGS = (".png", ".gif", ".npz")
 POINTS = {"strip": 12, "lines": 120, "film": 48, "cloud": 48, "arrays": 48}

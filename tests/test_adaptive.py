@@ -6,11 +6,11 @@ import pytest
 import torch
 from scipy import integrate
 
-from pfgm import ode, solver
-from pfgm.adaptive import PAIRS, integrate_each
 from pfgm.nn import UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
-from pfgm.sampler import Sampler, seed_pairs
+from pfgm.sampling import ode, solvers
+from pfgm.sampling.runge_kutta import PAIRS, integrate_each
+from pfgm.sampling.sampler import Sampler, seed_pairs
 from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, PointCharge
 from pfgm.theory.kernel import StudentTKernel
 
@@ -206,7 +206,7 @@ def test_runge_kutta_with_fixed_steps_claims_no_error():
 
 @pytest.mark.parametrize("independent", [True, False])
 def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch, independent):
-    monkeypatch.setattr(solver, "MAX_STEPS", 50)
+    monkeypatch.setattr(solvers, "MAX_STEPS", 50)
     s = sampler(lambda x, sigma, label=None: torch.rand_like(x), rtol=1e-12, atol=1e-12, independent=independent)
     with pytest.raises(ode.SolverError, match=r"bosh3 could not meet its tolerance at level \d.* after \d+ calls .*raise rtol"):
         s.sample(2)

@@ -16,8 +16,8 @@ import pfgm
 from pfgm import cli, commands
 from pfgm.commands import join_pair
 from pfgm.files.arrays import read_images, read_inputs
-from pfgm.inverse import Mask, Measurement
-from pfgm.latent import Latent
+from pfgm.sampling.inverse import Mask, Measurement
+from pfgm.sampling.latents import Latent
 
 
 @pytest.fixture
@@ -272,9 +272,9 @@ def test_sixteen_bits_and_colours_become_the_models_channels(here):
 
 
 def test_what_the_readme_names_is_there():
-    assert pfgm.inverse.Measurement is Measurement
+    assert pfgm.sampling.inverse.Measurement is Measurement
     assert pfgm.degrade.Downsample(2).factor == 2
-    assert pfgm.latent.Latent is Latent
+    assert pfgm.sampling.latents.Latent is Latent
 
 
 def test_predict_takes_a_pair_too(monkeypatch):

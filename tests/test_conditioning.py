@@ -11,10 +11,10 @@ from torch import nn
 
 import pfgm
 from pfgm.flow import PoissonFlow
-from pfgm.guidance import GuidedDenoiser
-from pfgm.inverse import Mask, Measurement
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
+from pfgm.sampling.guidance import GuidedDenoiser
+from pfgm.sampling.inverse import Mask, Measurement
 from pfgm.theory.analytic import GaussianBlob
 
 CALLS = {"preset": "fast"}
@@ -100,7 +100,7 @@ def test_a_classifier_is_asked_in_the_users_units():
         (labelled, {"labels": 1, "guidance": 1j}, "guidance: complex numbers"),
         (labelled, {"labels": 1, "guidance": 2.0, "guidance_interval": (None, 2)}, r"guidance_interval = \(None, 2\)"),
         (labelled, {"labels": 1, "guidance": 2.0, "guide": "path"}, "guide = 'path': give a flow"),
-        (make_flow, {"measurement": 3}, "measurement = 3: give a pfgm.inverse.Measurement"),
+        (make_flow, {"measurement": 3}, "measurement = 3: give a pfgm.sampling.Measurement"),
         (conditional, {"condition": torch.tensor([1e300] * 3, dtype=torch.float64)}, "give finite numbers"),
         (lambda: make_flow(classes=3), {"labels": 1, "guidance": 2.0}, r"label_dropout > 0 \(this one: no\)"),
         (make_flow, {"guidance": 2.0}, "classifier-free guidance needs labels"),

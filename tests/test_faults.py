@@ -17,13 +17,13 @@ from pfgm import commands, draw, output, plot
 from pfgm.core import rng
 from pfgm.core.arguments import ArgumentTypeError, checked
 from pfgm.data import Digits, Toy
-from pfgm.likelihood import log_prob
 from pfgm.loss import DenoisingLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP
-from pfgm.ode import SolverError
 from pfgm.runlog import RunLog
-from pfgm.sampler import Sampler
+from pfgm.sampling.likelihood import log_prob
+from pfgm.sampling.ode import SolverError
+from pfgm.sampling.sampler import Sampler
 from pfgm.theory import field
 from pfgm.theory.kernel import StudentTKernel
 

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 import pfgm
-import pfgm.sampler
+import pfgm.sampling.sampler
 from pfgm import commands, storage
 from pfgm.core.configurable import build
 from pfgm.flow import PoissonFlow
-from pfgm.likelihood import log_prob
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
-from pfgm.sampler import seed_pairs
+from pfgm.sampling.likelihood import log_prob
+from pfgm.sampling.sampler import seed_pairs
 from pfgm.theory.analytic import GaussianBlob
 from pfgm.trajectory import _rescaled
 
@@ -193,7 +193,7 @@ def test_bad_points_are_named_and_integers_are_numbers():
         with pytest.raises(ValueError, match="shape"):
             method(torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"latent\.t has shape \(2, 4\)"):
-        flow.decode(pfgm.sampler.Latent(torch.zeros(2, 4), 40.0, "plane"))
+        flow.decode(pfgm.sampling.sampler.Latent(torch.zeros(2, 4), 40.0, "plane"))
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path):

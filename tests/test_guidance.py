@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from pfgm.guidance import ClassifierGuidedDenoiser, ConditionedDenoiser, GuidedDenoiser, cost
-from pfgm.likelihood import log_prob
-from pfgm.sampler import Sampler
+from pfgm.sampling.guidance import ClassifierGuidedDenoiser, ConditionedDenoiser, GuidedDenoiser, cost
+from pfgm.sampling.likelihood import log_prob
+from pfgm.sampling.sampler import Sampler
 from pfgm.theory.analytic import EmpiricalDenoiser, GaussianBlob, PointCharge
 from pfgm.theory.field import posterior_mean
 from pfgm.theory.kernel import StudentTKernel

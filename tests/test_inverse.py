@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pfgm.inverse import Mask, MeasuredDenoiser, Measurement, conjugate_residuals
-from pfgm.sampler import Sampler
+from pfgm.sampling.inverse import Mask, MeasuredDenoiser, Measurement, conjugate_residuals
+from pfgm.sampling.sampler import Sampler
 from pfgm.theory.analytic import EmpiricalDenoiser
 from pfgm.theory.field import posterior_mean
 from pfgm.theory.kernel import StudentTKernel

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pfgm.latent import Latent, interpolate
+from pfgm.sampling.latents import Latent, interpolate
 from pfgm.theory.kernel import StudentTKernel
 
 F64 = torch.float64

@@ -8,8 +8,8 @@ import torch
 from scipy import integrate, stats
 from torch import nn
 
-from pfgm.likelihood import estimate_log_prob, log_prob
-from pfgm.sampler import Sampler
+from pfgm.sampling.likelihood import estimate_log_prob, log_prob
+from pfgm.sampling.sampler import Sampler
 from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
 from pfgm.theory.kernel import StudentTKernel
 

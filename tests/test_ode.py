@@ -7,12 +7,12 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from pfgm import adaptive, ode, solver
 from pfgm.core import rng
 from pfgm.core.tensors import norm
-from pfgm.latent import Latent
-from pfgm.multistep import adams_bashforth, dpm_solver
-from pfgm.sampler import Sampler, seed_pairs
+from pfgm.sampling import ode, runge_kutta, solvers
+from pfgm.sampling.latents import Latent
+from pfgm.sampling.multistep import adams_bashforth, dpm_solver
+from pfgm.sampling.sampler import Sampler, seed_pairs
 from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
 from pfgm.theory.kernel import StudentTKernel
 
@@ -258,10 +258,10 @@ def test_the_state_is_float64_and_tolerances_keep_their_names():
     x = torch.randn(4, 3, dtype=F64)
     fine = sampler(CauchyBlob(0.3), method="dopri8", rtol=1e-12, atol=1e-12).integrate(x, 5.0, 0.02)
     assert torch.allclose(fine, x * 0.32 / 5.3, rtol=1e-10, atol=0)
-    made = solver.make_solver(rtol=1e-3, atol=1e-6)
+    made = solvers.make_solver(rtol=1e-3, atol=1e-6)
     assert (made.rtol, made.atol) == (1e-3, 1e-6)
-    assert solver.make_solver(rtol=1e-3).atol == solver.ATOL == 0.05
-    assert adaptive.rms(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).tolist() == pytest.approx([math.sqrt(12.5), math.sqrt(0.5)])
+    assert solvers.make_solver(rtol=1e-3).atol == solvers.ATOL == 0.05
+    assert runge_kutta.rms(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).tolist() == pytest.approx([math.sqrt(12.5), math.sqrt(0.5)])
 
 
 def test_decode_starts_where_the_latent_says():
@@ -399,7 +399,7 @@ def test_a_network_that_returns_nan_is_reported_as_such():
 
 
 def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch):
-    monkeypatch.setattr(solver, "MAX_STEPS", 50)
+    monkeypatch.setattr(solvers, "MAX_STEPS", 50)
 
     def denoiser(x, sigma, label=None):
         return torch.rand_like(x)

@@ -11,10 +11,10 @@ import torch
 import pfgm
 from pfgm import commands
 from pfgm.flow import PoissonFlow
-from pfgm.grid import Paced
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
+from pfgm.sampling.grids import Paced
 from pfgm.theory.analytic import EmpiricalDenoiser
 from pfgm.theory.kernel import StudentTKernel
 
@@ -76,7 +76,7 @@ def test_bad_numbers_are_named(arguments, message):
 
 
 def test_the_paced_grid():
-    from pfgm.coordinates import Angle, LogSigma
+    from pfgm.sampling.coordinates import Angle, LogSigma
 
     path, grid = Angle(0.5), Paced(6)
     last = grid.last(path, 40.0, 0.01)

@@ -15,7 +15,7 @@ import torch
 from benchmarks.faulty import kills
 from pfgm import cli, commands, shell
 from pfgm.core import exits
-from pfgm.ode import SolverError
+from pfgm.sampling.ode import SolverError
 from pfgm.skips import NonFiniteLoss
 
 

@@ -10,8 +10,8 @@ from scipy import stats
 
 from pfgm.core import rng
 from pfgm.core.tensors import expand, norm, per_sample
-from pfgm.sampler import Sampler, seed_pairs
-from pfgm.stochastic import churn, restart
+from pfgm.sampling.sampler import Sampler, seed_pairs
+from pfgm.sampling.stochastic import churn, restart
 from pfgm.theory.analytic import EmpiricalDenoiser, PointCharge
 from pfgm.theory.kernel import StudentTKernel
 

@@ -14,21 +14,22 @@ from hypothesis import strategies as st
 
 from benchmarks.faulty.hostile import flow
 from benchmarks.faulty.patience import AtWork, limited
-from pfgm import likelihood, metrics
+from pfgm import metrics
 from pfgm.augment import Augment
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.degrade import AddNoise, Downsample
 from pfgm.ema import EMA, PowerAverages
 from pfgm.flow import PoissonFlow
-from pfgm.latent import Latent
 from pfgm.loading import load
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
-from pfgm.ode import SolverError
 from pfgm.optimal import optimize_grid
 from pfgm.posthoc import exponent
-from pfgm.sampler import Sampler
+from pfgm.sampling import likelihood
+from pfgm.sampling.latents import Latent
+from pfgm.sampling.ode import SolverError
+from pfgm.sampling.sampler import Sampler
 from pfgm.shell import is_of_memory
 from pfgm.theory import data_summary, field, kernel
 

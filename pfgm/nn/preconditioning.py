@@ -23,7 +23,7 @@ Statistics = tuple[float, float]
 class Denoiser(Protocol):
     """Anything that maps `x` [B, ...], `sigma` (float or [B]) and an optional `label` [B] to E[y | x, sigma], like x.
 
-    One that needs more, such as a condition, is bound to it first (`pfgm.guidance`).
+    One that needs more, such as a condition, is bound to it first (`pfgm.sampling.guidance`).
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor: ...

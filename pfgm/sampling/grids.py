@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pfgm.coordinates import Angle, Coordinates
+from pfgm.sampling.coordinates import Angle, Coordinates
 
 RHO = 7
 """Exponent of EDM's grid (arXiv 2206.00364, eq. 5)."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pfgm.core.tensors import expand
-from pfgm.multistep import Slope
+from pfgm.sampling.multistep import Slope
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 2.0
 """Of the step size: the share of the step that would just do, and the most it may change by."""

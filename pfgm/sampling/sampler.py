@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from pfgm.core import rng
 from pfgm.core.arguments import checked
 from pfgm.core.tensors import check_levels, check_positive, check_shape, expand, norm
-from pfgm.guidance import cost
-from pfgm.latent import Latent
-from pfgm.ode import CountedDenoiser, OutOfCalls, Way, follow
-from pfgm.solver import SolverOptions, Steps, make_solver
-from pfgm.stochastic import Plan, check_churn, check_restart, churn, restart
+from pfgm.sampling.guidance import cost
+from pfgm.sampling.latents import Latent
+from pfgm.sampling.ode import CountedDenoiser, OutOfCalls, Way, follow
+from pfgm.sampling.solvers import SolverOptions, Steps, make_solver
+from pfgm.sampling.stochastic import Plan, check_churn, check_restart, churn, restart
 from pfgm.theory.kernel import StudentTKernel
 
 STARTS = ("hemisphere", "hyperplane")
@@ -78,13 +78,13 @@ class Sampler:
     runs on one clock, level = ratio sigma. The network is asked for sigma = level/ratio, below sigma_min for samples of heavy
     tails; this is not clamped, since c_out is small there. "hyperplane" starts all samples at sigma_max, for comparison
     and for data that is itself heavy-tailed. `temperature` scales the directions of the prior: below 1 samples are more typical
-    and more alike. The other arguments are those of `pfgm.solver.make_solver`.
+    and more alike. The other arguments are those of `pfgm.sampling.solvers.make_solver`.
 
     With fixed steps a sample is a function of its seed alone, whatever the size, the members and the order of its batch, up to
     the rounding of the network (1e-6 on a CPU in float32). Adaptive methods share their steps, those that the worst sample
     needs, so that batch mates change a sample within its tolerance; with `independent` they do not.
 
-    Noise may be added on the way, of the kernel and so for every D (see `pfgm.stochastic`; levels in model units): before each
+    Noise may be added on the way, of the kernel and so for every D (see `stochastic`; levels in model units): before each
     step of a one-step method between the levels s_tmin and s_tmax, as EDM does with `s_churn`, or by `restart`, intervals
     (t_min, t_max, K) that are passed K times more. For D < inf each of these lifts asks the network once for the source.
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pfgm.solver import Fixed, Solver
+from pfgm.sampling.solvers import Fixed, Solver
 
 Plan = list[list[float]]
 ONE_STEP = ("euler", "midpoint", "heun2", "rk4", "edm_heun")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pfgm.core.tensors import check_positive, expand, per_sample
-from pfgm.guidance import cost
+from pfgm.sampling.guidance import cost
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     dx/dlevel = (x - denoise(x, level/ratio)) / level
 
 with ratio = 1 on the plane sigma = level, and ratio = varsigma/sigma, fixed for each sample, on hemispheres. D does not appear.
-The state is float64; see `pfgm.coordinates` for its forms and `pfgm.solver` for the methods.
+The state is float64; see `pfgm.sampling.coordinates` for its forms and `pfgm.sampling.solvers` for the methods.
 """
 
 import math
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfgm.adaptive import StepError
-from pfgm.coordinates import Coordinates
 from pfgm.core.tensors import expand
-from pfgm.guidance import cost
-from pfgm.multistep import Slope
-from pfgm.solver import OnStep, Solver, Steps
+from pfgm.sampling.coordinates import Coordinates
+from pfgm.sampling.guidance import cost
+from pfgm.sampling.multistep import Slope
+from pfgm.sampling.runge_kutta import StepError
+from pfgm.sampling.solvers import OnStep, Solver, Steps
 
 
 class SolverError(RuntimeError):

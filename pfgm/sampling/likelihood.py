@@ -1,6 +1,6 @@
 """The density of a flow, by the change of variables along its lines.
 
-With u = x/q, q² = level² + s², theta = arctan(level/s) (`pfgm.coordinates.Angle`) on the plane sigma = level,
+With u = x/q, q² = level² + s², theta = arctan(level/s) (`pfgm.sampling.Angle`) on the plane sigma = level,
 
     log p(x at sigma_min) = log p(x at sigma_max) + N log(q_max/q_min) + ∫ div_u(du/dtheta) dtheta,
     div_u(du/dtheta) = (N s²/q² - tr ∂denoise/∂x) q²/(level s),
@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfgm.coordinates import Angle
 from pfgm.core import rng
 from pfgm.core.arguments import checked
 from pfgm.core.tensors import check_levels, check_positive
-from pfgm.ode import CountedDenoiser, solve
-from pfgm.solver import ADAPTIVE, make_solver
+from pfgm.sampling.coordinates import Angle
+from pfgm.sampling.ode import CountedDenoiser, solve
+from pfgm.sampling.solvers import ADAPTIVE, make_solver
 from pfgm.theory.kernel import StudentTKernel
 
 EXACT_UP_TO = 32
@@ -76,7 +76,7 @@ def estimate_log_prob(
     `exact` traces cost N vector-Jacobian products a call (default up to 32 dimensions), Hutchinson's estimate `probes`. Each
     `probe` is "rademacher", random signs, or "gaussian", of more variance; those of sample i are a function of (`seed`, i).
     `method`, `rtol` and `atol` are those of an adaptive method of
-    `pfgm.solver.make_solver`. `differentiable` keeps the graph through the solver, for gradients with respect to x; the memory
+    `solvers.make_solver`. `differentiable` keeps the graph through the solver, for gradients with respect to x; the memory
     grows with the calls. ValueError for arguments out of range, SolverError if solving fails.
     """
     if x.ndim < 2 or not len(x):

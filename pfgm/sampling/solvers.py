@@ -1,6 +1,6 @@
 """Solvers: which methods there are, in which coordinates, and how each takes a state along its slope.
 
-torchdiffeq does the adaptive methods and the Runge-Kutta ones on fixed grids, `pfgm.multistep` the others, `pfgm.adaptive`
+torchdiffeq does the adaptive methods and the Runge-Kutta ones on fixed grids, `multistep` the others, `runge_kutta`
 those with steps for each sample. The steps of torchdiffeq's adaptive methods are those that the worst sample of a batch needs.
 """
 
@@ -12,12 +12,12 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from pfgm.adaptive import GROW, PAIRS, StepError, integrate_each, rms
-from pfgm.coordinates import Angle, Coordinates, LogSigma, Sigma
 from pfgm.core.arguments import checked
 from pfgm.core.tensors import check_positive
-from pfgm.grid import Grid, make_grid
-from pfgm.multistep import Slope, adams_bashforth, dpm_solver
+from pfgm.sampling.coordinates import Angle, Coordinates, LogSigma, Sigma
+from pfgm.sampling.grids import Grid, make_grid
+from pfgm.sampling.multistep import Slope, adams_bashforth, dpm_solver
+from pfgm.sampling.runge_kutta import GROW, PAIRS, StepError, integrate_each, rms
 
 BOTH, ANGLE, LOG_SIGMA = ("angle", "log_sigma"), ("angle",), ("log_sigma",)
 ADAPTIVE = {"dopri5": BOTH, "dopri8": BOTH, "bosh3": BOTH, "adaptive_heun": BOTH}

@@ -4,7 +4,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from pfgm.sampler import Sampler
+from pfgm.sampling.sampler import Sampler
 
 
 class DrawProgress:
