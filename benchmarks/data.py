@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from pfgm.data import ImageDataModule
+from pfgm.data.batches import Stream
 from pfgm.loss import DenoisingLoss
 from pfgm.module import PFGM
 from pfgm.nn import UNet
-from pfgm.stream import Stream
 
 
 def rate(batches, count, use):

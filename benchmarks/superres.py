@@ -22,7 +22,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 import pfgm
 from pfgm import plot
 from pfgm.data import Digits
-from pfgm.degrade import Downsample
+from pfgm.data.degradations import Downsample
 from pfgm.metrics import energy_distance, frechet_distance
 from pfgm.sampling.inverse import Measurement
 

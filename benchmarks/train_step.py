@@ -31,12 +31,12 @@ from torch import nn
 
 from pfgm.callbacks import Speed
 from pfgm.data import DataModule
+from pfgm.data.batches import Part
 from pfgm.ema import EMA
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import UNet
 from pfgm.runlog import RunLog
-from pfgm.stream import Part
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"width": 64, "multipliers": (1, 2, 2), "blocks": 2, "attention_levels": (1,)},

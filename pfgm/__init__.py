@@ -26,21 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["PFGM", "PoissonFlow", "load", "optimize_grid"]
 
 _HOMES = {"PoissonFlow": "pfgm.flow", "load": "pfgm.loading", "PFGM": "pfgm.module", "optimize_grid": "pfgm.optimal"}
-_ROOMS = [
-    "core",
-    "data",
-    "files",
-    "flow",
-    "nn",
-    "sampling",
-    "theory",
-    "loss",
-    "draw",
-    "metrics",
-    "degrade",
-    "augment",
-    "features",
-]
+_ROOMS = ["core", "data", "files", "flow", "nn", "sampling", "theory", "loss", "draw", "metrics", "features"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pfgm import metrics
 from pfgm.core import rng
-from pfgm.datamodule import DataModule
+from pfgm.data.datamodule import DataModule
 from pfgm.theory.data_summary import DataSummary, PoissonFlowNoise, recommended_sigma_max, recommended_sigma_min
 from pfgm.theory.kernel import check_dimensions
 
@@ -109,7 +109,7 @@ def recommend(measured: Measured, data: Mapping[str, Any], D: float | str, gpu: 
     }
     if augmented:
         law = {"probability": Because(0.12, f"{n} images, few enough to be known by heart; EDM has .12 and .15.")}
-        model["augment"] = {"class_path": "pfgm.augment.Augment", "init_args": law}
+        model["augment"] = {"class_path": "pfgm.data.Augment", "init_args": law}
     return {
         "seed_everything": 0,
         "data": {**data, "init_args": init},

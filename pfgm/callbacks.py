@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pfgm import plot
 from pfgm.core.arguments import checked
-from pfgm.datamodule import DataModule
+from pfgm.data.datamodule import DataModule
 from pfgm.module import PFGM
 from pfgm.sampling.ode import SolverError
 

@@ -24,7 +24,7 @@ from pfgm.commands import check_configs, join_pair
 from pfgm.core import exits, rng
 from pfgm.core.arguments import ArgumentTypeError, check_types, is_real
 from pfgm.core.configurable import with_defaults
-from pfgm.datamodule import DataModule
+from pfgm.data.datamodule import DataModule
 from pfgm.draw import draw
 from pfgm.ema import EMA, PowerAverages
 from pfgm.evaluation import Evaluation

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pfgm import metrics, plot
 from pfgm.core import rng
 from pfgm.core.arguments import checked
-from pfgm.datamodule import DataModule
+from pfgm.data.datamodule import DataModule
 from pfgm.features import extract, load_features, name_of
 from pfgm.files.atomic import replacing
 from pfgm.metrics import Points

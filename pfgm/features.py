@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from pfgm import storage
 from pfgm.core import rng
 from pfgm.core.configurable import Recorded, build
+from pfgm.data.batches import Part, Preparation, Stream
 from pfgm.files.untrusted import first_line
-from pfgm.stream import Part, Preparation, Stream
 
 INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 

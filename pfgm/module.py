@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from pfgm import storage
-from pfgm.augment import SIZE as AUGMENTED
-from pfgm.augment import Augment
 from pfgm.conditioning import normalized_condition
 from pfgm.core import rng
 from pfgm.core.configurable import Recorded, build
 from pfgm.core.tensors import check_positive
+from pfgm.data.augmentation import SIZE as AUGMENTED
+from pfgm.data.augmentation import Augment
+from pfgm.data.batches import one_of
 from pfgm.flow import PoissonFlow
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.skips import MAX_SKIPPED, NonFiniteLoss, Skips
-from pfgm.stream import one_of
 from pfgm.theory.data_summary import DataSummary, NoiseLaw, PoissonFlowNoise, recommended_sigma_min
 from pfgm.theory.kernel import check_dimensions
 

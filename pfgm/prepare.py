@@ -14,14 +14,14 @@ from jsonargparse import auto_cli
 from pfgm import plot
 from pfgm.advice import Measured, recommend, to_yaml
 from pfgm.commands import read_config
-from pfgm.data import Arrays, ImageDataModule
-from pfgm.datamodule import DataModule
+from pfgm.data.datamodule import DataModule
+from pfgm.data.datasets import Arrays, ImageDataModule
+from pfgm.data.image_dataset import Survey
+from pfgm.data.image_sources import open_source
 from pfgm.draw import check_device
 from pfgm.features import accuracy, fit_classifier, save_classifier
 from pfgm.files.arrays import ARRAYS
-from pfgm.imageset import Survey
 from pfgm.output import check_writable
-from pfgm.sources import open_source
 
 
 def features(

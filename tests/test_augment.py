@@ -7,14 +7,14 @@ import pytest
 import torch
 from test_step import train
 
-from pfgm import augment
-from pfgm.augment import Augment, diagonal, rotation, warp
 from pfgm.core import rng
 from pfgm.data import DataModule
+from pfgm.data import augmentation as augmentation_module
+from pfgm.data.augmentation import Augment, diagonal, rotation, warp
+from pfgm.data.batches import Part
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import UNet
-from pfgm.stream import Part
 from pfgm.theory.data_summary import DataSummary
 
 HEIGHT, WIDTH = 40, 56
@@ -137,7 +137,7 @@ def test_networks_are_trained_on_changed_images_with_their_labels(tmp_path):
     train(data, module, 2, folder=tmp_path, **options)
     assert [training for *_, training in seen] == [True, False, True, False]
     generator = rng.Rows(rng.generator(0, rng.AUGMENTATION, 0), 0, 16)
-    from pfgm.stream import Stream
+    from pfgm.data.batches import Stream
 
     batch = Stream(data.train, batch_size=16, seed=0, start=0, reference_size=0).batch(0)
     x, label = Augment(1.0)(batch["x"], generator)
@@ -161,4 +161,4 @@ def test_what_cannot_be_augmented_is_named():
         PFGM(net, data.summary, PoissonFieldLoss(), D=1, augment=Augment())
     with pytest.raises(ValueError, match=r"probability = 1.5"):
         Augment(1.5)
-    assert augment.SIZE == 9
+    assert augmentation_module.SIZE == 9

@@ -273,7 +273,7 @@ def test_sixteen_bits_and_colours_become_the_models_channels(here):
 
 def test_what_the_readme_names_is_there():
     assert pfgm.sampling.inverse.Measurement is Measurement
-    assert pfgm.degrade.Downsample(2).factor == 2
+    assert pfgm.data.degradations.Downsample(2).factor == 2
     assert pfgm.sampling.latents.Latent is Latent
 
 

@@ -12,12 +12,12 @@ import pfgm
 from pfgm import cli, storage
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
-from pfgm.degrade import AddNoise, Downsample, Grey
+from pfgm.data.batches import HeldOut, Part, Preparation, Stream
+from pfgm.data.degradations import AddNoise, Downsample, Grey
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
-from pfgm.stream import HeldOut, Part, Preparation, Stream
 from pfgm.theory.data_summary import DataSummary
 
 SUPERRES = ["--config", str(ROOT / "configs" / "digits_superres.yaml"), *SMALL, "--model.net.init_args.width=8"]
@@ -231,7 +231,7 @@ def test_runs_of_versions_without_an_argument_resume(tmp_path):
     for change, message in (
         ("--model.label_dropout=0.1", r"model\.label_dropout: 0\.0 -> 0\.1"),
         ("--data.init_args.dequantize=true", r"data\.dequantize: False -> True"),
-        ("--data.init_args.degrade=pfgm.degrade.Downsample", r"data\.degrade"),
+        ("--data.init_args.degrade=pfgm.data.Downsample", r"data\.degrade"),
         ("--model.loss.init_args.noise=pfgm.theory.LogUniform", r"model\.loss\.noise"),
     ):
         with pytest.raises(ValueError, match=message):

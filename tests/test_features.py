@@ -16,10 +16,10 @@ import pfgm
 from pfgm import cli, evaluation, features, metrics, prepare, storage
 from pfgm.core import rng
 from pfgm.data import Digits
+from pfgm.data.batches import Part
 from pfgm.evaluation import Evaluation
 from pfgm.features import Classifier, accuracy, extract, fit_classifier, load_features, save_classifier
 from pfgm.metrics import Points
-from pfgm.stream import Part
 
 RANGE = (-1.0, 1.0)
 DIGITS = ["--config", str(ROOT / "configs" / "digits_pfgmpp.yaml"), *SMALL]

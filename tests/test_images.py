@@ -17,16 +17,16 @@ from test_training import ROOT, SMALL, fit, last
 from torch.utils.data import DataLoader
 
 import pfgm
-from pfgm import cli, labels, sources
+from pfgm import cli
 from pfgm.core.configurable import build
-from pfgm.data import ImageDataModule
+from pfgm.data import ImageDataModule, image_sources, labels
+from pfgm.data.batches import Preparation, Stream
+from pfgm.data.image_dataset import ImageSet
 from pfgm.files import images
 from pfgm.files.arrays import read_images
 from pfgm.files.images import Form, ImageError, read_header, read_pixels
-from pfgm.imageset import ImageSet
 from pfgm.module import PFGM
 from pfgm.nn import UNet
-from pfgm.stream import Preparation, Stream
 from pfgm.theory.data_summary import DataSummary
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -199,13 +199,13 @@ def test_folders_and_zips_are_read_with_their_labels(tmp_path, caplog):
         assert contents(ImageDataModule(archive, size=(12, 7), memory=0)) == [(value, -1) for value, _ in expected]
     assert "As 3 x 12 x 7 (8 smaller ones are enlarged)" in caplog.text
     assert "more than data.memory: read from the disk each time" in caplog.text
-    names = sources.open_source(archive).names
+    names = image_sources.open_source(archive).names
     table = [[name, 5 - i // 5] for i, name in enumerate(names)]
     edm = ImageDataModule(str(pack(folder, tmp_path / "edm.zip", table)), size=8, labels=True)
     brightness = [10 * int(name[-6:-4]) for name in names]
     assert contents(edm) == sorted(zip(brightness, (label for _, label in table), strict=True))
     assert edm.num_classes == 6
-    assert sources.open_source(str(folder)).ignored == 3
+    assert image_sources.open_source(str(folder)).ignored == 3
     (folder / "dataset.json").write_text(json.dumps({"labels": table}))
     assert contents(ImageDataModule(str(folder), size=8, labels=True)) == contents(edm)
     grey = ImageDataModule(str(folder), size=8, channels=1)
@@ -266,7 +266,7 @@ def test_one_form_for_all(tmp_path, monkeypatch):
     both = 9 * 64 / 1e9
     kept = [ImageDataModule(tmp_path, size=8, memory=memory).train.x for memory in (both, both * 8.5 / 9)]
     assert [isinstance(x, torch.Tensor) for x in kept] == [True, False], "training and held-out images"
-    monkeypatch.setattr("pfgm.imageset.CHUNK", 2)
+    monkeypatch.setattr("pfgm.data.image_dataset.CHUNK", 2)
     assert torch.equal(kept[1].load(threads=3)[0], kept[0])
     (tmp_path / "0.png").unlink()
     deep = ImageDataModule(tmp_path, size=8)
@@ -277,7 +277,7 @@ def test_one_form_for_all(tmp_path, monkeypatch):
 def test_the_summary_does_not_depend_on_memory(tmp_path, monkeypatch):
     folder = write_set(tmp_path / "images")
     whole = ImageDataModule(folder, size=8)
-    monkeypatch.setattr("pfgm.datamodule.SUMMARY_BYTES", 10 * 3 * 64)
+    monkeypatch.setattr("pfgm.data.datamodule.SUMMARY_BYTES", 10 * 3 * 64)
     held, read = (ImageDataModule(folder, size=8, memory=memory) for memory in (None, 0.0))
     assert held.summary.norm == read.summary.norm != whole.summary.norm
     assert torch.equal(held.summary.mean, read.summary.mean)
@@ -320,7 +320,7 @@ def test_tables_of_labels_within_folders_and_their_faults(tmp_path):
 
 def test_labels_from_a_csv_file(tmp_path):
     folder = write_set(tmp_path / "images")
-    names = sources.open_source(str(folder)).names
+    names = image_sources.open_source(str(folder)).names
     table = tmp_path / "labels.csv"
     table.write_text("file,class\n" + "".join(f"{name},{10 if int(name[-6:-4]) < 12 else 9}\n" for name in reversed(names)))
     data = ImageDataModule(str(folder), size=8, labels=str(table))
@@ -583,7 +583,7 @@ def test_folders_without_images_or_labels_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"holds float64; images are .*pfgm.data.Arrays"):
         ImageDataModule(str(tmp_path / "floats.npy"))
     np.save(tmp_path / "first.npy", np.zeros((9, 3, 8, 1), np.uint8))
-    assert sources.open_source(str(tmp_path / "first.npy")).x.shape == (9, 8, 1, 3), "channels first if it can be"
+    assert image_sources.open_source(str(tmp_path / "first.npy")).x.shape == (9, 8, 1, 3), "channels first if it can be"
     np.save(tmp_path / "vectors.npy", np.zeros((9, 8), np.uint8))
     np.save(tmp_path / "long.npy", np.arange(9 * 64).reshape(9, 8, 8) % 256)
     with pytest.raises(ValueError, match=r"holds int64; images are uint8 .0..255. or uint16"):

@@ -16,14 +16,14 @@ from pfgm.callbacks import Speed
 from pfgm.checkpointing import LastCheckpoint
 from pfgm.core import rng
 from pfgm.data import DataModule, Digits
-from pfgm.degrade import AddNoise
+from pfgm.data.batches import Part, Stream
+from pfgm.data.degradations import AddNoise
 from pfgm.ema import EMA, PowerAverages
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
 from pfgm.rundir import checkpoint_path
 from pfgm.skips import NonFiniteLoss, Skips
-from pfgm.stream import Part, Stream
 from pfgm.theory.data_summary import PoissonFlowNoise
 from pfgm.theory.field import normalized_field, poisson_field, posterior_mean
 from pfgm.theory.kernel import StudentTKernel

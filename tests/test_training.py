@@ -19,13 +19,13 @@ import pfgm
 from pfgm import cli, storage
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
+from pfgm.data.batches import HeldOut, Part, Stream, stream_indices
 from pfgm.ema import EMA
 from pfgm.loading import PREFIX
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
 from pfgm.skips import NonFiniteLoss
-from pfgm.stream import HeldOut, Part, Stream, stream_indices
 from pfgm.theory.data_summary import DataSummary
 
 ROOT = Path(__file__).parent.parent

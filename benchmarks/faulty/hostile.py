@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pfgm.data import Arrays, ImageDataModule
+from pfgm.data.labels import csv_labels
 from pfgm.edit import read_latents
 from pfgm.files.arrays import read_inputs
 from pfgm.flow import PoissonFlow
-from pfgm.labels import csv_labels
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.optimal import stored_grid

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from benchmarks.faulty.hostile import flow
 from benchmarks.faulty.patience import AtWork, limited
 from pfgm import metrics
-from pfgm.augment import Augment
 from pfgm.data import Arrays, Digits, Toy
-from pfgm.degrade import AddNoise, Downsample
+from pfgm.data.augmentation import Augment
+from pfgm.data.degradations import AddNoise, Downsample
 from pfgm.ema import EMA, PowerAverages
 from pfgm.flow import PoissonFlow
 from pfgm.loading import load

@@ -57,7 +57,7 @@ class Embedding(nn.Module):
     ):
         super().__init__()
         if augmentation_size < 0:
-            raise ValueError(f"augmentation_size = {augmentation_size} must not be negative; pfgm.augment has 9")
+            raise ValueError(f"augmentation_size = {augmentation_size} must not be negative; pfgm.data.augmentation has 9")
         if features < 2 or features % 2:
             raise ValueError(f"noise_features = {features} must be an even number: as many sines as cosines")
         if fourier_scale is not None and not 0 < fourier_scale < math.inf:

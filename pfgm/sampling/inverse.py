@@ -23,7 +23,7 @@ class Measurement:
     """What was measured of each sample, in the user's units.
 
     `values` [B, ...] = `operator`(samples [B, *shape]) + Gaussian noise of standard deviation `noise` > 0; the operator is
-    linear, or affine, and torch can differentiate it, like `pfgm.degrade.Downsample(2)` or `Mask`. The equations are solved by
+    linear, or affine, and torch can differentiate it, like `pfgm.data.Downsample(2)` or `Mask`. The equations are solved by
     at most `iterations` of conjugate residuals, each a vector-Jacobian product of the network.
     """
 

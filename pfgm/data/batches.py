@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from pfgm.core import rng
 from pfgm.core.rng import Generators, Rows
-from pfgm.degrade import Degradation
+from pfgm.data.degradations import Degradation
 
 Batch = dict[str, Any]
 """"x" [B, *shape]; "label" [B] and "condition" [B, ...] if there are any; "step", the number of the optimizer step or of the

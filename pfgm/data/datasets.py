@@ -9,15 +9,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from pfgm.collect import Wanted, collect
 from pfgm.core import rng
-from pfgm.datamodule import DataModule
-from pfgm.degrade import Degradation
+from pfgm.data.batches import Part, split
+from pfgm.data.datamodule import DataModule
+from pfgm.data.degradations import Degradation
+from pfgm.data.image_dataset import Wanted, collect
+from pfgm.data.toys import TOYS
 from pfgm.files.arrays import check_values, read_samples
 from pfgm.files.images import Resize
-from pfgm.stream import Part, split
 from pfgm.theory.data_summary import DataSummary
-from pfgm.toys import TOYS
 
 
 class Digits(DataModule):

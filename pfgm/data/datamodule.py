@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from pfgm.core import rng
 from pfgm.core.configurable import Recorded
-from pfgm.degrade import Degradation
-from pfgm.stream import HeldOut, Part, Preparation, Stream
+from pfgm.data.batches import HeldOut, Part, Preparation, Stream
+from pfgm.data.degradations import Degradation
 from pfgm.theory.data_summary import DataSummary, level_spacing
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from pfgm.data.labels import Labels, table_or_folders
 from pfgm.files.arrays import ARRAYS, raw_arrays
 from pfgm.files.images import SUFFIXES, Form, ImageError, pixels, read_header, read_pixels
 from pfgm.files.untrusted import FREE, UNREADABLE, first_line, is_regular, opened_zip, read_bytes
-from pfgm.labels import Labels, table_or_folders
 
 
 class Source(ABC):
