@@ -16,7 +16,7 @@ import pfgm
 from pfgm import plot
 from pfgm.core.tensors import expand, norm
 from pfgm.data import Digits
-from pfgm.flow import PoissonFlow
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.metrics import energy_distance
 from pfgm.sampling.latents import Latent, interpolate
 

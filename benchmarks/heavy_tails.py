@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pfgm.core.tensors import expand, norm, per_sample
 from pfgm.data import DataModule, Digits
 from pfgm.ema import EMA
-from pfgm.flow import PoissonFlow
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.loss import DenoisingLoss
 from pfgm.metrics import energy_distance, frechet_distance
 from pfgm.module import PFGM

@@ -11,9 +11,10 @@ import itertools
 import torch
 from torchvision.transforms.functional import gaussian_blur
 
-from pfgm import metrics, storage
+from pfgm import metrics
 from pfgm.core.configurable import build
 from pfgm.features import extract, load_features
+from pfgm.flow import checkpoints
 from pfgm.metrics import Points
 
 MEASURES = {
@@ -54,7 +55,7 @@ def main():
     parser.add_argument("--n", type=int, default=2000, help="images in a set, at most half of those held out")
     parser.add_argument("--reference", type=int, default=10_000)
     arguments = parser.parse_args()
-    net, made = load_features(arguments.features), storage.read_header(arguments.features)["made"]
+    net, made = load_features(arguments.features), checkpoints.read_header(arguments.features)["made"]
     data = build(made["data"])
     n = min(arguments.n, len(data.held_out) // 2)
     value_range, device = data.summary.value_range, torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from pfgm.flow import PoissonFlow
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 

@@ -23,7 +23,7 @@ from torchdiffeq import odeint
 import pfgm
 from pfgm.core.tensors import expand, norm
 from pfgm.data import Digits
-from pfgm.flow import PoissonFlow
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.metrics import energy_distance
 from pfgm.nn.preconditioning import FieldDenoiser
 

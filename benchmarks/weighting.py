@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 import pfgm
-from pfgm import cli, metrics, posthoc
+from pfgm import cli, metrics
 from pfgm.core import rng
 from pfgm.data import Digits
-from pfgm.flow import PoissonFlow
+from pfgm.flow import posthoc_ema
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.loss import DenoisingLoss
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits_pfgmpp.yaml"
@@ -76,7 +77,7 @@ def main() -> None:
             values.setdefault(name, []).append(measure(flow, data))
             if not learned:
                 for width in WIDTHS:
-                    weights, _, _ = posthoc.reconstruct(folder, width)
+                    weights, _, _ = posthoc_ema.reconstruct(folder, width)
                     flow.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
                     values.setdefault(f"average of width {width}", []).append(measure(flow, data))
     print("| training | Fréchet | energy distance | held-out loss |\n|---|---|---|---|")

@@ -18,14 +18,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pfgm.flow import PoissonFlow
-    from pfgm.loading import load
+    from pfgm.flow.loading import load
+    from pfgm.flow.poisson_flow import PoissonFlow
+    from pfgm.flow.tuned_solvers import optimize_grid
     from pfgm.module import PFGM
-    from pfgm.optimal import optimize_grid
 
 __all__ = ["PFGM", "PoissonFlow", "load", "optimize_grid"]
 
-_HOMES = {"PoissonFlow": "pfgm.flow", "load": "pfgm.loading", "PFGM": "pfgm.module", "optimize_grid": "pfgm.optimal"}
+_HOMES = {
+    "PoissonFlow": "pfgm.flow.poisson_flow",
+    "load": "pfgm.flow.loading",
+    "PFGM": "pfgm.module",
+    "optimize_grid": "pfgm.flow.tuned_solvers",
+}
 _ROOMS = ["core", "data", "files", "flow", "nn", "sampling", "theory", "loss", "draw", "metrics", "features"]
 
 

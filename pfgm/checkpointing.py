@@ -9,12 +9,12 @@ import pytorch_lightning as pl
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
-from pfgm import storage
 from pfgm.core import exits
 from pfgm.core.arguments import checked
+from pfgm.flow import checkpoints
+from pfgm.flow.checkpoints import LAST, PREVIOUS
 from pfgm.module import PFGM
 from pfgm.rundir import checkpoint_path
-from pfgm.storage import LAST, PREVIOUS
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 """What asks a run to save and stop; Windows has no SIGUSR1."""
@@ -33,17 +33,17 @@ class Stopped(SystemExit):
 
 
 class CheckpointFiles(CheckpointIO):
-    """Writes checkpoints whole and stamped, and reads none that is damaged or holds code; see `pfgm.storage`."""
+    """Writes checkpoints whole and stamped, and reads none that is damaged or holds code; see `pfgm.flow.checkpoints`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """The last of a run leaves the one before beside it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_checkpoint(path, checkpoint, path.with_name(PREVIOUS) if path.name == LAST else None)
+        checkpoints.write_checkpoint(path, checkpoint, path.with_name(PREVIOUS) if path.name == LAST else None)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """On the CPU, always with weights_only."""
-        return storage.read_checkpoint(path)
+        return checkpoints.read_checkpoint(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         """If it is there."""

@@ -17,7 +17,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from pfgm import rundir, shell, storage
+from pfgm import rundir, shell
 from pfgm.callbacks import SampleGrid, Speed, StepProgressBar
 from pfgm.checkpointing import LastCheckpoint, Stopped
 from pfgm.commands import check_configs, join_pair
@@ -30,7 +30,8 @@ from pfgm.ema import EMA, PowerAverages
 from pfgm.evaluation import Evaluation
 from pfgm.files import locking
 from pfgm.files.atomic import replacing
-from pfgm.loading import load
+from pfgm.flow import checkpoints
+from pfgm.flow.loading import load
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.module import PFGM
 from pfgm.prepare import COMMANDS, prepare
@@ -173,7 +174,7 @@ class TrainCLI(LightningCLI):
             raise ValueError(f"init_from = {source}: {run_dir} holds a run already; leave it out, or give another --run_dir")
         check_same_run(checkpoint, model, datamodule, run_dir)
         if "optimizer_states" not in checkpoint:
-            raise storage.CheckpointError(f"{path} holds weights only; give another --run_dir, and --init_from {path}")
+            raise checkpoints.CheckpointError(f"{path} holds weights only; give another --run_dir, and --init_from {path}")
         print(f"resuming {path}", file=sys.stderr)
         return path
 
@@ -182,7 +183,7 @@ class TrainCLI(LightningCLI):
         last = rundir.checkpoint_path(self._get(self.config, "run_dir"))
         if not last.exists():
             raise FileNotFoundError(f"run_dir = {last.parent.parent} has no checkpoint to test; run fit first")
-        check_same_run(storage.read_checkpoint(last), model, datamodule, last.parent.parent)
+        check_same_run(checkpoints.read_checkpoint(last), model, datamodule, last.parent.parent)
         self.trainer.test(model, datamodule=datamodule, ckpt_path=last, weights_only=True, verbose=False)
 
     def predict(self, model: PFGM, datamodule: DataModule) -> None:
@@ -238,7 +239,7 @@ def check_same_run(checkpoint: dict[str, Any], model: PFGM, data: DataModule, ru
     known = model.spec["init_args"]["data"]["init_args"] | old["data"]["init_args"]
     old["data"] = {**old["data"], "init_args": known}
     old_model = with_defaults({**model.spec, "init_args": old}, model.spec)
-    old_data = with_defaults(checkpoint[storage.KEY]["data"], data.spec)
+    old_data = with_defaults(checkpoint[checkpoints.KEY]["data"], data.spec)
     before = flatten({"model": old_model["init_args"], "data": old_data})
     now = flatten({"model": model.spec["init_args"], "data": data.spec})
     changes = [

@@ -13,7 +13,7 @@ from pfgm import shell
 from pfgm.draw import draw
 from pfgm.edit import decode, encode, interpolate, vary
 from pfgm.files.untrusted import read_text
-from pfgm.posthoc import average
+from pfgm.flow.posthoc_ema import average
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "encode": encode,

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from pfgm import plot
-from pfgm.conditioning import check_conditioning, check_labels
 from pfgm.core.configurable import to_json
 from pfgm.core.tensors import check_positive
 from pfgm.drawing import Drawing, Share
 from pfgm.files import arrays as arrays_module
 from pfgm.files.arrays import read_inputs
-from pfgm.flow import PoissonFlow, check_batch_size
-from pfgm.loading import load
-from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
+from pfgm.flow.conditioning import check_conditioning, check_labels
+from pfgm.flow.integrity import digest
+from pfgm.flow.loading import load
+from pfgm.flow.poisson_flow import PoissonFlow, check_batch_size
+from pfgm.flow.tuned_solvers import grid_file, optimize_grid, store_grid, stored_grid
 from pfgm.output import (
     ARRAYS,
     check_columns,
@@ -32,7 +33,6 @@ from pfgm.output import (
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.inverse import Mask, Measurement
 from pfgm.sampling.sampler import Samples, check_max_calls, seed_pairs
-from pfgm.storage import digest
 from pfgm.trajectory import check_trajectory, write_trajectory
 
 MOST_SEEDS = 10**7

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pfgm.draw import check_device, parse_seeds, read_condition
 from pfgm.files.arrays import load_arrays, read_inputs
-from pfgm.flow import PoissonFlow
-from pfgm.loading import load
+from pfgm.flow.loading import load
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.output import (
     ARRAYS,
     check_array_output,

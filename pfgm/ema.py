@@ -11,8 +11,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from pfgm import posthoc
 from pfgm.core.arguments import checked
+from pfgm.flow import posthoc_ema
 
 
 def lerp_(averages: list[Tensor], weights: Sequence[Tensor], share: float) -> None:
@@ -98,7 +98,7 @@ class PowerAverages(Callback):
             raise ValueError(
                 f"every_n_steps = {every_n_steps}, sigma_rel = {sigma_rel}: give a number >= 0 and widths that differ"
             )
-        self.gammas = {float(width): posthoc.exponent(width) for width in sigma_rel}
+        self.gammas = {float(width): posthoc_ema.exponent(width) for width in sigma_rel}
         self.every_n_steps, self.step, self.saved = every_n_steps, 0, 0
         self.averages: dict[float, dict[str, Tensor]] = {}
 
@@ -129,7 +129,7 @@ class PowerAverages(Callback):
         self.step = trainer.global_step
         weights: list[Tensor] = [*self._weights(pl_module).values()]
         for width, gamma in self.gammas.items():
-            lerp_([*self.averages[width].values()], weights, 1 - posthoc.decay(gamma, self.step))
+            lerp_([*self.averages[width].values()], weights, 1 - posthoc_ema.decay(gamma, self.step))
         if self.step % self.every_n_steps == 0:
             self._save(trainer)
 
@@ -152,4 +152,4 @@ class PowerAverages(Callback):
     @rank_zero_only
     def _save(self, trainer: pl.Trainer) -> None:
         self.saved = self.step
-        posthoc.write_snapshot(trainer.default_root_dir, self.step, self.averages)
+        posthoc_ema.write_snapshot(trainer.default_root_dir, self.step, self.averages)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfgm import storage
 from pfgm.core import rng
 from pfgm.core.configurable import Recorded, build
 from pfgm.data.batches import Part, Preparation, Stream
 from pfgm.files.untrusted import first_line
+from pfgm.flow import checkpoints
 
 INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 
@@ -113,11 +113,11 @@ def load_features(value: str | Path | nn.Module) -> nn.Module:
             f'features = {value} does not exist: give "inception", a file of python train.py features, or the class of a '
             "network"
         )
-    header = storage.read_header(path)
+    header = checkpoints.read_header(path)
     if not isinstance(header.get("classifier"), Mapping):
         raise ValueError(f"features = {value} holds {sorted(header)}, no classifier; make one with python train.py features")
-    state = storage.read_tensors(path)
-    net: Classifier = storage.restored(lambda: build(header["classifier"], kind=Classifier), state, f"features = {value}")
+    state = checkpoints.read_tensors(path)
+    net: Classifier = checkpoints.restored(lambda: build(header["classifier"], kind=Classifier), state, f"features = {value}")
     net.digest = header["digest"]
     return net.eval()
 
@@ -194,4 +194,4 @@ def accuracy(net: Classifier, part: Part, value_range: Sequence[float], seed: in
 
 def save_classifier(path: str | Path, net: Classifier, made: Mapping[str, Any]) -> None:
     """Write `net` to a safetensors file, with what it was `made` from."""
-    storage.write_tensors(path, net.state_dict(), {"classifier": net.spec, "made": dict(made)})
+    checkpoints.write_tensors(path, net.state_dict(), {"classifier": net.spec, "made": dict(made)})

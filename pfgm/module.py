@@ -10,15 +10,15 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from pfgm import storage
-from pfgm.conditioning import normalized_condition
 from pfgm.core import rng
 from pfgm.core.configurable import Recorded, build
 from pfgm.core.tensors import check_positive
 from pfgm.data.augmentation import SIZE as AUGMENTED
 from pfgm.data.augmentation import Augment
 from pfgm.data.batches import one_of
-from pfgm.flow import PoissonFlow
+from pfgm.flow import checkpoints
+from pfgm.flow.conditioning import normalized_condition
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.loss import DenoisingLoss, Loss
 from pfgm.skips import MAX_SKIPPED, NonFiniteLoss, Skips
 from pfgm.theory.data_summary import DataSummary, NoiseLaw, PoissonFlowNoise, recommended_sigma_min
@@ -254,11 +254,11 @@ class PFGM(Recorded, pl.LightningModule):
         """Store what loading needs, and a digest of all."""
         checkpoint["skipped"] = self._skips.state
         checkpoint["hyper_parameters"] = self.spec["init_args"]
-        storage.seal(checkpoint, self.flow.config, getattr(getattr(self.trainer, "datamodule", None), "spec", None))
+        checkpoints.seal(checkpoint, self.flow.config, getattr(getattr(self.trainer, "datamodule", None), "spec", None))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """CheckpointError if the weights are not those that were stored."""
-        storage.check_seal(checkpoint)
+        checkpoints.check_seal(checkpoint)
         self._skips = Skips(checkpoint.get("skipped", (0, 0)))  # earlier versions skipped none
 
     @classmethod
@@ -281,9 +281,9 @@ class PFGM(Recorded, pl.LightningModule):
             raise ValueError(
                 "weights_only = False would run code of the file; leave it out, checkpoints hold all that is needed"
             )
-        checkpoint = storage.read_checkpoint(checkpoint_path)
+        checkpoint = checkpoints.read_checkpoint(checkpoint_path)
         stored, weights = checkpoint["hyper_parameters"] | arguments, checkpoint["state_dict"]
-        module = storage.restored(
+        module = checkpoints.restored(
             lambda: cls(**{name: _made(value, trust) for name, value in stored.items()}), weights, checkpoint_path
         )
         return module.to(map_location)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pfgm.files.atomic import clear_partial
-from pfgm.storage import LAST, PREVIOUS, CheckpointError, DamagedCheckpointError, read_checkpoint
+from pfgm.flow.checkpoints import LAST, PREVIOUS, CheckpointError, DamagedCheckpointError, read_checkpoint
 
 DAMAGED = "damaged.ckpt"
 """What a last checkpoint that cannot be read is called from then on."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from pfgm import plot
 from pfgm.core.tensors import expand
 from pfgm.files.atomic import replacing
-from pfgm.flow import PoissonFlow
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.sampling.sampler import Samples, Trajectory
 
 ENDINGS = (".png", ".gif", ".npz")

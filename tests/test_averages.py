@@ -13,8 +13,9 @@ import torch
 from test_training import ROOT, fit, last
 
 import pfgm
-from pfgm import commands, posthoc, storage
+from pfgm import commands
 from pfgm.core import rng
+from pfgm.flow import checkpoints, posthoc_ema
 from pfgm.loss import DenoisingLoss, LogVariance
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP
@@ -31,7 +32,7 @@ def profile(gamma, step):
 
 @pytest.mark.parametrize("sigma_rel", [0.02, 0.05, 0.1, 0.2, 12**-0.5])
 def test_the_width_of_a_profile_is_its_standard_deviation(sigma_rel):
-    p = profile(posthoc.exponent(sigma_rel), 1.0)
+    p = profile(posthoc_ema.exponent(sigma_rel), 1.0)
     mean, square = (scipy.integrate.quad(lambda tau, k=k: tau**k * p(tau), 0, 1, epsabs=1e-13)[0] for k in (1, 2))
     assert np.sqrt(square - mean**2) == pytest.approx(sigma_rel, rel=1e-6)
 
@@ -41,7 +42,7 @@ def test_overlaps_are_integrals():
     for (g, t), (h, s) in itertools.product(cases, cases):
         p, q = profile(g, t), profile(h, s)
         exact = scipy.integrate.quad(lambda tau, p=p, q=q: p(tau) * q(tau), 0, min(t, s), epsabs=1e-13)[0]
-        found = posthoc.overlap(*(np.array([v]) for v in (g, t, h, s)))[0]
+        found = posthoc_ema.overlap(*(np.array([v]) for v in (g, t, h, s)))[0]
         assert found == pytest.approx(exact, rel=1e-8)
 
 
@@ -49,7 +50,7 @@ def test_the_running_average_has_its_profile():
     """The weight of step i at step t is the profile's mass between i-1 and i."""
     gamma, weights = 4.3, np.zeros(30)
     for step in range(1, 31):
-        beta = posthoc.decay(gamma, step)
+        beta = posthoc_ema.decay(gamma, step)
         weights *= beta
         weights[step - 1] = 1 - beta
     mass = [scipy.integrate.quad(profile(gamma, 30), i - 1, i)[0] for i in range(1, 31)]
@@ -61,17 +62,17 @@ def test_any_width_is_reconstructed_from_two(sigma_rel, step):
     """On a random walk with a drift, against the average taken directly; and far better than the nearer of the two."""
     g = np.random.default_rng(0)
     theta = np.cumsum(g.standard_normal((2000, 50)), axis=0) / 30 + np.log(np.arange(1, 2001))[:, None]
-    gammas = [posthoc.exponent(width) for width in (0.05, 0.1)]
-    wanted, kept, direct, snapshots = posthoc.exponent(sigma_rel), [0.0, 0.0], 0.0, []
+    gammas = [posthoc_ema.exponent(width) for width in (0.05, 0.1)]
+    wanted, kept, direct, snapshots = posthoc_ema.exponent(sigma_rel), [0.0, 0.0], 0.0, []
     for k in range(1, step + 1):
         for i, gamma in enumerate(gammas):
-            beta = posthoc.decay(gamma, k)
+            beta = posthoc_ema.decay(gamma, k)
             kept[i] = beta * kept[i] + (1 - beta) * theta[k - 1]
-        beta = posthoc.decay(wanted, k)
+        beta = posthoc_ema.decay(wanted, k)
         direct = beta * direct + (1 - beta) * theta[k - 1]
         if k % 100 == 0:
             snapshots += [(gammas[i], k, kept[i]) for i in (0, 1)]
-    x, error = posthoc.combination([s[0] for s in snapshots], [s[1] for s in snapshots], wanted, step)
+    x, error = posthoc_ema.combination([s[0] for s in snapshots], [s[1] for s in snapshots], wanted, step)
     found = sum(factor * s[2] for factor, s in zip(x, snapshots, strict=True))
     distance = np.abs(found - direct).max()
     assert error < 0.02
@@ -80,7 +81,7 @@ def test_any_width_is_reconstructed_from_two(sigma_rel, step):
 
 
 def test_a_snapshot_is_reconstructed_as_itself():
-    x, error = posthoc.combination([20.0, 8.0, 20.0, 8.0], [50, 50, 100, 100], 8.0, 100)
+    x, error = posthoc_ema.combination([20.0, 8.0, 20.0, 8.0], [50, 50, 100, 100], 8.0, 100)
     assert x == pytest.approx([0, 0, 0, 1], abs=1e-9)
     assert error < 1e-6
 
@@ -91,7 +92,7 @@ def test_the_command_exports_the_average_of_any_width(tmp_path, capsys):
     fit(tmp_path / "b", "--trainer.max_steps=60", FAST, "--averages.every_n_steps=60", "--averages.sigma_rel=[0.13]")
     for stop in ("25", "60"):
         fit(tmp_path / "c", f"--trainer.max_steps={stop}", *AVERAGES, FAST)
-    direct = storage.read_tensors(tmp_path / "b" / "averages" / "00000060.safetensors")
+    direct = checkpoints.read_tensors(tmp_path / "b" / "averages" / "00000060.safetensors")
     commands.main(["average", str(tmp_path / "a"), "0.13", "--out", str(tmp_path / "out")])
     assert "average of width 0.13 at step 60" in capsys.readouterr().out
     flow, raw = pfgm.load(tmp_path / "out"), pfgm.load(tmp_path / "a" / "checkpoints" / "last.ckpt", ema=False)
@@ -103,13 +104,13 @@ def test_the_command_exports_the_average_of_any_width(tmp_path, capsys):
         moved = max(moved, float((raw.get_parameter(name) - exact).detach().abs().max()))
     assert moved > 0.01
     assert largest < 0.1 * moved
-    a, c = (storage.read_tensors(tmp_path / run / "averages" / "00000060.safetensors") for run in ("a", "c"))
+    a, c = (checkpoints.read_tensors(tmp_path / run / "averages" / "00000060.safetensors") for run in ("a", "c"))
     assert all(torch.equal(a[name], c[name]) for name in a)
     assert sorted(p.name for p in (tmp_path / "c" / "averages").iterdir()) == [
         f"{step:08d}.safetensors" for step in (10, 20, 25, 30, 40, 50, 60)
     ]
-    early, step, _ = posthoc.reconstruct(tmp_path / "a", 0.1, 30)
-    thirty = storage.read_tensors(tmp_path / "a" / "averages" / "00000030.safetensors")
+    early, step, _ = posthoc_ema.reconstruct(tmp_path / "a", 0.1, 30)
+    thirty = checkpoints.read_tensors(tmp_path / "a" / "averages" / "00000030.safetensors")
     assert step == 30
     assert all(torch.allclose(early[name].float(), thirty[f"0.1/{name}"], atol=1e-5) for name in early)
 
@@ -131,18 +132,18 @@ def test_what_cannot_be_averaged_is_named(tmp_path, capsys):
     content = bytearray(snapshot.read_bytes())
     content[-3] ^= 64
     snapshot.write_bytes(content)
-    with pytest.raises(storage.CheckpointError, match="has been altered"):
-        posthoc.reconstruct(run, 0.1)
+    with pytest.raises(checkpoints.CheckpointError, match="has been altered"):
+        posthoc_ema.reconstruct(run, 0.1)
     snapshot.write_bytes(content[:100])
-    with pytest.raises(storage.CheckpointError, match="cannot be read"):
-        posthoc.reconstruct(run, 0.1)
+    with pytest.raises(checkpoints.CheckpointError, match="cannot be read"):
+        posthoc_ema.reconstruct(run, 0.1)
     for header in ({}, {"step": "10"}, {"step": 0, "sigma_rel": [0.1]}, {"step": 10, "sigma_rel": [math.nan]}):
-        storage.write_tensors(snapshot, {}, header)
-        with pytest.raises(storage.CheckpointError, match=r"00000010\.safetensors: step = .* is no step and its widths"):
-            posthoc.reconstruct(run, 0.1)
+        checkpoints.write_tensors(snapshot, {}, header)
+        with pytest.raises(checkpoints.CheckpointError, match=r"00000010\.safetensors: step = .* is no step and its widths"):
+            posthoc_ema.reconstruct(run, 0.1)
     snapshot.unlink()
     with pytest.raises(FileNotFoundError, match=r"averages\.every_n_steps"):
-        posthoc.reconstruct(run, 0.1)
+        posthoc_ema.reconstruct(run, 0.1)
     with pytest.raises(ValueError, match=r"kept widths \[0.05, 0.1\] up to step 10 of 10, asked for are \[0.2\]"):
         fit(tmp_path / "a", "--trainer.max_steps=12", "--averages.every_n_steps=5", "--averages.sigma_rel=[0.2]")
     fit(tmp_path / "b", "--trainer.max_steps=5")

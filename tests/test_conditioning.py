@@ -10,7 +10,7 @@ from test_flow import FAST, make_flow
 from torch import nn
 
 import pfgm
-from pfgm.flow import PoissonFlow
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.sampling.guidance import GuidedDenoiser

@@ -12,9 +12,11 @@ import torch
 
 import pfgm
 from benchmarks.faulty import damage, draws, hostile, kills
-from pfgm import cli, output, plot, rundir, storage
-from pfgm.files.atomic import DamagedError, check_stamp, replacing
+from pfgm import cli, output, plot, rundir
+from pfgm.files.atomic import replacing
 from pfgm.files.untrusted import load_torch
+from pfgm.flow import checkpoints
+from pfgm.flow.integrity import DamagedError, check_stamp
 from pfgm.module import PFGM
 from pfgm.runlog import RunLog, read_rows
 
@@ -24,9 +26,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_resumed(harm, run, tmp
     shutil.copytree(run, tmp_path / "run")
     path = rundir.checkpoint_path(tmp_path / "run")
     damage.HARMS[harm](path, random.Random(1))
-    with pytest.raises(storage.DamagedCheckpointError, match=r"last\.ckpt .*such as .*previous\.ckpt"):
+    with pytest.raises(checkpoints.DamagedCheckpointError, match=r"last\.ckpt .*such as .*previous\.ckpt"):
         pfgm.load(path)
-    with pytest.raises(storage.DamagedCheckpointError):
+    with pytest.raises(checkpoints.DamagedCheckpointError):
         PFGM.load_from_checkpoint(path)
     cli.main(kills.command(tmp_path / "run", "denoising", 10))
     told = capsys.readouterr().err
@@ -38,7 +40,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_resumed(harm, run, tmp
 
 def test_each_byte_of_a_large_file_counts(tmp_path):
     path = tmp_path / "a.ckpt"
-    storage.write_checkpoint(path, {"x": torch.zeros(2**20)})
+    checkpoints.write_checkpoint(path, {"x": torch.zeros(2**20)})
     whole = path.read_bytes()
     for place in (0, 2**20 + 1, 2**21 + 7, len(whole) - 300, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
@@ -53,7 +55,9 @@ def test_two_damaged_checkpoints_are_no_run(run, tmp_path):
     for name in ("last.ckpt", "previous.ckpt"):
         damage.empty(rundir.checkpoint_path(tmp_path / "run", name), random.Random(1))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(storage.CheckpointError, match=r"run cannot be resumed: .*last\.ckpt is empty.*previous\.ckpt is empty"):
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"run cannot be resumed: .*last\.ckpt is empty.*previous\.ckpt is empty"
+    ):
         cli.main(kills.command(tmp_path / "run", "denoising", 12))
     assert before == {path: path.read_bytes() for path in before}
 
@@ -78,7 +82,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(run, tmp_pat
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(storage, "load_torch", fail)
+            patch.setattr(checkpoints, "load_torch", fail)
             with pytest.raises(type(error)):
                 cli.main(kills.command(tmp_path / "run", "denoising", 12))
     assert not rundir.checkpoint_path(tmp_path / "run", "damaged.ckpt").exists()
@@ -95,12 +99,12 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(run, tmp_pat
 def test_a_checkpoint_that_lacks_something_is_named(left_out, message, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     path = rundir.checkpoint_path(tmp_path / "run")
-    checkpoint = storage.read_checkpoint(path)
+    checkpoint = checkpoints.read_checkpoint(path)
     del checkpoint[left_out]
-    own = checkpoint.pop(storage.KEY)
-    storage.seal(checkpoint, own["flow"], own["data"])
-    storage.write_checkpoint(path, checkpoint)
-    with pytest.raises(storage.CheckpointError, match=message):
+    own = checkpoint.pop(checkpoints.KEY)
+    checkpoints.seal(checkpoint, own["flow"], own["data"])
+    checkpoints.write_checkpoint(path, checkpoint)
+    with pytest.raises(checkpoints.CheckpointError, match=message):
         cli.main(kills.command(tmp_path / "run", "denoising", 12))
 
 
@@ -116,7 +120,7 @@ def test_there_is_a_last_checkpoint_at_each_moment(tmp_path, monkeypatch):
     for k in (1, 2, 3):
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", look)
-            storage.write_checkpoint(last, {"k": k}, previous)
+            checkpoints.write_checkpoint(last, {"k": k}, previous)
         (tmp_path / ".partial-previous.ckpt").write_text("of a killed process")
     assert seen == [False, True] + 8 * [True]
     assert [load_torch(path, path) for path in (last, previous)] == [{"k": 3}, {"k": 2}]
@@ -126,7 +130,7 @@ def test_there_is_a_last_checkpoint_at_each_moment(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"last\.ckpt cannot be written: No space left on device"):
-        storage.write_checkpoint(last, {"k": 4}, previous)
+        checkpoints.write_checkpoint(last, {"k": 4}, previous)
     assert [load_torch(path, path) for path in (last, previous)] == [{"k": 3}, {"k": 2}]
 
 
@@ -155,7 +159,7 @@ def test_exports_that_cannot_be_read_now_are_not_called_damaged(tmp_path, monkey
     def fail(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(storage, "check_safetensors", fail)
+    monkeypatch.setattr(checkpoints, "check_safetensors", fail)
     with pytest.raises(PermissionError):
         pfgm.load(tmp_path / "a")
 
@@ -183,12 +187,12 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(run, tmp_path):
     assert path.read_bytes() == before
     assert sorted(path.parent.iterdir()) == names
     cli.main(kills.command(tmp_path / "run", "denoising", 12))
-    assert storage.read_checkpoint(path)["global_step"] == 12
+    assert checkpoints.read_checkpoint(path)["global_step"] == 12
 
 
 WRITERS = {
-    "a.ckpt": lambda path: storage.write_checkpoint(path, {"x": torch.zeros(10_000)}),
-    "a.safetensors": lambda path: storage.write_tensors(path, {"x": torch.zeros(10_000)}, {}),
+    "a.ckpt": lambda path: checkpoints.write_checkpoint(path, {"x": torch.zeros(10_000)}),
+    "a.safetensors": lambda path: checkpoints.write_tensors(path, {"x": torch.zeros(10_000)}, {}),
     "a.npz": lambda path: output.save_arrays(path, {"x": torch.zeros(10_000)}),
     "a.pt": lambda path: output.save_arrays(path, {"x": torch.zeros(10_000)}),
     "a.png": lambda path: plot.save_grid(path, torch.rand(16, 3, 40, 40)),

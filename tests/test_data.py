@@ -9,11 +9,12 @@ import torch
 from test_training import ROOT, SMALL, fit, last
 
 import pfgm
-from pfgm import cli, storage
+from pfgm import cli
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.batches import HeldOut, Part, Preparation, Stream
 from pfgm.data.degradations import AddNoise, Downsample, Grey
+from pfgm.flow import checkpoints
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP
@@ -225,8 +226,8 @@ def test_runs_of_versions_without_an_argument_resume(tmp_path):
     fit(tmp_path, "--trainer.max_steps=1", "--model.label_dropout=0", base=base)
     old = last(tmp_path)
     del old["hyper_parameters"]["label_dropout"], old["hyper_parameters"]["data"]["init_args"]["levels"]
-    del old[storage.KEY]["data"]["init_args"]["dequantize"], old["hyper_parameters"]["net"]["init_args"]["condition_shape"]
-    storage.seal(old, old[storage.KEY]["flow"], old[storage.KEY]["data"])
+    del old[checkpoints.KEY]["data"]["init_args"]["dequantize"], old["hyper_parameters"]["net"]["init_args"]["condition_shape"]
+    checkpoints.seal(old, old[checkpoints.KEY]["flow"], old[checkpoints.KEY]["data"])
     torch.save(old, tmp_path / "checkpoints" / "last.ckpt")
     for change, message in (
         ("--model.label_dropout=0.1", r"model\.label_dropout: 0\.0 -> 0\.1"),

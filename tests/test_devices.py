@@ -17,13 +17,14 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from benchmarks.faulty import draws, kills
 from benchmarks.faulty.draws import content
-from pfgm import cli, commands, drawing, storage
+from pfgm import cli, commands, drawing
 from pfgm.checkpointing import LastCheckpoint, Stopped
 from pfgm.core.exits import LostProcess
 from pfgm.drawing import Share
 from pfgm.ema import EMA
 from pfgm.files import locking
-from pfgm.flow import PoissonFlow
+from pfgm.flow import checkpoints
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.skips import Skips
@@ -43,7 +44,7 @@ def test_a_run_on_two_devices_starts_from_one_command(tmp_path):
         told = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "stopped by SIGTERM; saved is the state after step" in told
-    assert storage.read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == kills.reached(tmp_path)
+    assert checkpoints.read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == kills.reached(tmp_path)
 
 
 def test_a_signal_that_comes_while_the_ranks_agree_is_for_the_next_time():
@@ -127,7 +128,7 @@ def test_two_processes_have_the_loss_of_one_with_twice_the_batch(objective, tmp_
     rows = [np.genfromtxt(tmp_path / name / "metrics.csv", delimiter=",", names=True) for name in ("one", "two")]
     for column in ("step", "train_loss", "lr", "grad_norm", "skipped"):
         assert np.allclose(rows[0][column], rows[1][column], rtol=1e-5, equal_nan=True), column
-    a, b = (storage.read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("one", "two"))
+    a, b = (checkpoints.read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("one", "two"))
     for part in ("state_dict", "current_model_state"):
         for name, value in a[part].items():
             assert torch.allclose(value, b[part][name], rtol=1e-4, atol=1e-7), name
@@ -218,8 +219,8 @@ def test_a_folder_holds_samples_of_one_kind(export, tmp_path, capsys):
         assert "holds samples that were made otherwise" in error
         assert message.replace("\\", "") in error
     other = tmp_path / "other"
-    flow_file = storage.read_export(export / "images")
-    storage.write_export(other / "images", flow_file[0], {k: v + 0.01 * v.abs() for k, v in flow_file[1].items()})
+    flow_file = checkpoints.read_export(export / "images")
+    checkpoints.write_export(other / "images", flow_file[0], {k: v + 0.01 * v.abs() for k, v in flow_file[1].items()})
     with pytest.raises(SystemExit, match="2"):
         draw(other, tmp_path / "a", "--preset=fast")
     assert "flow: " in capsys.readouterr().err

@@ -13,12 +13,13 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 import pfgm
-from pfgm import cli, evaluation, features, metrics, prepare, storage
+from pfgm import cli, evaluation, features, metrics, prepare
 from pfgm.core import rng
 from pfgm.data import Digits
 from pfgm.data.batches import Part
 from pfgm.evaluation import Evaluation
 from pfgm.features import Classifier, accuracy, extract, fit_classifier, load_features, save_classifier
+from pfgm.flow import checkpoints
 from pfgm.metrics import Points
 
 RANGE = (-1.0, 1.0)
@@ -65,14 +66,14 @@ def test_classifiers_take_images_of_any_size_and_are_stored(shape, tmp_path):
     save_classifier(tmp_path / "a.safetensors", net, {"seed": 3})
     loaded = load_features(str(tmp_path / "a.safetensors"))
     assert torch.equal(extract(loaded, x, (0.0, 255.0), torch.device("cpu")), values)
-    digest = storage.read_header(tmp_path / "a.safetensors")["digest"]
+    digest = checkpoints.read_header(tmp_path / "a.safetensors")["digest"]
     assert features.name_of(loaded) == f"Classifier {digest[:12]}"
 
 
 def test_features_that_cannot_be_had_are_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match='features = none does not exist: give "inception", a file of'):
         load_features("none")
-    storage.write_tensors(tmp_path / "b.safetensors", {"x": torch.zeros(1)}, {"step": 1})
+    checkpoints.write_tensors(tmp_path / "b.safetensors", {"x": torch.zeros(1)}, {"step": 1})
     with pytest.raises(ValueError, match=r"no classifier; make one with python train.py features"):
         load_features(str(tmp_path / "b.safetensors"))
 
@@ -181,7 +182,7 @@ def test_runs_are_tested_by_a_classifier_of_their_data(tmp_path, capsys):
     ]
     prepare.prepare(made)
     assert "of the labels of 360 held-out images right" in capsys.readouterr().out
-    header = storage.read_header(tmp_path / "f.safetensors")
+    header = checkpoints.read_header(tmp_path / "f.safetensors")
     assert header["made"]["of"] == "labels"
     assert header["made"]["data"]["class_path"] == "pfgm.data.Digits"
     base = [*DIGITS, "--model.net.init_args.width=8", "--model.net.init_args.blocks=1"]

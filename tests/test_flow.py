@@ -15,9 +15,10 @@ from PIL import Image
 
 import pfgm
 import pfgm.sampling.sampler
-from pfgm import commands, storage
+from pfgm import commands
 from pfgm.core.configurable import build
-from pfgm.flow import PoissonFlow
+from pfgm.flow import checkpoints
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
 from pfgm.sampling.likelihood import log_prob
@@ -70,9 +71,9 @@ def test_a_flow_has_the_kernel_and_the_sigma_data_of_its_denoiser():
 
 def test_a_description_with_two_D_is_refused(tmp_path):
     flow = make_flow(shape=(5,))
-    storage.write_export(tmp_path / "same", flow.config | {"D": 128.0}, flow.state_dict())
+    checkpoints.write_export(tmp_path / "same", flow.config | {"D": 128.0}, flow.state_dict())
     assert pfgm.load(tmp_path / "same").kernel.D == 128
-    storage.write_export(tmp_path / "other", flow.config | {"D": 8.0}, flow.state_dict())
+    checkpoints.write_export(tmp_path / "other", flow.config | {"D": 8.0}, flow.state_dict())
     with pytest.raises(ValueError, match=r"D = 8\.0 of the flow is not that of its denoiser, 128"):
         pfgm.load(tmp_path / "other")
 
@@ -136,7 +137,7 @@ def test_every_single_flipped_bit_is_found(tmp_path):
         damaged = content.copy()
         damaged[position] ^= 1 << int(position) % 8
         (tmp_path / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(storage.CheckpointError, match="altered"):
+        with pytest.raises(checkpoints.CheckpointError, match="altered"):
             pfgm.load(tmp_path)
 
 
@@ -144,14 +145,14 @@ def test_an_edited_description_is_found(tmp_path):
     make_flow(shape=(5,)).save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"sigma_max": 40.0', '"sigma_max": 500.0'))
-    with pytest.raises(storage.CheckpointError, match="altered"):
+    with pytest.raises(checkpoints.CheckpointError, match="altered"):
         pfgm.load(tmp_path)
 
 
 def test_a_file_cannot_name_classes_that_are_no_networks(tmp_path):
     flow = make_flow(shape=(5,))
     spec = {"class_path": "pfgm.data.Arrays", "init_args": {"path": "/etc/hostname"}}
-    storage.write_export(tmp_path, flow.config | {"denoiser": spec}, flow.state_dict())
+    checkpoints.write_export(tmp_path, flow.config | {"denoiser": spec}, flow.state_dict())
     with pytest.raises(ValueError, match="not a class that a checkpoint may name"):
         pfgm.load(tmp_path)
 
@@ -159,8 +160,8 @@ def test_a_file_cannot_name_classes_that_are_no_networks(tmp_path):
 @pytest.mark.parametrize("change", [{"shape": 3}, {"colour": 1}, {"sigma_max": "40"}, {"denoiser": {}}])
 def test_an_incomplete_description_is_named(change, tmp_path):
     flow = make_flow(shape=(5,))
-    storage.write_export(tmp_path, flow.config | change, flow.state_dict())
-    with pytest.raises(storage.CheckpointError, match="incomplete"):
+    checkpoints.write_export(tmp_path, flow.config | change, flow.state_dict())
+    with pytest.raises(checkpoints.CheckpointError, match="incomplete"):
         pfgm.load(tmp_path)
 
 
@@ -208,28 +209,28 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
         ("zip", b"PK\x03\x04" + b"0" * 100, "truncated, altered or not a checkpoint"),
     ):
         (tmp_path / f"{name}.ckpt").write_bytes(content)
-        with pytest.raises(storage.DamagedCheckpointError, match=message):
+        with pytest.raises(checkpoints.DamagedCheckpointError, match=message):
             pfgm.load(tmp_path / f"{name}.ckpt")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.ckpt")
-    with pytest.raises(storage.CheckpointError, match="not a checkpoint of this package"):
+    with pytest.raises(checkpoints.CheckpointError, match="not a checkpoint of this package"):
         pfgm.load(tmp_path / "other.ckpt")
     torch.save(torch.zeros(3), tmp_path / "tensor.ckpt")
-    with pytest.raises(storage.CheckpointError, match="holds a Tensor"):
+    with pytest.raises(checkpoints.CheckpointError, match="holds a Tensor"):
         pfgm.load(tmp_path / "tensor.ckpt")
     whole = (tmp_path / "good" / "model.safetensors").read_bytes()
     (tmp_path / "good" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(storage.CheckpointError, match="cannot be read"):
+    with pytest.raises(checkpoints.CheckpointError, match="cannot be read"):
         pfgm.load(tmp_path / "good")
     (tmp_path / "good" / "config.json").write_text("{")
-    with pytest.raises(storage.CheckpointError, match="cannot be read"):
+    with pytest.raises(checkpoints.CheckpointError, match="cannot be read"):
         pfgm.load(tmp_path / "good")
 
 
 def test_weights_that_do_not_match_the_network_are_named(tmp_path):
     flow = make_flow(shape=(5,))
     state = flow.state_dict() | {"surplus": torch.zeros(1)}
-    storage.write_export(tmp_path, flow.config, state)
-    with pytest.raises(storage.CheckpointError, match="do not match"):
+    checkpoints.write_export(tmp_path, flow.config, state)
+    with pytest.raises(checkpoints.CheckpointError, match="do not match"):
         pfgm.load(tmp_path)
 
 

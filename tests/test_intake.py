@@ -15,7 +15,7 @@ from pfgm.files import untrusted
 from pfgm.files.arrays import load_arrays, read_inputs
 from pfgm.files.images import ImageError, read_pixels
 from pfgm.files.untrusted import RefusedError, load_torch, opened_zip
-from pfgm.storage import read_tensors
+from pfgm.flow.checkpoints import read_tensors
 
 REASONS = {
     "array file: os.system": "holds posix.system, no tensor or plain value",

@@ -10,10 +10,10 @@ import torch
 
 import pfgm
 from pfgm import commands
-from pfgm.flow import PoissonFlow
+from pfgm.flow.poisson_flow import PoissonFlow
+from pfgm.flow.tuned_solvers import grid_file, optimize_grid, store_grid, stored_grid
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
-from pfgm.optimal import grid_file, optimize_grid, store_grid, stored_grid
 from pfgm.sampling.grids import Paced
 from pfgm.theory.analytic import EmpiricalDenoiser
 from pfgm.theory.kernel import StudentTKernel

@@ -16,12 +16,13 @@ import torch
 import yaml
 
 import pfgm
-from pfgm import cli, storage
+from pfgm import cli
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.batches import HeldOut, Part, Stream, stream_indices
 from pfgm.ema import EMA
-from pfgm.loading import PREFIX
+from pfgm.flow import checkpoints
+from pfgm.flow.loading import PREFIX
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
@@ -45,7 +46,7 @@ def log_rows(run_dir):
 
 
 def last(run_dir):
-    return storage.read_checkpoint(Path(run_dir) / "checkpoints" / "last.ckpt")
+    return checkpoints.read_checkpoint(Path(run_dir) / "checkpoints" / "last.ckpt")
 
 
 def same_tensors(a, b):

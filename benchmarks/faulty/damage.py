@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pfgm
-from pfgm import storage
+from pfgm.flow import checkpoints
+from pfgm.flow.checkpoints import CheckpointError, DamagedCheckpointError
 from pfgm.module import PFGM
-from pfgm.storage import CheckpointError, DamagedCheckpointError
 
 
 def truncate(path: Path, chance: random.Random) -> None:
@@ -79,7 +79,7 @@ HARMS: dict[str, Callable[[Path, random.Random], None]] = {
 def attempt(path: Path) -> str:
     """What reading it says: named, or what went wrong."""
     kinds = []
-    for read in (storage.read_checkpoint, pfgm.load, PFGM.load_from_checkpoint):
+    for read in (checkpoints.read_checkpoint, pfgm.load, PFGM.load_from_checkpoint):
         try:
             read(path)
             kinds.append("accepted")

@@ -11,11 +11,11 @@ from pfgm.data import Arrays, ImageDataModule
 from pfgm.data.labels import csv_labels
 from pfgm.edit import read_latents
 from pfgm.files.arrays import read_inputs
-from pfgm.flow import PoissonFlow
+from pfgm.flow.poisson_flow import PoissonFlow
+from pfgm.flow.posthoc_ema import reconstruct
+from pfgm.flow.tuned_solvers import stored_grid
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
-from pfgm.optimal import stored_grid
-from pfgm.posthoc import reconstruct
 
 CANARY = "canary"
 """A file that appears in the working folder if code of a file was run."""

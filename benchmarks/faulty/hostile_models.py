@@ -17,10 +17,10 @@ import torch
 
 import pfgm
 from benchmarks.faulty.hostile import CANARY, Call, Hostile, averages, flow, samples, written
-from pfgm import storage
 from pfgm.data import ImageDataModule
 from pfgm.features import load_features
-from pfgm.flow import PoissonFlow
+from pfgm.flow import checkpoints
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.module import PFGM
 from pfgm.nn import UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
@@ -209,7 +209,7 @@ def _descriptions() -> Iterator[Hostile]:
 
 
 def _export(folder: Path, config: dict[str, Any], state: Any, text: str | None = None) -> Path:
-    storage.write_export(folder, config, state)
+    checkpoints.write_export(folder, config, state)
     if text is not None:
         (folder / "config.json").write_text(text)
     return folder
@@ -274,7 +274,7 @@ def _average(content: bytes) -> Callable[[Path], Path]:
 
 
 def _classifier(folder: Path, spec: Any) -> Path:
-    storage.write_tensors(folder / "a.safetensors", {"x": torch.zeros(1)}, {"classifier": spec, "made": {}})
+    checkpoints.write_tensors(folder / "a.safetensors", {"x": torch.zeros(1)}, {"classifier": spec, "made": {}})
     return folder / "a.safetensors"
 
 

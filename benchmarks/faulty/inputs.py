@@ -19,13 +19,13 @@ from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.augmentation import Augment
 from pfgm.data.degradations import AddNoise, Downsample
 from pfgm.ema import EMA, PowerAverages
-from pfgm.flow import PoissonFlow
-from pfgm.loading import load
+from pfgm.flow.loading import load
+from pfgm.flow.poisson_flow import PoissonFlow
+from pfgm.flow.posthoc_ema import exponent
+from pfgm.flow.tuned_solvers import optimize_grid
 from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
-from pfgm.optimal import optimize_grid
-from pfgm.posthoc import exponent
 from pfgm.sampling import likelihood
 from pfgm.sampling.latents import Latent
 from pfgm.sampling.ode import SolverError

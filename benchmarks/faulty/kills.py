@@ -16,8 +16,9 @@ from pathlib import Path
 from benchmarks.faulty.forks import forks
 from pfgm.core.exits import LOST
 from pfgm.files.atomic import PARTIAL
+from pfgm.flow.checkpoints import CheckpointError, read_checkpoint
+from pfgm.flow.integrity import digest
 from pfgm.rundir import checkpoint_path
-from pfgm.storage import CheckpointError, digest, read_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 COMMON = [

@@ -1,7 +1,6 @@
 """Files that are whole: written beside their place and moved there when complete, and stamped so that a flipped bit shows."""
 
 import errno
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,14 +12,6 @@ import torch
 
 PARTIAL = ".partial-"
 """What the names of unfinished files begin with; those of a killed process stay until `clear_partial`."""
-
-STAMP = b"pfgm-sha256:"
-EMPTY_END = b"PK\x05\x06"
-"""How the end of a zip archive begins, 22 bytes from the last if it has no comment."""
-
-
-class DamagedError(ValueError):
-    """A file is not, bit for bit, what was written."""
 
 
 @contextmanager
@@ -87,47 +78,6 @@ def save_torch(path: Path, content: Any) -> None:
         torch.save(content, path)
     except RuntimeError as error:  # of torch's C++ writer, which keeps the reason to itself
         raise OSError(errno.ENOSPC, f"not all could be written ({str(error).partition(chr(10))[0]})") from error
-
-
-def stamp(path: Path) -> None:
-    """Add to the zip archive at `path`, as its comment, the SHA-256 of all the rest. ValueError if it has a comment."""
-    with path.open("r+b") as file:
-        file.seek(-22, os.SEEK_END)
-        end = file.read()
-        if not _uncommented(end):
-            raise ValueError(f"{path} is no zip archive without a comment")
-        length = len(STAMP) + 2 * hashlib.sha256().digest_size
-        file.seek(-2, os.SEEK_END)
-        file.write(length.to_bytes(2, "little"))
-        file.seek(0)
-        total = hashlib.file_digest(file, "sha256")
-        file.seek(0, os.SEEK_END)
-        file.write(STAMP + total.hexdigest().encode())
-
-
-def check_stamp(path: Path) -> None:
-    """DamagedError if the zip archive at `path` is not what was stamped, or no zip archive, or was stamped no longer whole."""
-    length = len(STAMP) + 2 * hashlib.sha256().digest_size
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - length))
-        end = file.read()
-        if _uncommented(end[-22:]):
-            return  # written by others
-        if not end.startswith(STAMP):
-            raise DamagedError(f"{path} is {'empty' if not size else 'truncated, altered or not a checkpoint'}")
-        file.seek(0)
-        total, rest = hashlib.sha256(), size - length
-        while block := file.read(min(rest, 2**20)):
-            total.update(block)
-            rest -= len(block)
-    if end != STAMP + total.hexdigest().encode():
-        raise DamagedError(f"{path} has been altered: its bytes do not have the SHA-256 at its end")
-
-
-def _uncommented(end: bytes) -> bool:
-    """Whether these 22 bytes end a zip archive that has no comment."""
-    return end.startswith(EMPTY_END) and end.endswith(b"\0\0")
 
 
 def _sync(path: Path) -> None:

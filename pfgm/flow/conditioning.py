@@ -13,7 +13,7 @@ from pfgm.sampling.inverse import MeasuredDenoiser, Measurement
 from pfgm.sampling.ode import input_dtype
 
 if TYPE_CHECKING:
-    from pfgm.flow import PoissonFlow
+    from pfgm.flow.poisson_flow import PoissonFlow
 
 
 class Conditioning(TypedDict, total=False):

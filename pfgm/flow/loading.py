@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from pfgm import storage
 from pfgm.core.arguments import checked
-from pfgm.flow import PoissonFlow
+from pfgm.flow import checkpoints
+from pfgm.flow.poisson_flow import PoissonFlow
 
 PREFIX = "flow."
 """Of the flow's tensors in the state of the training module."""
@@ -24,11 +24,11 @@ def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True,
     if Path(path).is_dir():
         if not ema:
             raise ValueError(f"ema = False: the export {path} holds the averaged weights only; give a .ckpt file")
-        config, state = storage.read_export(path)
+        config, state = checkpoints.read_export(path)
     else:
-        checkpoint = storage.read_checkpoint(path)
-        config = checkpoint[storage.KEY]["flow"]
+        checkpoint = checkpoints.read_checkpoint(path)
+        config = checkpoint[checkpoints.KEY]["flow"]
         weights = checkpoint["state_dict"] if ema else checkpoint.get("current_model_state", checkpoint["state_dict"])
         state = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
-    flow = storage.restored(lambda: PoissonFlow.from_config(config, trust), state, path)
+    flow = checkpoints.restored(lambda: PoissonFlow.from_config(config, trust), state, path)
     return flow.to(device).eval()

@@ -13,12 +13,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from pfgm import storage
-from pfgm.conditioning import Conditioning, Given, check_conditioning
 from pfgm.core import rng
 from pfgm.core.arguments import Array, checked
 from pfgm.core.configurable import build, to_json
 from pfgm.core.tensors import check_finite_samples, check_levels, check_positive, check_shape, per_sample
+from pfgm.flow import checkpoints
+from pfgm.flow.conditioning import Conditioning, Given, check_conditioning
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.latents import Latent, check_points, interpolate
 from pfgm.sampling.likelihood import LogProb, estimate_log_prob
@@ -154,7 +154,7 @@ class PoissonFlow(nn.Module):
         Sample i is a function of (seed, i), `seeds` = [k, ...] gives those of (k, 0). `labels` is one class for all or one for
         each. `batch_size` samples are drawn at a time, with a progress bar if `progress`; after `max_calls` of the network a
         batch ends where it is. `options` are those of `Sampler` (without any the preset is "balanced", 10 calls) and of
-        `pfgm.conditioning.Conditioning`: condition, guidance, measurement, .... ValueError for arguments out of range, before
+        `pfgm.flow.Conditioning`: condition, guidance, measurement, .... ValueError for arguments out of range, before
         the first network call; SolverError if solving fails.
         """
         pairs = seed_pairs(n, seed, seeds)
@@ -375,7 +375,7 @@ class PoissonFlow(nn.Module):
     @checked
     def save_pretrained(self, folder: str | Path) -> None:
         """Export to `folder`: config.json (valid JSON, also for D = inf) and model.safetensors; `pfgm.load` reads it."""
-        storage.write_export(folder, self.config, self.state_dict())
+        checkpoints.write_export(folder, self.config, self.state_dict())
 
 
 def own_sigma_data(denoiser: nn.Module, value: float | None) -> float:

@@ -10,10 +10,10 @@ from torch import Tensor
 from pfgm.core.arguments import checked
 from pfgm.files.atomic import replacing
 from pfgm.files.untrusted import read_text
-from pfgm.flow import PoissonFlow
+from pfgm.flow.integrity import digest
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.sampling.coordinates import Angle
 from pfgm.sampling.sampler import seed_pairs
-from pfgm.storage import digest
 
 SEED = 2**32 - 1
 """Of the samples: not one that a user would draw with."""

@@ -5,18 +5,17 @@ unnoticed.
 """
 
 import errno
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from pfgm.files.atomic import DamagedError, check_stamp, replacing, replacing_all, save_torch, stamp
+from pfgm.files.atomic import replacing, replacing_all, save_torch
 from pfgm.files.untrusted import UNREADABLE, RefusedError, check_network, check_safetensors, load_torch, read_text
+from pfgm.flow.integrity import DamagedError, check_stamp, digest, stamp
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,28 +32,6 @@ class CheckpointError(ValueError):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint is not what was written."""
-
-
-def digest(content: Any) -> str:
-    """SHA-256 of nested mappings and sequences of tensors and plain values; the order of the mappings does not matter."""
-    total = hashlib.sha256()
-    _update(total, "", content)
-    return total.hexdigest()
-
-
-def _update(total: Any, name: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        tensor = value.detach().cpu().contiguous()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            _update(total, f"{name}/{key}", value[key])
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            _update(total, f"{name}/{i}", item)
-    else:
-        total.update(f"{name} {value!r}\n".encode())
 
 
 def seal(checkpoint: dict[str, Any], flow: Mapping[str, Any], data: Mapping[str, Any] | None) -> None:

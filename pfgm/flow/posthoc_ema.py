@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pfgm import storage
 from pfgm.core.arguments import checked
 from pfgm.files.atomic import PARTIAL, clear_partial
-from pfgm.loading import load
+from pfgm.flow import checkpoints
+from pfgm.flow.loading import load
 
 FOLDER = "averages"
 WIDEST = 12**-0.5
@@ -60,17 +60,17 @@ def write_snapshot(run_dir: str | Path, step: int, averages: dict[float, dict[st
     path = Path(run_dir) / FOLDER / f"{step:08d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{width!r}/{name}": tensor for width, part in averages.items() for name, tensor in part.items()}
-    storage.write_tensors(path, tensors, {"step": step, "sigma_rel": list(averages)})
+    checkpoints.write_tensors(path, tensors, {"step": step, "sigma_rel": list(averages)})
 
 
 def _header(path: Path) -> tuple[int, list[float]]:
     """Step and widths of a snapshot. CheckpointError if it names none."""
-    header = storage.read_header(path)
+    header = checkpoints.read_header(path)
     step: Any = header.get("step")
     widths: Any = header.get("sigma_rel")
     plain = isinstance(step, int) and step > 0 and isinstance(widths, list)
     if not plain or not all(isinstance(width, float) and 0.001 <= width <= WIDEST for width in widths):
-        raise storage.CheckpointError(f"{path}: step = {step}, sigma_rel = {widths} is no step and its widths; delete it")
+        raise checkpoints.CheckpointError(f"{path}: step = {step}, sigma_rel = {widths} is no step and its widths; delete it")
     return step, widths
 
 
@@ -98,7 +98,7 @@ def reconstruct(run_dir: str | Path, sigma_rel: float, step: int | None = None) 
         )
     total: dict[str, Tensor] = {}
     for factor, (path, _, width) in zip(x.tolist(), used, strict=True):
-        for key, tensor in storage.read_tensors(path).items():
+        for key, tensor in checkpoints.read_tensors(path).items():
             prefix, _, name = key.partition("/")
             if prefix == repr(width):
                 total[name] = total.get(name, 0) + factor * tensor.double()
@@ -137,7 +137,7 @@ def average(
     weights, step, error = reconstruct(run_dir, sigma_rel, step)
     state = flow.state_dict()
     if set(weights) != {name for name, _ in flow.named_parameters()}:
-        raise storage.CheckpointError(f"run_dir = {run_dir}: its snapshots are of another network than its checkpoint")
+        raise checkpoints.CheckpointError(f"run_dir = {run_dir}: its snapshots are of another network than its checkpoint")
     flow.load_state_dict(state | {name: value.to(state[name].dtype) for name, value in weights.items()})
     clear_partial(out)
     flow.save_pretrained(out)

@@ -1,0 +1,81 @@
+"""Digests: a checkpoint is, bit for bit, what was written."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STAMP = b"pfgm-sha256:"
+EMPTY_END = b"PK\x05\x06"
+"""How the end of a zip archive begins, 22 bytes from the last if it has no comment."""
+
+
+class DamagedError(ValueError):
+    """A file is not, bit for bit, what was written."""
+
+
+def stamp(path: Path) -> None:
+    """Add to the zip archive at `path`, as its comment, the SHA-256 of all the rest. ValueError if it has a comment."""
+    with path.open("r+b") as file:
+        file.seek(-22, os.SEEK_END)
+        end = file.read()
+        if not _uncommented(end):
+            raise ValueError(f"{path} is no zip archive without a comment")
+        length = len(STAMP) + 2 * hashlib.sha256().digest_size
+        file.seek(-2, os.SEEK_END)
+        file.write(length.to_bytes(2, "little"))
+        file.seek(0)
+        total = hashlib.file_digest(file, "sha256")
+        file.seek(0, os.SEEK_END)
+        file.write(STAMP + total.hexdigest().encode())
+
+
+def check_stamp(path: Path) -> None:
+    """DamagedError if the zip archive at `path` is not what was stamped, or no zip archive, or was stamped no longer whole."""
+    length = len(STAMP) + 2 * hashlib.sha256().digest_size
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - length))
+        end = file.read()
+        if _uncommented(end[-22:]):
+            return  # written by others
+        if not end.startswith(STAMP):
+            raise DamagedError(f"{path} is {'empty' if not size else 'truncated, altered or not a checkpoint'}")
+        file.seek(0)
+        total, rest = hashlib.sha256(), size - length
+        while block := file.read(min(rest, 2**20)):
+            total.update(block)
+            rest -= len(block)
+    if end != STAMP + total.hexdigest().encode():
+        raise DamagedError(f"{path} has been altered: its bytes do not have the SHA-256 at its end")
+
+
+def _uncommented(end: bytes) -> bool:
+    """Whether these 22 bytes end a zip archive that has no comment."""
+    return end.startswith(EMPTY_END) and end.endswith(b"\0\0")
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of nested mappings and sequences of tensors and plain values; the order of the mappings does not matter."""
+    total = hashlib.sha256()
+    _update(total, "", content)
+    return total.hexdigest()
+
+
+def _update(total: Any, name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        tensor = value.detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            _update(total, f"{name}/{key}", value[key])
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _update(total, f"{name}/{i}", item)
+    else:
+        total.update(f"{name} {value!r}\n".encode())
