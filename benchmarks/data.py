@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from pfgm.data import ImageDataModule
 from pfgm.data.batches import Stream
-from pfgm.loss import DenoisingLoss
-from pfgm.module import PFGM
 from pfgm.nn import UNet
+from pfgm.training.losses import DenoisingLoss
+from pfgm.training.module import PFGM
 
 
 def rate(batches, count, use):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import pfgm
-from pfgm import plot
 from pfgm.core.tensors import expand, norm
 from pfgm.data import Digits
+from pfgm.evaluation import plots
+from pfgm.evaluation.metrics import energy_distance
 from pfgm.flow.poisson_flow import PoissonFlow
-from pfgm.metrics import energy_distance
 from pfgm.sampling.latents import Latent, interpolate
 
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
@@ -46,7 +46,7 @@ def main() -> None:
         )
         if arguments.pictures and not k:
             strip = torch.cat([flow.sample(10, temperature=t).x for t in TEMPERATURES])
-            plot.save_grid(arguments.pictures / "temperature.png", strip, flow.value_range, columns=10)
+            plots.save_grid(arguments.pictures / "temperature.png", strip, flow.value_range, columns=10)
 
 
 def rms(x: Tensor) -> Tensor:

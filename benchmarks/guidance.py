@@ -15,7 +15,7 @@ from sklearn.svm import SVC
 
 import pfgm
 from pfgm.data import Digits
-from pfgm.metrics import energy_distance
+from pfgm.evaluation.metrics import energy_distance
 
 STRENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
 

@@ -26,15 +26,15 @@ from torch import Tensor, nn
 
 from pfgm.core.tensors import expand, norm, per_sample
 from pfgm.data import DataModule, Digits
-from pfgm.ema import EMA
+from pfgm.evaluation.metrics import energy_distance, frechet_distance
 from pfgm.flow.poisson_flow import PoissonFlow
-from pfgm.loss import DenoisingLoss
-from pfgm.metrics import energy_distance, frechet_distance
-from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser, noise_level, preconditioning
 from pfgm.theory.data_summary import DataSummary
 from pfgm.theory.kernel import StudentTKernel
+from pfgm.training.ema import EMA
+from pfgm.training.losses import DenoisingLoss
+from pfgm.training.module import PFGM
 
 Statistics = tuple[float, float, float]
 """sigma_data, power_std and the largest |y|/sqrt(N) of the data."""

@@ -11,11 +11,11 @@ import itertools
 import torch
 from torchvision.transforms.functional import gaussian_blur
 
-from pfgm import metrics
 from pfgm.core.configurable import build
-from pfgm.features import extract, load_features
+from pfgm.evaluation import metrics
+from pfgm.evaluation.features import extract, load_features
+from pfgm.evaluation.metrics import Points
 from pfgm.flow import checkpoints
-from pfgm.metrics import Points
 
 MEASURES = {
     "Fréchet": metrics.frechet_distance,

@@ -23,8 +23,8 @@ from torchdiffeq import odeint
 import pfgm
 from pfgm.core.tensors import expand, norm
 from pfgm.data import Digits
+from pfgm.evaluation.metrics import energy_distance
 from pfgm.flow.poisson_flow import PoissonFlow
-from pfgm.metrics import energy_distance
 from pfgm.nn.preconditioning import FieldDenoiser
 
 Z_MIN, Z_TRUSTED, GUARD, TOLERANCE = 1e-3, 1.0, 1e-5, 1e-3

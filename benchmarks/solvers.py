@@ -22,9 +22,9 @@ import torch
 
 import pfgm
 from pfgm.data import Digits
+from pfgm.evaluation.metrics import energy_distance, frechet_distance
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.flow.tuned_solvers import optimize_grid
-from pfgm.metrics import energy_distance, frechet_distance
 
 CALLS = (6, 8, 10, 12, 16, 20, 24, 36, 48, 64)
 QUALITY = (6, 8, 10, 12, 16, 20)

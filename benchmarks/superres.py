@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 import pfgm
-from pfgm import plot
 from pfgm.data import Digits
 from pfgm.data.degradations import Downsample
-from pfgm.metrics import energy_distance, frechet_distance
+from pfgm.evaluation import plots
+from pfgm.evaluation.metrics import energy_distance, frechet_distance
 from pfgm.sampling.inverse import Measurement
 
 
@@ -67,7 +67,7 @@ def main() -> None:
         print(f"mean of 16 {name}: {rms(mean, truth):.4f} to the truth")
     if arguments.picture:
         columns = [interpolate(low, scale_factor=2), bicubic(0), *(conditional(seed) for seed in range(4)), truth]
-        plot.save_grid(arguments.picture, torch.stack([x[:8] for x in columns]).flatten(0, 1), (-1, 1), columns=8)
+        plots.save_grid(arguments.picture, torch.stack([x[:8] for x in columns]).flatten(0, 1), (-1, 1), columns=8)
 
 
 def rms(x: Tensor, y: Tensor) -> float:

@@ -29,14 +29,14 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from pfgm.callbacks import Speed
 from pfgm.data import DataModule
 from pfgm.data.batches import Part
-from pfgm.ema import EMA
-from pfgm.loss import DenoisingLoss, PoissonFieldLoss
-from pfgm.module import PFGM
 from pfgm.nn import UNet
-from pfgm.runlog import RunLog
+from pfgm.training.callbacks import Speed
+from pfgm.training.csv_logger import RunLog
+from pfgm.training.ema import EMA
+from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
+from pfgm.training.module import PFGM
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"width": 64, "multipliers": (1, 2, 2), "blocks": 2, "attention_levels": (1,)},

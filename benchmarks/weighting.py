@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 import pfgm
-from pfgm import cli, metrics
+from pfgm import cli
 from pfgm.core import rng
 from pfgm.data import Digits
+from pfgm.evaluation import metrics
 from pfgm.flow import posthoc_ema
 from pfgm.flow.poisson_flow import PoissonFlow
-from pfgm.loss import DenoisingLoss
+from pfgm.training.losses import DenoisingLoss
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits_pfgmpp.yaml"
 WIDTHS = (0.03, 0.05, 0.075, 0.1, 0.15, 0.2)

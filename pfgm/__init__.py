@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from pfgm.flow.loading import load
     from pfgm.flow.poisson_flow import PoissonFlow
     from pfgm.flow.tuned_solvers import optimize_grid
-    from pfgm.module import PFGM
+    from pfgm.training.module import PFGM
 
 __all__ = ["PFGM", "PoissonFlow", "load", "optimize_grid"]
 
 _HOMES = {
     "PoissonFlow": "pfgm.flow.poisson_flow",
     "load": "pfgm.flow.loading",
-    "PFGM": "pfgm.module",
+    "PFGM": "pfgm.training.module",
     "optimize_grid": "pfgm.flow.tuned_solvers",
 }
-_ROOMS = ["core", "data", "files", "flow", "nn", "sampling", "theory", "loss", "draw", "metrics", "features"]
+_ROOMS = ["core", "data", "evaluation", "files", "flow", "nn", "sampling", "theory", "training", "draw"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,5 @@
 """train.py: LightningCLI with a run directory that the same command starts and resumes."""
 
-import math
 import os
 import sys
 import warnings
@@ -12,31 +11,30 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from jsonargparse import Namespace
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from pfgm import rundir, shell
-from pfgm.callbacks import SampleGrid, Speed, StepProgressBar
-from pfgm.checkpointing import LastCheckpoint, Stopped
+from pfgm import shell
 from pfgm.commands import check_configs, join_pair
 from pfgm.core import exits, rng
 from pfgm.core.arguments import ArgumentTypeError, check_types, is_real
-from pfgm.core.configurable import with_defaults
 from pfgm.data.datamodule import DataModule
 from pfgm.draw import draw
-from pfgm.ema import EMA, PowerAverages
-from pfgm.evaluation import Evaluation
 from pfgm.files import locking
-from pfgm.files.atomic import replacing
 from pfgm.flow import checkpoints
-from pfgm.flow.loading import load
-from pfgm.loss import DenoisingLoss, Loss
-from pfgm.module import PFGM
 from pfgm.prepare import COMMANDS, prepare
-from pfgm.runlog import RunLog
-from pfgm.skips import NonFiniteLoss
+from pfgm.training import run_directory
+from pfgm.training.callbacks import SampleGrid, SaveConfig, Speed, StepProgressBar
+from pfgm.training.checkpointing import LastCheckpoint, Stopped
+from pfgm.training.csv_logger import RunLog
+from pfgm.training.ema import EMA, PowerAverages
+from pfgm.training.evaluation_callback import Evaluation
+from pfgm.training.losses import DenoisingLoss, Loss
+from pfgm.training.module import PFGM
+from pfgm.training.nonfinite import NonFiniteLoss
+from pfgm.training.run_directory import check_same_run, initialize
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -55,19 +53,6 @@ SMALLEST = {"max_steps": 0, "val_check_interval": 1, "accumulate_grad_batches": 
 SMALLEST |= {"log_every_n_steps": 1, "check_val_every_n_epoch": 1, "num_nodes": 1}
 LIMITS = ("limit_train_batches", "limit_test_batches", "limit_predict_batches", "max_epochs")
 """Settings of the trainer with which, at 0, nothing would be done."""
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml when training starts, after the first checkpoint; other stages leave it alone."""
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Nothing yet."""
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Once, since the stream of batches is one epoch."""
-        if trainer.is_global_zero:
-            with replacing(Path(trainer.default_root_dir) / self.config_filename) as temporary:
-                self.parser.save(self.config, temporary, skip_none=False, overwrite=True, multifile=False)
 
 
 class Draw(pl.LightningModule):
@@ -157,15 +142,15 @@ class TrainCLI(LightningCLI):
         first = self.trainer.is_global_zero
         with locking.held(run_dir) if first else nullcontext():
             if first:
-                rundir.clear(run_dir)
+                run_directory.clear(run_dir)
             start = self._start(model, datamodule, run_dir, first)
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=start, weights_only=True)
 
     def _start(self, model: PFGM, datamodule: DataModule, run_dir: Path, mend: bool) -> Path | None:
         """The checkpoint to resume, None for a new run."""
-        source, found = self._get(self.config, "init_from"), rundir.newest(run_dir, mend)
+        source, found = self._get(self.config, "init_from"), run_directory.newest(run_dir, mend)
         if found is None:
-            rundir.check_no_other_files(run_dir)
+            run_directory.check_no_other_files(run_dir)
             if source is not None:
                 initialize(model, source)
             return None
@@ -180,7 +165,7 @@ class TrainCLI(LightningCLI):
 
     def test(self, model: PFGM, datamodule: DataModule) -> None:
         """Evaluate the newest checkpoint of the run."""
-        last = rundir.checkpoint_path(self._get(self.config, "run_dir"))
+        last = run_directory.checkpoint_path(self._get(self.config, "run_dir"))
         if not last.exists():
             raise FileNotFoundError(f"run_dir = {last.parent.parent} has no checkpoint to test; run fit first")
         check_same_run(checkpoints.read_checkpoint(last), model, datamodule, last.parent.parent)
@@ -189,7 +174,7 @@ class TrainCLI(LightningCLI):
     def predict(self, model: PFGM, datamodule: DataModule) -> None:
         """Draw from the newest checkpoint of the run, by `pfgm.draw.draw`, on all devices of the trainer."""
         run_dir = Path(self._get(self.config, "run_dir"))
-        last, options = rundir.checkpoint_path(run_dir), {**self._get(self.config_init, "draw")}
+        last, options = run_directory.checkpoint_path(run_dir), {**self._get(self.config_init, "draw")}
         if not last.exists():
             raise FileNotFoundError(f"run_dir = {run_dir} has no checkpoint to draw from; run fit first")
         options["out"] = options["out"] or run_dir / "samples"
@@ -232,57 +217,8 @@ def check_strategy(name: str) -> None:
         )
 
 
-def check_same_run(checkpoint: dict[str, Any], model: PFGM, data: DataModule, run_dir: Path) -> None:
-    """ValueError naming what differs, if `checkpoint` was made with another model, loss or data than these."""
-    # What is known of the data is no setting; an earlier version may have known less of it.
-    old = {**checkpoint["hyper_parameters"]}
-    known = model.spec["init_args"]["data"]["init_args"] | old["data"]["init_args"]
-    old["data"] = {**old["data"], "init_args": known}
-    old_model = with_defaults({**model.spec, "init_args": old}, model.spec)
-    old_data = with_defaults(checkpoint[checkpoints.KEY]["data"], data.spec)
-    before = flatten({"model": old_model["init_args"], "data": old_data})
-    now = flatten({"model": model.spec["init_args"], "data": data.spec})
-    changes = [
-        f"{name}: {before.get(name)} -> {now.get(name)}"
-        for name in sorted({*before, *now} - {f"data.{place}" for place in data.PLACES})
-        if not same(before.get(name, "absent"), now.get(name, "absent"))
-    ]
-    if changes:
-        raise ValueError(
-            f"run_dir = {run_dir} holds a run with other settings ({'; '.join(changes)}). Repeat its command to resume it, or "
-            "give another --run_dir (with --init_from to start from its weights)"
-        )
-
-
-def same(before: Any, now: Any) -> bool:
-    """Equality, of floating point but for rounding: another machine adds the same data up in another order."""
-    if isinstance(before, float) and isinstance(now, float):
-        return math.isclose(before, now, rel_tol=1e-6)
-    return bool(before == now)
-
-
 def _extra_channels(loss: Loss | None) -> int:
     return (loss or DenoisingLoss()).extra_channels
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as {"a.b": value}, with the level "init_args" left out."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    items = (flatten(value, prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")) for key, value in tree.items())
-    return {name: value for item in items for name, value in item.items()}
-
-
-def initialize(model: PFGM, source: str) -> None:
-    """Load the averaged weights of a checkpoint or export into the network of `model`; mean and units stay the data's.
-
-    ValueError if the networks differ.
-    """
-    weights = load(source).denoiser.state_dict()
-    try:
-        model.flow.denoiser.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"init_from = {source}: its network is not that of this configuration: {error}") from error
 
 
 def main(args: list[str] | None = None) -> TrainCLI:

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pfgm import plot
 from pfgm.core.configurable import to_json
 from pfgm.core.tensors import check_positive
 from pfgm.drawing import Drawing, Share
+from pfgm.evaluation import plots
 from pfgm.files import arrays as arrays_module
 from pfgm.files.arrays import read_inputs
 from pfgm.flow.conditioning import check_conditioning, check_labels
@@ -61,7 +61,7 @@ def write_samples(
     samples: Samples,
     pairs: Sequence[tuple[int, int]],
     labels: Any,
-    value_range: plot.ValueRange,
+    value_range: plots.ValueRange,
     columns: int | None = None,
 ) -> None:
     """Write drawn `samples` of (seed, index) `pairs` to the file `out`, by its ending; see `check_output`."""

@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from pfgm import plot
+from pfgm.evaluation import plots
 from pfgm.files.atomic import PARTIAL, replacing
 from pfgm.files.locking import held
 from pfgm.files.untrusted import read_text
@@ -72,7 +72,7 @@ class Drawing:
         out: Path,
         pairs: Sequence[tuple[int, int]],
         shape: Sequence[int],
-        value_range: plot.ValueRange,
+        value_range: plots.ValueRange,
         made: Mapping[str, Any],
         *,
         batch_size: int,
@@ -80,7 +80,7 @@ class Drawing:
     ):
         self.out, self.value_range, self.made = out, value_range, json.loads(json.dumps(made))
         self.batch_size, self.share = batch_size, share
-        self.image = plot.is_image(shape) and value_range is not None
+        self.image = plots.is_image(shape) and value_range is not None
         self.names = [f"{seed:06d}-{index:06d}" for seed, index in pairs]
 
     def path(self, i: int) -> Path:
@@ -117,9 +117,9 @@ class Drawing:
 
     def write(self, rows: range, x: Tensor) -> None:
         """The files of samples `x` [n, *shape], each as a whole."""
-        for i, sample in zip(rows, plot.to_bytes(x, self.value_range) if self.image else x.float().cpu(), strict=True):
+        for i, sample in zip(rows, plots.to_bytes(x, self.value_range) if self.image else x.float().cpu(), strict=True):
             if self.image:
-                plot.save_image(self.path(i), sample)
+                plots.save_image(self.path(i), sample)
             else:
                 with replacing(self.path(i)) as temporary:
                     np.save(temporary, sample.numpy())

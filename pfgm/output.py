@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pfgm import plot
+from pfgm.evaluation import plots
 from pfgm.files.atomic import replacing, save_torch
 
 ARRAYS = (".npz", ".pt")
@@ -24,7 +24,7 @@ def check_output(out: Path, shape: Sequence[int]) -> None:
             f"out = {out}: the ending {out.suffix!r} is unknown; use .png, .npz, .pt, or a folder for separate PNGs"
         )
     points = tuple(shape) == (2,) and out.suffix
-    if out.suffix not in ARRAYS and not (plot.is_image(shape) or points):
+    if out.suffix not in ARRAYS and not (plots.is_image(shape) or points):
         raise ValueError(f"out = {out}: samples of shape {tuple(shape)} are no images; use a file ending in .npz or .pt")
     if (out.suffix and out.is_dir()) or (not out.suffix and out.is_file()):
         raise ValueError(f"out = {out} is a {'folder' if out.is_dir() else 'file'}; choose another name")
@@ -55,7 +55,7 @@ def check_other_file(path: Path, *inputs: Path | None, name: str = "out") -> Non
 
 def check_columns(columns: int | None, out: Path, shape: Sequence[int]) -> None:
     """ValueError unless `columns` is None, or `out` a grid of images that can have so many."""
-    if columns is not None and (columns < 1 or out.suffix != ".png" or not plot.is_image(shape)):
+    if columns is not None and (columns < 1 or out.suffix != ".png" or not plots.is_image(shape)):
         raise ValueError(f"columns = {columns}, out = {out}: only a .png of images has columns, one at least; leave it out")
 
 
@@ -70,7 +70,7 @@ def check_strip(out: Path, shape: Sequence[int]) -> None:
     """ValueError or OSError unless `out` is an array file, or a .png if samples of `shape` are images, that can be written."""
     if out.suffix not in (".png", *ARRAYS) or out.is_dir():
         raise ValueError(f"out = {out}: give a file ending in .png, .npz or .pt")
-    if out.suffix == ".png" and not plot.is_image(shape):
+    if out.suffix == ".png" and not plots.is_image(shape):
         raise ValueError(f"out = {out}: samples of shape {tuple(shape)} are no images; use a file ending in .npz or .pt")
     check_writable(out.parent, "out", out)
 
@@ -86,21 +86,21 @@ def save_arrays(out: Path, arrays: dict[str, Tensor]) -> None:
             np.savez(temporary, **numbers)
 
 
-def write_images(out: Path, x: Tensor, names: Sequence[str], value_range: plot.ValueRange, columns: int | None = None) -> None:
+def write_images(out: Path, x: Tensor, names: Sequence[str], value_range: plots.ValueRange, columns: int | None = None) -> None:
     """Samples `x` [n, ...] as one .png, a grid or scatter plot, or in a folder of PNGs with the given names."""
     if columns is not None:
-        plot.save_grid(out, x, value_range, columns)
+        plots.save_grid(out, x, value_range, columns)
         return
     if out.suffix == ".png":
-        plot.save_samples(out, x, value_range)
+        plots.save_samples(out, x, value_range)
         return
-    for name, image in zip(names, plot.to_bytes(x, value_range), strict=True):
-        plot.save_image(out / f"{name}.png", image)
+    for name, image in zip(names, plots.to_bytes(x, value_range), strict=True):
+        plots.save_image(out / f"{name}.png", image)
 
 
-def write_strip(out: Path, x: Tensor, value_range: plot.ValueRange) -> None:
+def write_strip(out: Path, x: Tensor, value_range: plots.ValueRange) -> None:
     """Samples [rows, columns, *shape] as a picture or, as "x", in an array file; see `check_strip`."""
     if out.suffix in ARRAYS:
         save_arrays(out, {"x": x})
     else:
-        plot.save_grid(out, x.flatten(0, 1), value_range, columns=x.shape[1])
+        plots.save_grid(out, x.flatten(0, 1), value_range, columns=x.shape[1])

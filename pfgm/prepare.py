@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from pfgm import plot
-from pfgm.advice import Measured, recommend, to_yaml
 from pfgm.commands import read_config
 from pfgm.data.datamodule import DataModule
 from pfgm.data.datasets import Arrays, ImageDataModule
 from pfgm.data.image_dataset import Survey
 from pfgm.data.image_sources import open_source
 from pfgm.draw import check_device
-from pfgm.features import accuracy, fit_classifier, save_classifier
+from pfgm.evaluation import plots
+from pfgm.evaluation.features import accuracy, fit_classifier, save_classifier
 from pfgm.files.arrays import ARRAYS
 from pfgm.output import check_writable
+from pfgm.training.recommend import Measured, recommend, to_yaml
 
 
 def features(
@@ -58,7 +58,7 @@ def features(
             "multiple of 4"
         )
     check_writable(out.parent, "out", out)
-    if not plot.is_image(data.shape) or data.summary.value_range is None:
+    if not plots.is_image(data.shape) or data.summary.value_range is None:
         raise ValueError(f"data: features are of images, not of samples of shape {data.shape}")
     place = check_device(device)
     settings: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "width": width, "lr": lr, "seed": seed}

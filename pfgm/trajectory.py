@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfgm import plot
 from pfgm.core.tensors import expand
+from pfgm.evaluation import plots
 from pfgm.files.atomic import replacing
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.sampling.sampler import Samples, Trajectory
@@ -25,7 +25,7 @@ def check_trajectory(path: Path, out: Path, shape: Sequence[int]) -> None:
     """ValueError unless `path` is a .png, .gif or .npz of its own, for samples of a `shape` whose way can be shown so."""
     if path.suffix not in ENDINGS:
         raise ValueError(f"trajectory = {path}: give a name that ends in {', '.join(ENDINGS)}")
-    if path.suffix != ".npz" and not (plot.is_image(shape) or tuple(shape) == (2,)):
+    if path.suffix != ".npz" and not (plots.is_image(shape) or tuple(shape) == (2,)):
         raise ValueError(
             f"trajectory = {path}: only images (1 or 3, H, W) and points (2,) can be shown, not {tuple(shape)}; use .npz"
         )
@@ -50,7 +50,7 @@ def write_trajectory(
     .png: a strip of 8 images, or field lines of 2-D data above all samples; .gif: noisy and denoised states, side
     by side; .npz: both for all samples, "x" and "denoised" [points, n, *shape], at "sigma" [points, n], in the user's units.
     """
-    image, film, cloud = plot.is_image(flow.shape), ("strip", "film"), ("lines", "cloud")
+    image, film, cloud = plots.is_image(flow.shape), ("strip", "film"), ("lines", "cloud")
     kind = "arrays" if path.suffix == ".npz" else (film if image else cloud)[path.suffix == ".gif"]
     few = pairs[: MOST.get(kind, len(pairs))]
     own = {name: _first(value, len(few), len(pairs)) for name, value in (given | {"labels": labels}).items()}
@@ -59,14 +59,14 @@ def write_trajectory(
         with replacing(path) as temporary:
             np.savez(temporary, x=way.x.cpu(), denoised=way.denoised.cpu(), sigma=way.sigma.cpu(), seeds=np.array(few))
     elif path.suffix == ".gif":
-        plot.save_animation(path, _rescaled(flow, way), way.denoised, flow.value_range)
+        plots.save_animation(path, _rescaled(flow, way), way.denoised, flow.value_range)
     else:
         states = torch.cat([way.x, samples.x[None, : len(few)].double()])
         if kind == "strip":
-            plot.save_strip(path, states, flow.value_range)
+            plots.save_strip(path, states, flow.value_range)
         else:
             r = torch.cat([way.sigma, torch.zeros_like(way.sigma[:1])]) * math.sqrt(min(flow.kernel.D, 1e6))
-            plot.save_field_lines(path, states, r, samples.x)
+            plots.save_field_lines(path, states, r, samples.x)
 
 
 def _first(value: Any, few: int, all_: int) -> Any:

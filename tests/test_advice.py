@@ -9,11 +9,12 @@ import yaml
 from PIL import Image
 from test_training import SMALL, fit, last
 
-from pfgm import advice, prepare
-from pfgm.advice import Because, Measured, mirrored, recommend, to_yaml, widest
+from pfgm import prepare
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits
 from pfgm.theory.data_summary import DataSummary
+from pfgm.training import recommend as recommend_module
+from pfgm.training.recommend import Because, Measured, mirrored, recommend, to_yaml, widest
 
 F64 = torch.float64
 
@@ -164,7 +165,7 @@ def test_centred_random_samples_are_measured(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", (x + 1000).numpy())
     data = Arrays(tmp_path / "x.npy", held_out=0.1)
     data.train = type(data.train)(data.train.x[data.train.x[:, 0].argsort()])
-    monkeypatch.setattr(advice, "SAMPLES", 100)
+    monkeypatch.setattr(recommend_module, "SAMPLES", 100)
     found = Measured.of(data)
     assert found.widest * data.summary.scale == pytest.approx(math.sqrt(101), rel=0.1)
     assert found.furthest * data.summary.scale < 10
@@ -195,5 +196,5 @@ def test_what_cannot_be_looked_at_is_named(tmp_path):
 
 
 def test_round_figures():
-    assert [advice.round_down(x) for x in (0.3, 7, 99.9, 123, 98765)] == [1, 7, 99, 120, 98000]
-    assert advice.figure(0.123456) == 0.123
+    assert [recommend_module.round_down(x) for x in (0.3, 7, 99.9, 123, 98765)] == [1, 7, 99, 120, 98000]
+    assert recommend_module.figure(0.123456) == 0.123

@@ -12,10 +12,10 @@ from pfgm.data import DataModule
 from pfgm.data import augmentation as augmentation_module
 from pfgm.data.augmentation import Augment, diagonal, rotation, warp
 from pfgm.data.batches import Part
-from pfgm.loss import DenoisingLoss, PoissonFieldLoss
-from pfgm.module import PFGM
 from pfgm.nn import UNet
 from pfgm.theory.data_summary import DataSummary
+from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
+from pfgm.training.module import PFGM
 
 HEIGHT, WIDTH = 40, 56
 

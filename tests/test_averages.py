@@ -16,11 +16,12 @@ import pfgm
 from pfgm import commands
 from pfgm.core import rng
 from pfgm.flow import checkpoints, posthoc_ema
-from pfgm.loss import DenoisingLoss, LogVariance
-from pfgm.module import PFGM
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
-from pfgm.theory.data_summary import DataSummary, LogUniform
+from pfgm.theory.data_summary import DataSummary
+from pfgm.training.losses import DenoisingLoss, LogVariance
+from pfgm.training.module import PFGM
+from pfgm.training.noise import LogUniform
 
 FAST = "--model.lr=0.02"
 AVERAGES = ["--averages.every_n_steps=10", "--averages.sigma_rel=[0.05,0.1]"]

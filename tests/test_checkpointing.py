@@ -13,11 +13,12 @@ import torch
 
 import pfgm
 from benchmarks.faulty import kills
-from pfgm import cli, rundir
-from pfgm.checkpointing import LastCheckpoint, Stopped
+from pfgm import cli
 from pfgm.flow import checkpoints
-from pfgm.module import PFGM
-from pfgm.skips import NonFiniteLoss
+from pfgm.training import run_directory
+from pfgm.training.checkpointing import LastCheckpoint, Stopped
+from pfgm.training.module import PFGM
+from pfgm.training.nonfinite import NonFiniteLoss
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -30,7 +31,7 @@ def test_signals_save_the_step_in_progress_and_end_with_a_code_of_their_own(numb
     os.kill(process.pid, number)
     process.join(30)
     assert process.exitcode == 128 + number
-    assert checkpoints.read_checkpoint(rundir.checkpoint_path(tmp_path))["global_step"] == kills.reached(tmp_path) >= 20
+    assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == kills.reached(tmp_path) >= 20
     assert not list(tmp_path.glob(".owner"))
 
 
@@ -51,7 +52,7 @@ def test_checkpoints_wait_for_a_step_that_is_finite(tmp_path, monkeypatch):
     def bad(self, batch, stream):
         if self.global_step == 12 and stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        seen.append(checkpoints.read_checkpoint(rundir.checkpoint_path(run))["global_step"])
+        seen.append(checkpoints.read_checkpoint(run_directory.checkpoint_path(run))["global_step"])
         return whole(self, batch, stream) * (torch.nan if 8 <= batch["step"] < 13 else 1)
 
     monkeypatch.setattr(PFGM, "_loss", bad)
@@ -80,7 +81,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(LastCheckpoint, "on_train_batch_start", ruin)
     with pytest.raises(NonFiniteLoss, match="weights are not finite any more at step 7"):
         cli.main([*kills.command(tmp_path, "denoising", 20), "--checkpoint.every_n_steps=1"])
-    assert checkpoints.read_checkpoint(rundir.checkpoint_path(tmp_path))["global_step"] == 6
+    assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 6
 
 
 @pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
@@ -112,7 +113,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path, monkeypatch, capsy
         cli.run()
     assert after == [3]
     assert "stopped by SIGINT; files are whole" in capsys.readouterr().err
-    assert checkpoints.read_checkpoint(rundir.checkpoint_path(tmp_path))["global_step"] == 0
+    assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 0
 
 
 def test_a_signal_that_is_ignored_stops_no_run(tmp_path, monkeypatch):
@@ -123,13 +124,13 @@ def test_a_signal_that_is_ignored_stops_no_run(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert after == [3, 3]
-    assert checkpoints.read_checkpoint(rundir.checkpoint_path(tmp_path))["global_step"] == 8
+    assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 8
 
 
 def test_a_run_in_a_thread_listens_to_no_signals(tmp_path):
     with ThreadPoolExecutor() as pool:
         pool.submit(cli.main, kills.command(tmp_path, "denoising", 8)).result()
-    assert checkpoints.read_checkpoint(rundir.checkpoint_path(tmp_path))["global_step"] == 8
+    assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 8
 
 
 def test_only_the_first_rank_ends_with_the_code_of_the_signal():

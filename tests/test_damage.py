@@ -12,19 +12,21 @@ import torch
 
 import pfgm
 from benchmarks.faulty import damage, draws, hostile, kills
-from pfgm import cli, output, plot, rundir
+from pfgm import cli, output
+from pfgm.evaluation import plots
 from pfgm.files.atomic import replacing
 from pfgm.files.untrusted import load_torch
 from pfgm.flow import checkpoints
 from pfgm.flow.integrity import DamagedError, check_stamp
-from pfgm.module import PFGM
-from pfgm.runlog import RunLog, read_rows
+from pfgm.training import run_directory
+from pfgm.training.csv_logger import RunLog, read_rows
+from pfgm.training.module import PFGM
 
 
 @pytest.mark.parametrize("harm", damage.HARMS)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_resumed(harm, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
-    path = rundir.checkpoint_path(tmp_path / "run")
+    path = run_directory.checkpoint_path(tmp_path / "run")
     damage.HARMS[harm](path, random.Random(1))
     with pytest.raises(checkpoints.DamagedCheckpointError, match=r"last\.ckpt .*such as .*previous\.ckpt"):
         pfgm.load(path)
@@ -53,7 +55,7 @@ def test_each_byte_of_a_large_file_counts(tmp_path):
 def test_two_damaged_checkpoints_are_no_run(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     for name in ("last.ckpt", "previous.ckpt"):
-        damage.empty(rundir.checkpoint_path(tmp_path / "run", name), random.Random(1))
+        damage.empty(run_directory.checkpoint_path(tmp_path / "run", name), random.Random(1))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(
         checkpoints.CheckpointError, match=r"run cannot be resumed: .*last\.ckpt is empty.*previous\.ckpt is empty"
@@ -64,13 +66,13 @@ def test_two_damaged_checkpoints_are_no_run(run, tmp_path):
 
 def test_a_missing_checkpoint_is_replaced_by_the_one_before(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    rundir.checkpoint_path(tmp_path / "run").unlink()
+    run_directory.checkpoint_path(tmp_path / "run").unlink()
     cli.main(kills.command(tmp_path / "run", "denoising", 10))
     assert kills.fingerprint(tmp_path / "run") == kills.fingerprint(run)
 
 
 def test_bits_flipped_anywhere_are_seen(run, tmp_path):
-    counts = damage.trial(rundir.checkpoint_path(run), tmp_path, tries=60, seed=2)
+    counts = damage.trial(run_directory.checkpoint_path(run), tmp_path, tries=60, seed=2)
     assert counts == {"tried": 60, "named": 60}
 
 
@@ -85,7 +87,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(run, tmp_pat
             patch.setattr(checkpoints, "load_torch", fail)
             with pytest.raises(type(error)):
                 cli.main(kills.command(tmp_path / "run", "denoising", 12))
-    assert not rundir.checkpoint_path(tmp_path / "run", "damaged.ckpt").exists()
+    assert not run_directory.checkpoint_path(tmp_path / "run", "damaged.ckpt").exists()
     cli.main(kills.command(tmp_path / "run", "denoising", 10))
 
 
@@ -98,7 +100,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(run, tmp_pat
 )
 def test_a_checkpoint_that_lacks_something_is_named(left_out, message, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    path = rundir.checkpoint_path(tmp_path / "run")
+    path = run_directory.checkpoint_path(tmp_path / "run")
     checkpoint = checkpoints.read_checkpoint(path)
     del checkpoint[left_out]
     own = checkpoint.pop(checkpoints.KEY)
@@ -177,7 +179,7 @@ def full_disk(size):
 
 def test_a_full_disk_leaves_what_was_there_and_says_so(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    path = rundir.checkpoint_path(tmp_path / "run")
+    path = run_directory.checkpoint_path(tmp_path / "run")
     names, before = sorted(path.parent.iterdir()), path.read_bytes()
     with (
         full_disk(20_000),
@@ -195,8 +197,8 @@ WRITERS = {
     "a.safetensors": lambda path: checkpoints.write_tensors(path, {"x": torch.zeros(10_000)}, {}),
     "a.npz": lambda path: output.save_arrays(path, {"x": torch.zeros(10_000)}),
     "a.pt": lambda path: output.save_arrays(path, {"x": torch.zeros(10_000)}),
-    "a.png": lambda path: plot.save_grid(path, torch.rand(16, 3, 40, 40)),
-    "a.gif": lambda path: plot.save_animation(path, *torch.rand(2, 3, 4, 1, 32, 32)),
+    "a.png": lambda path: plots.save_grid(path, torch.rand(16, 3, 40, 40)),
+    "a.gif": lambda path: plots.save_animation(path, *torch.rand(2, 3, 4, 1, 32, 32)),
 }
 
 

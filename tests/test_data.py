@@ -15,11 +15,11 @@ from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.batches import HeldOut, Part, Preparation, Stream
 from pfgm.data.degradations import AddNoise, Downsample, Grey
 from pfgm.flow import checkpoints
-from pfgm.loss import DenoisingLoss, PoissonFieldLoss
-from pfgm.module import PFGM
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.theory.data_summary import DataSummary
+from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
+from pfgm.training.module import PFGM
 
 SUPERRES = ["--config", str(ROOT / "configs" / "digits_superres.yaml"), *SMALL, "--model.net.init_args.width=8"]
 
@@ -233,7 +233,7 @@ def test_runs_of_versions_without_an_argument_resume(tmp_path):
         ("--model.label_dropout=0.1", r"model\.label_dropout: 0\.0 -> 0\.1"),
         ("--data.init_args.dequantize=true", r"data\.dequantize: False -> True"),
         ("--data.init_args.degrade=pfgm.data.Downsample", r"data\.degrade"),
-        ("--model.loss.init_args.noise=pfgm.theory.LogUniform", r"model\.loss\.noise"),
+        ("--model.loss.init_args.noise=pfgm.training.LogUniform", r"model\.loss\.noise"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(tmp_path, "--trainer.max_steps=2", "--model.label_dropout=0", change, base=base)

@@ -11,12 +11,13 @@ from torch import nn
 
 from pfgm.core import rng
 from pfgm.core.tensors import norm
-from pfgm.loss import DenoisingLoss, PoissonFieldLoss
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser, noise_level
-from pfgm.theory.data_summary import DataSummary, LogUniform, PoissonFlowNoise
+from pfgm.theory.data_summary import DataSummary
 from pfgm.theory.field import field_from_displacement, normalized_field, posterior_mean
 from pfgm.theory.kernel import StudentTKernel
+from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
+from pfgm.training.noise import LogUniform, PoissonFlowNoise
 
 F64 = torch.float64
 STATISTICS = {"sigma_data": 0.5, "power_std": 0.06}

@@ -18,16 +18,16 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from benchmarks.faulty import draws, kills
 from benchmarks.faulty.draws import content
 from pfgm import cli, commands, drawing
-from pfgm.checkpointing import LastCheckpoint, Stopped
 from pfgm.core.exits import LostProcess
 from pfgm.drawing import Share
-from pfgm.ema import EMA
 from pfgm.files import locking
 from pfgm.flow import checkpoints
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
-from pfgm.skips import Skips
+from pfgm.training.checkpointing import LastCheckpoint, Stopped
+from pfgm.training.ema import EMA
+from pfgm.training.nonfinite import Skips
 
 
 def test_a_run_on_two_devices_starts_from_one_command(tmp_path):

@@ -13,19 +13,20 @@ import torch
 
 from benchmarks import faults
 from benchmarks.faulty import hostile_data, hostile_models, inputs, lines, patience, strangers
-from pfgm import commands, draw, output, plot
+from pfgm import commands, draw, output
 from pfgm.core import rng
 from pfgm.core.arguments import ArgumentTypeError, checked
 from pfgm.data import Digits, Toy
-from pfgm.loss import DenoisingLoss
-from pfgm.module import PFGM
+from pfgm.evaluation import plots
 from pfgm.nn import TimeMLP
-from pfgm.runlog import RunLog
 from pfgm.sampling.likelihood import log_prob
 from pfgm.sampling.ode import SolverError
 from pfgm.sampling.sampler import Sampler
 from pfgm.theory import field
 from pfgm.theory.kernel import StudentTKernel
+from pfgm.training.csv_logger import RunLog
+from pfgm.training.losses import DenoisingLoss
+from pfgm.training.module import PFGM
 
 
 def test_pictures_leave_no_figures_in_memory(tmp_path):
@@ -35,10 +36,10 @@ def test_pictures_leave_no_figures_in_memory(tmp_path):
     states = torch.rand(3, 4, 2)
     gc.collect()
     for _ in range(3):
-        plot.save_loss_curve(tmp_path / "loss.png", tmp_path / "metrics.csv")
-        plot.save_scatter(tmp_path / "a.png", states[0])
-        plot.save_field_lines(tmp_path / "b.png", states, torch.rand(3, 4), states[0])
-        plot.save_animation(tmp_path / "c.gif", states, states)
+        plots.save_loss_curve(tmp_path / "loss.png", tmp_path / "metrics.csv")
+        plots.save_scatter(tmp_path / "a.png", states[0])
+        plots.save_field_lines(tmp_path / "b.png", states, torch.rand(3, 4), states[0])
+        plots.save_animation(tmp_path / "c.gif", states, states)
     assert not [thing for thing in gc.get_objects() if type(thing) is Figure]
     assert gc.isenabled()
 

@@ -13,14 +13,16 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 import pfgm
-from pfgm import cli, evaluation, features, metrics, prepare
+from pfgm import cli, prepare
 from pfgm.core import rng
 from pfgm.data import Digits
 from pfgm.data.batches import Part
-from pfgm.evaluation import Evaluation
-from pfgm.features import Classifier, accuracy, extract, fit_classifier, load_features, save_classifier
+from pfgm.evaluation import features, metrics
+from pfgm.evaluation.features import Classifier, accuracy, extract, fit_classifier, load_features, save_classifier
+from pfgm.evaluation.metrics import Points
 from pfgm.flow import checkpoints
-from pfgm.metrics import Points
+from pfgm.training import evaluation_callback
+from pfgm.training.evaluation_callback import Evaluation
 
 RANGE = (-1.0, 1.0)
 DIGITS = ["--config", str(ROOT / "configs" / "digits_pfgmpp.yaml"), *SMALL]
@@ -230,7 +232,7 @@ def test_what_is_reported_is_what_it_says(flip, tmp_path, monkeypatch):
     base += ["--model.net.init_args.width=8", "--model.net.init_args.blocks=1", "--run_dir", str(tmp_path / "run")]
     fit(tmp_path / "run", "--trainer.max_steps=1", base=base)
     asked, copying = [], metrics.copying
-    monkeypatch.setattr("pfgm.metrics.copying", lambda *sets: asked.append(sets) or copying(*sets))
+    monkeypatch.setattr("pfgm.evaluation.metrics.copying", lambda *sets: asked.append(sets) or copying(*sets))
     tested = cli.main(["test", *base, "--evaluation.n=30", "--evaluation.sets=2", "--evaluation.reference=25"])
     result, data = json.loads((tmp_path / "run" / "test.json").read_text()), tested.datamodule
     order = torch.randperm(60, generator=rng.generator(0))
@@ -244,7 +246,7 @@ def test_what_is_reported_is_what_it_says(flip, tmp_path, monkeypatch):
     assert result["reference"] == [25, 20]
     rows = {"samples against training data": (sets, train), "samples against held-out data": (sets, held_out)}
     for row, (ours, theirs) in (rows | {"held-out against training data": ([held_out], train)}).items():
-        for name, measure in evaluation.MEASURES.items():
+        for name, measure in metrics.MEASURES.items():
             assert result[row][name] == pytest.approx([measure(x, theirs) for x in ours], rel=1e-5, abs=1e-6), (row, name)
     known = torch.cat([every, flow.to_model(data.train.x.flip(3).float())]) if flip else every
     assert result["copying"] == [copying(*sets) for sets in asked]
@@ -255,12 +257,12 @@ def test_what_is_reported_is_what_it_says(flip, tmp_path, monkeypatch):
 
 def test_large_images_are_compared_by_their_averages(tmp_path):
     x = torch.arange(2 * 3 * 64 * 48.0).reshape(2, 3, 64, 48)
-    small = evaluation._averaged(x)
+    small = evaluation_callback._averaged(x)
     assert torch.allclose(small[:, :, :, ::2][..., 0], x.reshape(2, 3, 32, 2, 48)[..., :2].mean((3, 4)), rtol=1e-5)
     assert small.shape == (2, 3, 32, 32)
-    assert evaluation._averaged(x[:, :, :20]).shape == (2, 3, 20, 32)
-    assert torch.equal(evaluation._averaged(x[:, :, :9, :9]), x[:, :, :9, :9])
-    assert evaluation._averaged(x.flatten(1)).shape == (2, 3 * 64 * 48)
+    assert evaluation_callback._averaged(x[:, :, :20]).shape == (2, 3, 20, 32)
+    assert torch.equal(evaluation_callback._averaged(x[:, :, :9, :9]), x[:, :, :9, :9])
+    assert evaluation_callback._averaged(x.flatten(1)).shape == (2, 3 * 64 * 48)
 
 
 def test_figures_are_those_of_the_network_given(judge):
@@ -308,7 +310,7 @@ def test_samples_are_shown_beside_their_nearest_training_images(mirrored, tmp_pa
     x = torch.tensor([0.52, 0.89, 0.33])[:, None, None, None] * (train[:1] > 0)
     x = x.flip(3) if mirrored else x
     known = torch.cat([train, train.flip(3)]) if mirrored else train
-    evaluation.save_nearest(tmp_path / "n.png", x, Points(x), train, Points(known), (0.0, 1.0), count=2)
+    evaluation_callback.save_nearest(tmp_path / "n.png", x, Points(x), train, Points(known), (0.0, 1.0), count=2)
     picture = np.asarray(Image.open(tmp_path / "n.png").convert("L")) / 255
     bright, dark = (8, 24) if mirrored else (24, 8)
     shown = [picture[18, 2 + bright + 34 * k] for k in range(8)]

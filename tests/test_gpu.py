@@ -14,14 +14,13 @@ from test_training import ROOT, fit
 
 import pfgm
 from pfgm import cli
-from pfgm.callbacks import Speed
 from pfgm.core.rng import generator
-from pfgm.ema import EMA, PowerAverages
-from pfgm.evaluation import MEASURES
-from pfgm.metrics import Points
+from pfgm.evaluation.metrics import MEASURES, Points
 from pfgm.prepare import prepare
 from pfgm.theory.field import posterior_mean
 from pfgm.theory.kernel import StudentTKernel
+from pfgm.training.callbacks import Speed
+from pfgm.training.ema import EMA, PowerAverages
 
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

@@ -25,9 +25,9 @@ from pfgm.data.image_dataset import ImageSet
 from pfgm.files import images
 from pfgm.files.arrays import read_images
 from pfgm.files.images import Form, ImageError, read_header, read_pixels
-from pfgm.module import PFGM
 from pfgm.nn import UNet
 from pfgm.theory.data_summary import DataSummary
+from pfgm.training.module import PFGM
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
 GREY = RGB[..., 0]

@@ -13,9 +13,10 @@ from filelock import FileLock, Timeout
 
 from benchmarks.faulty import draws, kills
 from benchmarks.faulty.forks import forks
-from pfgm import cli, rundir
+from pfgm import cli
 from pfgm.files import locking
-from pfgm.module import PFGM
+from pfgm.training import run_directory
+from pfgm.training.module import PFGM
 
 
 @pytest.mark.parametrize(("objective", "seed"), list(zip(kills.OBJECTIVES, (4, 5), strict=True)))
@@ -65,7 +66,7 @@ def test_one_process_writes_to_a_folder_and_a_dead_one_is_replaced(tmp_path):
     owner.join()
     with locking.held(tmp_path):
         assert f"process {os.getpid()} " in (tmp_path / ".owner").read_text()
-        rundir.clear(tmp_path)
+        run_directory.clear(tmp_path)
         assert not list((tmp_path / "checkpoints").iterdir())
     (tmp_path / ".owner").write_bytes(b"\xff\0 process")
     with locking.held(tmp_path):
@@ -111,7 +112,7 @@ def test_a_folder_whose_owner_cannot_be_written_is_not_locked(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rundir, "replacing", fail)
+        patch.setattr(locking, "replacing", fail)
         with pytest.raises(OSError, match="cannot be written: No space left") as error, locking.held(tmp_path):
             pass
     FileLock(tmp_path / ".lock").acquire(timeout=0)
@@ -123,7 +124,7 @@ def test_a_run_clears_what_a_killed_one_left(tmp_path):
     for path in left:
         path.parent.mkdir()
         path.write_text("")
-    rundir.clear(tmp_path)
+    run_directory.clear(tmp_path)
     assert not any(path.exists() for path in left)
     left[0].write_text("")
     for name in ("grids", "averages"):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from scipy import linalg, stats
 
-from pfgm import metrics
 from pfgm.core import rng
-from pfgm.metrics import (
+from pfgm.evaluation import metrics
+from pfgm.evaluation.metrics import (
     Points,
     copying,
     energy_distance,

@@ -12,16 +12,9 @@ from pfgm import cli
 from pfgm.core import rng
 from pfgm.core.configurable import build
 from pfgm.core.tensors import norm
-from pfgm.module import PFGM
-from pfgm.theory.data_summary import (
-    DataSummary,
-    LogNormal,
-    LogUniform,
-    NoiseLaw,
-    PoissonFlowNoise,
-    recommended_sigma_max,
-    recommended_sigma_min,
-)
+from pfgm.theory.data_summary import DataSummary
+from pfgm.training.module import PFGM
+from pfgm.training.noise import LogNormal, LogUniform, NoiseLaw, PoissonFlowNoise, recommended_sigma_max, recommended_sigma_min
 
 F64 = torch.float64
 Y = torch.zeros(4000, 8, dtype=F64)
@@ -38,7 +31,7 @@ def test_levels_follow_their_laws():
 LAW = """
 import torch
 from pfgm.core import rng
-from pfgm.theory.data_summary import NoiseLaw
+from pfgm.training import NoiseLaw
 
 class Triangular(NoiseLaw):
     def __init__(self, top: float = 4.0):
@@ -55,7 +48,7 @@ def test_a_law_of_the_users_own_trains_resumes_and_loads_from_a_trusted_module(t
     monkeypatch.syspath_prepend(str(tmp_path))
     config = Path(__file__).parent.parent / "configs" / "heart.yaml"
     words = ["fit", "--config", str(config), "--data.init_args.size=100", "--model.D=4", "--trainer.accelerator=cpu"]
-    words += ["--model.loss=pfgm.loss.DenoisingLoss", "--model.loss.init_args.noise=my_laws.Triangular", "--grid.n=0"]
+    words += ["--model.loss=pfgm.training.DenoisingLoss", "--model.loss.init_args.noise=my_laws.Triangular", "--grid.n=0"]
     words += ["--model.loss.init_args.noise.init_args.top=3", f"--run_dir={tmp_path / 'run'}"]
     for steps in (2, 4):
         module = cli.main([*words, f"--trainer.max_steps={steps}"]).model

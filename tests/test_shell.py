@@ -16,7 +16,7 @@ from benchmarks.faulty import kills
 from pfgm import cli, commands, shell
 from pfgm.core import exits
 from pfgm.sampling.ode import SolverError
-from pfgm.skips import NonFiniteLoss
+from pfgm.training.nonfinite import NonFiniteLoss
 
 
 def kill_by(number):
@@ -174,10 +174,10 @@ def test_configurations_that_are_none_are_named(words, content, tmp_path, monkey
         ("train.py", "advise", "the following arguments are required: path"),
         (
             "train.py",
-            "fit --run_dir=a --model.loss=pfgm.loss.PoissonFieldLoss --model.loss.noise=pfgm.theory.PoissonFlowNoise "
+            "fit --run_dir=a --model.loss=pfgm.training.PoissonFieldLoss --model.loss.noise=pfgm.training.PoissonFlowNoise "
             "--model.loss.noise.tau=x",
-            'Parser key "model.loss": Problem with given class_path \'pfgm.loss.PoissonFieldLoss\': Parser key "noise": '
-            "Problem with given class_path 'pfgm.theory.PoissonFlowNoise': "
+            'Parser key "model.loss": Problem with given class_path \'pfgm.training.PoissonFieldLoss\': Parser key "noise": '
+            "Problem with given class_path 'pfgm.training.PoissonFlowNoise': "
             'Parser key "tau": Expected a float. Got value: x',
         ),
         ("sample.py", "", "the following arguments are required: checkpoint"),

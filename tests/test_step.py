@@ -12,21 +12,21 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pfgm.callbacks import Speed
-from pfgm.checkpointing import LastCheckpoint
 from pfgm.core import rng
 from pfgm.data import DataModule, Digits
 from pfgm.data.batches import Part, Stream
 from pfgm.data.degradations import AddNoise
-from pfgm.ema import EMA, PowerAverages
-from pfgm.loss import DenoisingLoss, PoissonFieldLoss
-from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
-from pfgm.rundir import checkpoint_path
-from pfgm.skips import NonFiniteLoss, Skips
-from pfgm.theory.data_summary import PoissonFlowNoise
 from pfgm.theory.field import normalized_field, poisson_field, posterior_mean
 from pfgm.theory.kernel import StudentTKernel
+from pfgm.training.callbacks import Speed
+from pfgm.training.checkpointing import LastCheckpoint
+from pfgm.training.ema import EMA, PowerAverages
+from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
+from pfgm.training.module import PFGM
+from pfgm.training.noise import PoissonFlowNoise
+from pfgm.training.nonfinite import NonFiniteLoss, Skips
+from pfgm.training.run_directory import checkpoint_path
 
 OBJECTIVES = {
     "PFGM": {"loss": PoissonFieldLoss(0.5, 100), "D": 1.0},
@@ -216,7 +216,7 @@ def test_training_that_only_skips_stops_and_names_sample_and_level(objective, wh
 
     module = model(data, objective)
     monkeypatch.setattr(PFGM, "_loss", loss)
-    monkeypatch.setattr("pfgm.module.MAX_SKIPPED", 3)
+    monkeypatch.setattr("pfgm.training.module.MAX_SKIPPED", 3)
     with pytest.raises(NonFiniteLoss) as error:
         train(data, module, 9, folder=tmp_path, accumulate_grad_batches=2)
     assert module._skips.state == [3, 3]

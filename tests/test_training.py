@@ -20,14 +20,14 @@ from pfgm import cli
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.batches import HeldOut, Part, Stream, stream_indices
-from pfgm.ema import EMA
 from pfgm.flow import checkpoints
 from pfgm.flow.loading import PREFIX
-from pfgm.loss import DenoisingLoss, PoissonFieldLoss
-from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
-from pfgm.skips import NonFiniteLoss
 from pfgm.theory.data_summary import DataSummary
+from pfgm.training.ema import EMA
+from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
+from pfgm.training.module import PFGM
+from pfgm.training.nonfinite import NonFiniteLoss
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -171,7 +171,7 @@ def test_checkpoints_hold_the_average_and_the_raw_weights(tmp_path):
 
     data = Toy(size=200, batch_size=16)
     model = PFGM(TimeMLP((2,), 0, 1, width=8, depth=1), data.summary, PoissonFieldLoss(0.5, 100), D=1, lr=0.05, warmup_steps=0)
-    from pfgm.checkpointing import LastCheckpoint
+    from pfgm.training.checkpointing import LastCheckpoint
 
     callbacks = [EMA(half_life=40, warmup=0.5), Record(), LastCheckpoint()]
     settings = {"max_epochs": -1, "max_steps": 6, "logger": False, "enable_progress_bar": False, "limit_val_batches": 0}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pfgm
 from pfgm.flow import checkpoints
 from pfgm.flow.checkpoints import CheckpointError, DamagedCheckpointError
-from pfgm.module import PFGM
+from pfgm.training.module import PFGM
 
 
 def truncate(path: Path, chance: random.Random) -> None:

@@ -18,12 +18,12 @@ import torch
 import pfgm
 from benchmarks.faulty.hostile import CANARY, Call, Hostile, averages, flow, samples, written
 from pfgm.data import ImageDataModule
-from pfgm.features import load_features
+from pfgm.evaluation.features import load_features
 from pfgm.flow import checkpoints
 from pfgm.flow.poisson_flow import PoissonFlow
-from pfgm.module import PFGM
 from pfgm.nn import UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
+from pfgm.training.module import PFGM
 
 
 def _calls() -> Iterator[tuple[str, bytes]]:
@@ -253,11 +253,11 @@ def _tensor_files() -> Iterator[Hostile]:
         "os.system": {"class_path": "os.system", "init_args": {"command": f"touch {CANARY}"}},
         "no class": 3,
         "a wide network": {
-            "class_path": "pfgm.features.Classifier",
+            "class_path": "pfgm.evaluation.Classifier",
             "init_args": {"channels": 1, "classes": 2, "width": 10**6},
         },
         "a negative width": {
-            "class_path": "pfgm.features.Classifier",
+            "class_path": "pfgm.evaluation.Classifier",
             "init_args": {"channels": 1, "classes": 2, "width": -1},
         },
     }.items():

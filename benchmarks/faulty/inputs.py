@@ -14,24 +14,25 @@ from hypothesis import strategies as st
 
 from benchmarks.faulty.hostile import flow
 from benchmarks.faulty.patience import AtWork, limited
-from pfgm import metrics
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.augmentation import Augment
 from pfgm.data.degradations import AddNoise, Downsample
-from pfgm.ema import EMA, PowerAverages
+from pfgm.evaluation import metrics
 from pfgm.flow.loading import load
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.flow.posthoc_ema import exponent
 from pfgm.flow.tuned_solvers import optimize_grid
-from pfgm.loss import DenoisingLoss, PoissonFieldLoss
-from pfgm.module import PFGM
 from pfgm.nn import TimeMLP, UNet
 from pfgm.sampling import likelihood
 from pfgm.sampling.latents import Latent
 from pfgm.sampling.ode import SolverError
 from pfgm.sampling.sampler import Sampler
 from pfgm.shell import is_of_memory
-from pfgm.theory import data_summary, field, kernel
+from pfgm.theory import field, kernel
+from pfgm.training import noise
+from pfgm.training.ema import EMA, PowerAverages
+from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
+from pfgm.training.module import PFGM
 
 NAMED = (ValueError, TypeError, OSError, SolverError)
 
@@ -92,9 +93,9 @@ def targets() -> dict[str, Target]:
         "PFGM(levels)": Target(_module, {"sigma_data": 0.5, "data_norm": 1.0, "label_dropout": 0.0, "seed": 0} | levels | data),
         "DenoisingLoss": Target(DenoisingLoss, {"reference_size": 0, "log_variance": False}),
         "PoissonFieldLoss": Target(PoissonFieldLoss, {"gamma": 5.0, "reference_size": 10}),
-        "LogNormal": Target(data_summary.LogNormal, {"mean": -1.2, "std": 1.2}),
-        "LogUniform": Target(data_summary.LogUniform, {"low": 0.1, "high": 1.0}),
-        "PoissonFlowNoise": Target(data_summary.PoissonFlowNoise, {}),
+        "LogNormal": Target(noise.LogNormal, {"mean": -1.2, "std": 1.2}),
+        "LogUniform": Target(noise.LogUniform, {"low": 0.1, "high": 1.0}),
+        "PoissonFlowNoise": Target(noise.PoissonFlowNoise, {}),
         "Augment": Target(Augment, {}),
         "EMA": Target(EMA, {"half_life": 10.0, "warmup": 0.1}),
         "PowerAverages": Target(PowerAverages, {"every_n_steps": 5, "sigma_rel": (0.05, 0.1)}),

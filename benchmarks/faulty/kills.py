@@ -18,7 +18,7 @@ from pfgm.core.exits import LOST
 from pfgm.files.atomic import PARTIAL
 from pfgm.flow.checkpoints import CheckpointError, read_checkpoint
 from pfgm.flow.integrity import digest
-from pfgm.rundir import checkpoint_path
+from pfgm.training.run_directory import checkpoint_path
 
 ROOT = Path(__file__).parent.parent.parent
 COMMON = [
@@ -33,7 +33,7 @@ COMMON += ["--checkpoint.every_n_steps=5", "--trainer.val_check_interval=15", "-
 COMMON += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 OBJECTIVES = {
     "Poisson field": [],
-    "denoising": ["--model.loss=pfgm.loss.DenoisingLoss", "--model.D=128"],
+    "denoising": ["--model.loss=pfgm.training.DenoisingLoss", "--model.D=128"],
 }
 MOMENTS = ("at random", "while saving", "while drawing a grid", "signal")
 GRACE, ENDLESS = 20.0, 1000

@@ -2,7 +2,7 @@
 
 A power-function average at step t weighs the weights of step tau by tau^gamma, 0 < tau <= t. Its width sigma_rel is the
 standard deviation of that profile over t. Training keeps the averages of two widths and saves snapshots of both
-(`pfgm.ema.PowerAverages`); the profile of any other width and step is nearly a combination of theirs, and so is the average.
+(`PowerAverages`); the profile of any other width and step is nearly a combination of theirs, and so is the average.
 """
 
 from collections.abc import Sequence

@@ -13,8 +13,8 @@ from pfgm.core import exits
 from pfgm.core.arguments import checked
 from pfgm.flow import checkpoints
 from pfgm.flow.checkpoints import LAST, PREVIOUS
-from pfgm.module import PFGM
-from pfgm.rundir import checkpoint_path
+from pfgm.training.module import PFGM
+from pfgm.training.run_directory import checkpoint_path
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 """What asks a run to save and stop; Windows has no SIGUSR1."""

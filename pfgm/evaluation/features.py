@@ -1,4 +1,4 @@
-"""Features of images, in which `pfgm.metrics` compares sets of them: Inception's, a small classifier's, any network's.
+"""Features of images, in which `metrics` compares sets of them: Inception's, a small classifier's, any network's.
 
 A feature network is a module that maps images [n, C, H, W] in [0, 1] to [n, F].
 """

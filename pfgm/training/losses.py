@@ -15,8 +15,9 @@ from pfgm.core.configurable import Recorded
 from pfgm.core.rng import Generators
 from pfgm.core.tensors import expand
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
-from pfgm.theory.data_summary import DataSummary, LogNormal, NoiseLaw, PoissonFlowNoise, recommended_sigma_max
+from pfgm.theory.data_summary import DataSummary
 from pfgm.theory.field import normalized_field, posterior_mean
+from pfgm.training.noise import LogNormal, NoiseLaw, PoissonFlowNoise, recommended_sigma_max
 
 
 class Loss(Recorded, nn.Module, ABC):

@@ -19,10 +19,11 @@ from pfgm.data.batches import one_of
 from pfgm.flow import checkpoints
 from pfgm.flow.conditioning import normalized_condition
 from pfgm.flow.poisson_flow import PoissonFlow
-from pfgm.loss import DenoisingLoss, Loss
-from pfgm.skips import MAX_SKIPPED, NonFiniteLoss, Skips
-from pfgm.theory.data_summary import DataSummary, NoiseLaw, PoissonFlowNoise, recommended_sigma_min
+from pfgm.theory.data_summary import DataSummary
 from pfgm.theory.kernel import check_dimensions
+from pfgm.training.losses import DenoisingLoss, Loss
+from pfgm.training.noise import NoiseLaw, PoissonFlowNoise, recommended_sigma_min
+from pfgm.training.nonfinite import MAX_SKIPPED, NonFiniteLoss, Skips
 
 
 class PFGM(Recorded, pl.LightningModule):

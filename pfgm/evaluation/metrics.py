@@ -1,4 +1,4 @@
-"""Distances between two sets of samples, of their values or of features of them (`pfgm.features`).
+"""Distances between two sets of samples, of their values or of features of them (`pfgm.evaluation.features`).
 
 x [n, ...] and y [m, ...] are tensors in the same units, or `Points`, which keep what several measures need of a set. All is
 computed in float64 on flattened samples, a block of pairs at a time.
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pfgm.core.arguments import checked
+from pfgm.evaluation import metrics
 
 BLOCK = 2**24
 """Pairs of samples of which distances are held at once."""
@@ -186,3 +187,22 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
 
 def _polynomial(product: Tensor) -> Tensor:
     return (product + 1) ** 3
+
+
+pass
+
+MEASURES: dict[str, Callable[[Points, Points], float]] = {
+    "energy": metrics.energy_distance,
+    "frechet": metrics.frechet_distance,
+    "kernel": metrics.kernel_distance,
+    "precision": metrics.precision,
+    "recall": metrics.recall,
+    "1-nn": metrics.nearest_neighbour_accuracy,
+}
+
+HEADS = ("energy distance", "Fréchet", "kernel (KID)", "precision", "recall", "1-NN accuracy")
+
+
+def compare(sets: list[Points], reference: Points) -> dict[str, list[float]]:
+    """Every measure of each set against `reference`."""
+    return {name: [measure(points, reference) for points in sets] for name, measure in MEASURES.items()}

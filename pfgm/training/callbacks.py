@@ -6,14 +6,16 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.cli import SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from pfgm import plot
 from pfgm.core.arguments import checked
 from pfgm.data.datamodule import DataModule
-from pfgm.module import PFGM
+from pfgm.evaluation import plots
+from pfgm.files.atomic import replacing
 from pfgm.sampling.ode import SolverError
+from pfgm.training.module import PFGM
 
 
 class Speed(Callback):
@@ -71,7 +73,7 @@ class SampleGrid(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PFGM)
         flow, folder = pl_module.flow, Path(trainer.default_root_dir)
-        if trainer.sanity_checking or not self.n or not (plot.is_image(flow.shape) or flow.shape == (2,)):
+        if trainer.sanity_checking or not self.n or not (plots.is_image(flow.shape) or flow.shape == (2,)):
             return
         (folder / "grids").mkdir(parents=True, exist_ok=True)
         labels = torch.arange(self.n) % flow.num_classes if flow.num_classes else None
@@ -83,13 +85,13 @@ class SampleGrid(Callback):
         except SolverError as error:
             pl.utilities.rank_zero_warn(f"no sample grid at step {trainer.global_step}: {error}")
             return
-        plot.save_samples(folder / "grids" / f"{trainer.global_step:08d}.png", x, flow.value_range)
+        plots.save_samples(folder / "grids" / f"{trainer.global_step:08d}.png", x, flow.value_range)
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         log = Path(trainer.default_root_dir) / "metrics.csv"
         if log.exists():
-            plot.save_loss_curve(log.with_name("loss.png"), log)
+            plots.save_loss_curve(log.with_name("loss.png"), log)
 
 
 def _conditions(trainer: pl.Trainer, n: int) -> Tensor | None:
@@ -107,3 +109,19 @@ class StepProgressBar(TQDMProgressBar):
     def total_train_batches(self) -> int | float:
         """Steps until max_steps."""
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+
+pass
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml when training starts, after the first checkpoint; other stages leave it alone."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Once, since the stream of batches is one epoch."""
+        if trainer.is_global_zero:
+            with replacing(Path(trainer.default_root_dir) / self.config_filename) as temporary:
+                self.parser.save(self.config, temporary, skip_none=False, overwrite=True, multifile=False)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,24 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfgm import metrics, plot
 from pfgm.core import rng
 from pfgm.core.arguments import checked
 from pfgm.data.datamodule import DataModule
-from pfgm.features import extract, load_features, name_of
+from pfgm.evaluation import metrics, plots
+from pfgm.evaluation.features import extract, load_features, name_of
+from pfgm.evaluation.metrics import HEADS, Points, compare
 from pfgm.files.atomic import replacing
-from pfgm.metrics import Points
-from pfgm.module import PFGM
 from pfgm.sampling.ode import SolverError
+from pfgm.training.module import PFGM
 
-MEASURES: dict[str, Callable[[Points, Points], float]] = {
-    "energy": metrics.energy_distance,
-    "frechet": metrics.frechet_distance,
-    "kernel": metrics.kernel_distance,
-    "precision": metrics.precision,
-    "recall": metrics.recall,
-    "1-nn": metrics.nearest_neighbour_accuracy,
-}
 BATCH = 250
-HEADS = ("energy distance", "Fréchet", "kernel (KID)", "precision", "recall", "1-NN accuracy")
 
 
 class Evaluation(Callback):
     """In `test`: distances of `sets` disjoint sets of `n` samples to training and held-out data, printed and in test.json.
 
     They are distances of values in model space (images larger than 32 x 32 averaged to that), or, of images, of `features`:
-    "inception", the file of a classifier (`train.py features`), or a network (see `pfgm.features`). Samples are drawn with the
+    "inception", the file of a classifier (`train.py features`), or a network (see `features`). Samples are drawn with the
     labels and under the conditions of random training samples, if there are any. Of larger data sets `reference` samples chosen
     at random stand for all; but copies are looked for among all training data, mirrored too if they are so in training, and
     nearest.png shows the images most like one of them beside it. Held-out data, `likelihood` of them at most, get their
@@ -75,7 +66,7 @@ class Evaluation(Callback):
                 raise ValueError(f"data: {len(part)} {name} samples; a test compares with two or more, give more data")
         if self.features is None:
             return
-        if flow.value_range is None or not plot.is_image(flow.shape):
+        if flow.value_range is None or not plots.is_image(flow.shape):
             raise ValueError(f"features = {self.features}: they are of images, not of {flow.shape}; leave it out")
         self.net = load_features(self.features)
         try:
@@ -113,7 +104,7 @@ class Evaluation(Callback):
         }
         with replacing(Path(trainer.default_root_dir) / "test.json") as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
-        if plot.is_image(pl_module.flow.shape):
+        if plots.is_image(pl_module.flow.shape):
             picture = Path(trainer.default_root_dir) / "nearest.png"
             save_nearest(picture, draws[0].x, sets[0], data.train.x, known, pl_module.flow.value_range)
         print(table(result))
@@ -175,13 +166,8 @@ def _averaged(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, (min(x.shape[2], 32), min(x.shape[3], 32))) if x.ndim == 4 else x
 
 
-def compare(sets: list[Points], reference: Points) -> dict[str, list[float]]:
-    """Every measure of each set against `reference`."""
-    return {name: [measure(points, reference) for points in sets] for name, measure in MEASURES.items()}
-
-
 def save_nearest(
-    path: Path, x: Tensor, points: Points, train: Any, known: Points, value_range: plot.ValueRange, count: int = 24
+    path: Path, x: Tensor, points: Points, train: Any, known: Points, value_range: plots.ValueRange, count: int = 24
 ) -> None:
     """The samples `x` most like a training image, each before its three nearest of `train`; `points`, `known` are compared.
 
@@ -195,7 +181,7 @@ def save_nearest(
     found = torch.cat([x[first, None].cpu(), images], dim=1)
     low, high = value_range or (float(found.min()), float(found.max()))
     rows = torch.cat([found, torch.full_like(found[:, :1], (low + high) / 2)], dim=1)
-    plot.save_grid(path, rows.flatten(0, 1), (low, high), columns=2 * rows.shape[1])
+    plots.save_grid(path, rows.flatten(0, 1), (low, high), columns=2 * rows.shape[1])
 
 
 def table(result: dict[str, Any]) -> str:

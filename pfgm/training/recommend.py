@@ -11,11 +11,12 @@ import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
-from pfgm import metrics
 from pfgm.core import rng
 from pfgm.data.datamodule import DataModule
-from pfgm.theory.data_summary import DataSummary, PoissonFlowNoise, recommended_sigma_max, recommended_sigma_min
+from pfgm.evaluation import metrics
+from pfgm.theory.data_summary import DataSummary
 from pfgm.theory.kernel import check_dimensions
+from pfgm.training.noise import PoissonFlowNoise, recommended_sigma_max, recommended_sigma_min
 
 SAMPLES, NUMBERS = 2000, 2**27
 """At most so many samples, of so many numbers in all, are measured, at random."""
@@ -177,17 +178,17 @@ def _loss(measured: Measured, D: float, side: float) -> dict[str, Any]:
     s = measured.summary
     if D == 1 and s.condition_shape is None:
         M = Because(figure(_exponent(s)), f"The published rule, from the mean norm of the data, {s.norm:.4g}, measured.")
-        noise = {"class_path": "pfgm.theory.PoissonFlowNoise", "init_args": {"M": M}}
+        noise = {"class_path": "pfgm.training.PoissonFlowNoise", "init_args": {"M": M}}
         most = max(32, int(4096 * min(1.0, 32 / side) ** 2))
         charges = Because(min(measured.count, most), "Published: 4096 charges at 32 x 32, 512 at 64 x 64, 32 at 256 x 256.")
-        return {"class_path": "pfgm.loss.PoissonFieldLoss", "init_args": {"reference_size": charges, "noise": noise}}
+        return {"class_path": "pfgm.training.PoissonFieldLoss", "init_args": {"reference_size": charges, "noise": noise}}
     shift = max(0.0, math.log(side / 64))
     reason = f"Of log(sigma / sigma_data), so P_mean = {math.log(s.sigma_data) + shift - 0.5:.2f}. EDM's -1.2 at .5"
     reason += f", and log({side:.0f}/64) for the size (arXiv 2301.11093)." if shift else ", at any size up to 64 x 64."
     wide = "P_std of EDM" + (", and half of that shift, so that small noise is met as often as there." if shift else ".")
     law = {"mean": Because(figure(shift - 0.5), reason), "std": Because(figure(1.2 + shift / 2), wide)}
-    noise = {"class_path": "pfgm.theory.LogNormal", "init_args": law}
-    return {"class_path": "pfgm.loss.DenoisingLoss", "init_args": {"noise": noise}}
+    noise = {"class_path": "pfgm.training.LogNormal", "init_args": law}
+    return {"class_path": "pfgm.training.DenoisingLoss", "init_args": {"noise": noise}}
 
 
 def _width(shape: Sequence[int], n: int, gpu: bool) -> int:
