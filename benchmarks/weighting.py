@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import pfgm
-from pfgm import cli
+from pfgm.cli import train as train_cli
 from pfgm.core import rng
 from pfgm.data import Digits
 from pfgm.evaluation import metrics
@@ -43,7 +43,7 @@ def train(folder: Path, seed: int, steps: int, log_variance: bool) -> None:
     ]
     arguments += ["--model.loss.init_args.log_variance", str(log_variance), "--grid.n", "0", "--averages.every_n_steps", "50"]
     with contextlib.redirect_stderr(io.StringIO()):
-        cli.main(["fit", *arguments, "--trainer.enable_progress_bar", "false"])
+        train_cli.main(["fit", *arguments, "--trainer.enable_progress_bar", "false"])
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ _HOMES = {
     "PFGM": "pfgm.training.module",
     "optimize_grid": "pfgm.flow.tuned_solvers",
 }
-_ROOMS = ["core", "data", "evaluation", "files", "flow", "nn", "sampling", "theory", "training", "draw"]
+_ROOMS = ["cli", "core", "data", "evaluation", "files", "flow", "nn", "sampling", "theory", "training"]
 
 
 def __getattr__(name: str) -> Any:

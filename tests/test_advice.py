@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 from test_training import SMALL, fit, last
 
-from pfgm import prepare
+from pfgm.cli import prepare
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits
 from pfgm.theory.data_summary import DataSummary

@@ -13,7 +13,7 @@ import torch
 
 import pfgm
 from benchmarks.faulty import kills
-from pfgm import cli
+from pfgm.cli import train
 from pfgm.flow import checkpoints
 from pfgm.training import run_directory
 from pfgm.training.checkpointing import LastCheckpoint, Stopped
@@ -39,7 +39,7 @@ def test_signals_save_the_step_in_progress_and_end_with_a_code_of_their_own(numb
 def test_weights_that_a_step_ruined_replace_no_good_ones(tmp_path):
     run = [*kills.command(tmp_path, "denoising", 40), "--model.lr=1e38", "--model.warmup_steps=0"]
     with pytest.raises(NonFiniteLoss, match=r"At step \d+ sample .*The last checkpoint is of before, and is kept.* --run_dir"):
-        cli.main(run)
+        train.main(run)
     for path in (tmp_path / "checkpoints").iterdir():
         assert all(bool(torch.isfinite(p).all()) for p in pfgm.load(path, ema=False).parameters())
 
@@ -61,7 +61,7 @@ def test_checkpoints_wait_for_a_step_that_is_finite(tmp_path, monkeypatch):
             run = tmp_path / name
             seen.clear()
             with pytest.raises(Stopped, match="after step 5") if stop else contextlib.nullcontext():
-                cli.main([*kills.command(run, "denoising", 20), "--trainer.val_check_interval=100"])
+                train.main([*kills.command(run, "denoising", 20), "--trainer.val_check_interval=100"])
             if stop:
                 assert set(seen[-5:]) == {5}
             elif name == "whole":
@@ -80,7 +80,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LastCheckpoint, "on_train_batch_start", ruin)
     with pytest.raises(NonFiniteLoss, match="weights are not finite any more at step 7"):
-        cli.main([*kills.command(tmp_path, "denoising", 20), "--checkpoint.every_n_steps=1"])
+        train.main([*kills.command(tmp_path, "denoising", 20), "--checkpoint.every_n_steps=1"])
     assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 6
 
 
@@ -89,7 +89,7 @@ def test_training_stops_after_32_steps_without_a_finite_loss(tmp_path, monkeypat
     whole = PFGM._loss
     monkeypatch.setattr(PFGM, "_loss", lambda self, batch, stream: whole(self, batch, stream) * torch.nan)
     with pytest.raises(NonFiniteLoss, match="in the last 32 steps, to step 31,"):
-        cli.main([*kills.command(tmp_path, "denoising", 50), "--trainer.val_check_interval=100"])
+        train.main([*kills.command(tmp_path, "denoising", 50), "--trainer.val_check_interval=100"])
 
 
 def signals_in_step_3(monkeypatch, number):
@@ -110,7 +110,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path, monkeypatch, capsy
     after = signals_in_step_3(monkeypatch, 2)
     monkeypatch.setattr(sys, "argv", ["train.py", *kills.command(tmp_path, "denoising", 20)])
     with pytest.raises(SystemExit, match="130"):
-        cli.run()
+        train.run()
     assert after == [3]
     assert "stopped by SIGINT; files are whole" in capsys.readouterr().err
     assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 0
@@ -120,7 +120,7 @@ def test_a_signal_that_is_ignored_stops_no_run(tmp_path, monkeypatch):
     after = signals_in_step_3(monkeypatch, 2)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        cli.main(kills.command(tmp_path, "denoising", 8))
+        train.main(kills.command(tmp_path, "denoising", 8))
     finally:
         signal.signal(signal.SIGINT, before)
     assert after == [3, 3]
@@ -129,7 +129,7 @@ def test_a_signal_that_is_ignored_stops_no_run(tmp_path, monkeypatch):
 
 def test_a_run_in_a_thread_listens_to_no_signals(tmp_path):
     with ThreadPoolExecutor() as pool:
-        pool.submit(cli.main, kills.command(tmp_path, "denoising", 8)).result()
+        pool.submit(train.main, kills.command(tmp_path, "denoising", 8)).result()
     assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 8
 
 

@@ -12,7 +12,7 @@ import torch
 
 import pfgm
 from benchmarks.faulty import damage, draws, hostile, kills
-from pfgm import cli, output
+from pfgm.cli import outputs, train
 from pfgm.evaluation import plots
 from pfgm.files.atomic import replacing
 from pfgm.files.untrusted import load_torch
@@ -32,7 +32,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_resumed(harm, run, tmp
         pfgm.load(path)
     with pytest.raises(checkpoints.DamagedCheckpointError):
         PFGM.load_from_checkpoint(path)
-    cli.main(kills.command(tmp_path / "run", "denoising", 10))
+    train.main(kills.command(tmp_path / "run", "denoising", 10))
     told = capsys.readouterr().err
     assert "last.ckpt" in told
     assert f"Resuming from {path.with_name('previous.ckpt')} instead" in told
@@ -60,14 +60,14 @@ def test_two_damaged_checkpoints_are_no_run(run, tmp_path):
     with pytest.raises(
         checkpoints.CheckpointError, match=r"run cannot be resumed: .*last\.ckpt is empty.*previous\.ckpt is empty"
     ):
-        cli.main(kills.command(tmp_path / "run", "denoising", 12))
+        train.main(kills.command(tmp_path / "run", "denoising", 12))
     assert before == {path: path.read_bytes() for path in before}
 
 
 def test_a_missing_checkpoint_is_replaced_by_the_one_before(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     run_directory.checkpoint_path(tmp_path / "run").unlink()
-    cli.main(kills.command(tmp_path / "run", "denoising", 10))
+    train.main(kills.command(tmp_path / "run", "denoising", 10))
     assert kills.fingerprint(tmp_path / "run") == kills.fingerprint(run)
 
 
@@ -86,9 +86,9 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(run, tmp_pat
         with monkeypatch.context() as patch:
             patch.setattr(checkpoints, "load_torch", fail)
             with pytest.raises(type(error)):
-                cli.main(kills.command(tmp_path / "run", "denoising", 12))
+                train.main(kills.command(tmp_path / "run", "denoising", 12))
     assert not run_directory.checkpoint_path(tmp_path / "run", "damaged.ckpt").exists()
-    cli.main(kills.command(tmp_path / "run", "denoising", 10))
+    train.main(kills.command(tmp_path / "run", "denoising", 10))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_checkpoint_that_lacks_something_is_named(left_out, message, run, tmp_
     checkpoints.seal(checkpoint, own["flow"], own["data"])
     checkpoints.write_checkpoint(path, checkpoint)
     with pytest.raises(checkpoints.CheckpointError, match=message):
-        cli.main(kills.command(tmp_path / "run", "denoising", 12))
+        train.main(kills.command(tmp_path / "run", "denoising", 12))
 
 
 def test_there_is_a_last_checkpoint_at_each_moment(tmp_path, monkeypatch):
@@ -185,18 +185,18 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(run, tmp_path):
         full_disk(20_000),
         pytest.raises(OSError, match=r"last\.ckpt cannot be written: .*is unchanged; make room"),
     ):
-        cli.main(kills.command(tmp_path / "run", "denoising", 12))
+        train.main(kills.command(tmp_path / "run", "denoising", 12))
     assert path.read_bytes() == before
     assert sorted(path.parent.iterdir()) == names
-    cli.main(kills.command(tmp_path / "run", "denoising", 12))
+    train.main(kills.command(tmp_path / "run", "denoising", 12))
     assert checkpoints.read_checkpoint(path)["global_step"] == 12
 
 
 WRITERS = {
     "a.ckpt": lambda path: checkpoints.write_checkpoint(path, {"x": torch.zeros(10_000)}),
     "a.safetensors": lambda path: checkpoints.write_tensors(path, {"x": torch.zeros(10_000)}, {}),
-    "a.npz": lambda path: output.save_arrays(path, {"x": torch.zeros(10_000)}),
-    "a.pt": lambda path: output.save_arrays(path, {"x": torch.zeros(10_000)}),
+    "a.npz": lambda path: outputs.save_arrays(path, {"x": torch.zeros(10_000)}),
+    "a.pt": lambda path: outputs.save_arrays(path, {"x": torch.zeros(10_000)}),
     "a.png": lambda path: plots.save_grid(path, torch.rand(16, 3, 40, 40)),
     "a.gif": lambda path: plots.save_animation(path, *torch.rand(2, 3, 4, 1, 32, 32)),
 }

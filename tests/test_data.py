@@ -9,7 +9,7 @@ import torch
 from test_training import ROOT, SMALL, fit, last
 
 import pfgm
-from pfgm import cli
+from pfgm.cli import train
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.batches import HeldOut, Part, Preparation, Stream
@@ -149,14 +149,14 @@ def test_arrays_with_conditions_of_their_own_train_and_draw(tmp_path):
 def test_super_resolution_runs_from_its_config_through_test(tmp_path, capsys):
     fit(tmp_path, "--trainer.max_steps=2", "--trainer.val_check_interval=2", base=SUPERRES)
     assert (tmp_path / "grids" / "00000002.png").exists()
-    cli.main(["test", *SUPERRES, "--run_dir", str(tmp_path), "--evaluation.n=20", "--evaluation.sets=1"])
+    train.main(["test", *SUPERRES, "--run_dir", str(tmp_path), "--evaluation.n=20", "--evaluation.sets=1"])
     assert "17 levels of this model's data are points" in capsys.readouterr().out
 
 
 def test_bits_per_dim_of_held_out_digits_are_reported(tmp_path, capsys):
     base = [*SUPERRES, "--data.init_args.dequantize=true", "--evaluation.n=20", "--evaluation.likelihood=8"]
     fit(tmp_path, "--trainer.max_steps=2", base=base)
-    cli.main(["test", *base, "--run_dir", str(tmp_path), "--evaluation.sets=1"])
+    train.main(["test", *base, "--run_dir", str(tmp_path), "--evaluation.sets=1"])
     mean, error = json.loads((tmp_path / "test.json").read_text())["bits/dim"]
     assert f"held-out bits/dim {mean:.3f} ({error:.3f})" in capsys.readouterr().out
     data = Digits(degrade=Downsample(2), dequantize=True)

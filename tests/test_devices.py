@@ -17,9 +17,10 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from benchmarks.faulty import draws, kills
 from benchmarks.faulty.draws import content
-from pfgm import cli, commands, drawing
+from pfgm.cli import main as sample_cli
+from pfgm.cli import output_folder, train
+from pfgm.cli.output_folder import Share
 from pfgm.core.exits import LostProcess
-from pfgm.drawing import Share
 from pfgm.files import locking
 from pfgm.flow import checkpoints
 from pfgm.flow.poisson_flow import PoissonFlow
@@ -74,10 +75,10 @@ def test_the_connection_of_ranks_ends_with_the_run(stopped, tmp_path, monkeypatc
         if stopped:
             raise Stopped(signal.SIGTERM, 3, 143)
 
-    monkeypatch.setattr(cli, "main", main)
+    monkeypatch.setattr(train, "main", main)
     monkeypatch.setattr(sys, "argv", ["train.py", "fit"])
     with pytest.raises(Stopped, match="after step 3") if stopped else contextlib.nullcontext():
-        cli.command(["fit"])
+        train.command(["fit"])
     assert not torch.distributed.is_initialized()
 
 
@@ -86,13 +87,13 @@ def test_the_loss_of_another_process_is_told_from_a_defect(text, tmp_path, monke
     def main():
         raise RuntimeError(text)
 
-    monkeypatch.setattr(cli, "main", main)
+    monkeypatch.setattr(train, "main", main)
     with pytest.raises(RuntimeError, match=re.escape(text)) as alone:
-        cli.command(["fit"])
+        train.command(["fit"])
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         with pytest.raises(RuntimeError) as ranked:
-            cli.command(["fit"])
+            train.command(["fit"])
     finally:
         torch.distributed.destroy_process_group()
     assert not isinstance(alone.value, LostProcess)
@@ -107,9 +108,9 @@ def test_a_process_that_never_came_is_named(monkeypatch):
         nobody = "tcp://127.0.0.1:9"
         torch.distributed.init_process_group("gloo", nobody, timedelta(seconds=1), rank=1, world_size=2)
 
-    monkeypatch.setattr(cli, "main", main)
+    monkeypatch.setattr(train, "main", main)
     with pytest.raises(LostProcess, match="never came"):
-        cli.command(["fit"])
+        train.command(["fit"])
 
 
 def test_a_run_that_loses_one_of_its_processes_goes_on(tmp_path):
@@ -124,7 +125,7 @@ def test_two_processes_have_the_loss_of_one_with_twice_the_batch(objective, tmp_
     common = ["--trainer.precision=64-true", "--averages.every_n_steps=0", "--trainer.val_check_interval=5"]
     one, two = (kills.command(tmp_path / name, objective, 10) + common for name in ("one", "two"))
     assert kills.finish([*two, "--data.init_args.batch_size=16"], ranks=2) == 0
-    cli.main(one)
+    train.main(one)
     rows = [np.genfromtxt(tmp_path / name / "metrics.csv", delimiter=",", names=True) for name in ("one", "two")]
     for column in ("step", "train_loss", "lr", "grad_norm", "skipped"):
         assert np.allclose(rows[0][column], rows[1][column], rtol=1e-5, equal_nan=True), column
@@ -153,7 +154,7 @@ def export(tmp_path_factory):
 
 def draw(export, out, *options, name="images"):
     labels = ["--labels=[0,1,2]"] if name == "images" else []
-    commands.main([str(export / name), "--n=21", "--batch_size=4", f"--out={out}", "--device=cpu", *labels, *options])
+    sample_cli.main([str(export / name), "--n=21", "--batch_size=4", f"--out={out}", "--device=cpu", *labels, *options])
 
 
 SOLVERS = (["--preset=fast"], ["--method=adaptive_heun", "--rtol=0.3"])
@@ -176,7 +177,7 @@ def test_processes_share_out_the_samples_of_one(name, solver, export, tmp_path):
 @pytest.mark.parametrize("solver", SOLVERS, ids=["fixed", "adaptive"])
 def test_an_interrupted_draw_is_continued_and_draws_nothing_twice(solver, export, tmp_path, monkeypatch, capsys):
     draw(export, tmp_path / "whole", *solver)
-    write, written = drawing.Drawing.write, []
+    write, written = output_folder.Drawing.write, []
 
     def stop(self, rows, x):
         written.append(rows)
@@ -185,7 +186,7 @@ def test_an_interrupted_draw_is_continued_and_draws_nothing_twice(solver, export
             raise KeyboardInterrupt
         write(self, rows, x)
 
-    monkeypatch.setattr(drawing.Drawing, "write", stop)
+    monkeypatch.setattr(output_folder.Drawing, "write", stop)
     for _ in range(2):
         with pytest.raises(SystemExit, match="130"):
             draw(export, tmp_path / "parts", *solver)
@@ -302,7 +303,7 @@ def test_numbers_of_processes_that_are_none_are_named(monkeypatch):
 def test_devices_that_are_none_are_named(devices, tmp_path):
     for command in ("fit", "predict"):
         with pytest.raises(ValueError, match=r"trainer\.devices = .*; give a number from 1 to"):
-            cli.main([command, *kills.command(tmp_path, "denoising", 5)[1:], f"--trainer.devices={devices}"])
+            train.main([command, *kills.command(tmp_path, "denoising", 5)[1:], f"--trainer.devices={devices}"])
 
 
 def test_several_processes_need_a_folder(export, tmp_path, capsys):
@@ -330,16 +331,16 @@ def test_predict_draws_what_sample_does_on_any_number_of_devices(tmp_path):
     run = kills.command(tmp_path / "run", "denoising", 5)
     assert kills.finish(run) == 0
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    commands.main([str(checkpoint), "--n=10", "--batch_size=3", f"--out={tmp_path / 'sample'}", "--device=cpu"])
+    sample_cli.main([str(checkpoint), "--n=10", "--batch_size=3", f"--out={tmp_path / 'sample'}", "--device=cpu"])
     arguments = ["predict", *run[1:], "--draw.n=10", "--draw.batch_size=3"]
-    cli.main(arguments)
+    train.main(arguments)
     assert kills.finish([*arguments, f"--draw.out={tmp_path / 'two'}"], ranks=2) == 0
     expected = content(tmp_path / "sample")
     assert len(expected) == 11
     assert content(tmp_path / "run" / "samples") == content(tmp_path / "two") == expected
     assert "samples" not in {path.name for path in tmp_path.iterdir()}
     with pytest.raises(FileNotFoundError, match=r"run_dir = .*none has no checkpoint to draw from; run fit first"):
-        cli.main(["predict", *kills.command(tmp_path / "none", "denoising", 5)[1:]])
+        train.main(["predict", *kills.command(tmp_path / "none", "denoising", 5)[1:]])
 
 
 def test_jobs_of_slurm_are_left_to_its_batch_script(tmp_path, monkeypatch):
@@ -351,7 +352,7 @@ def test_jobs_of_slurm_are_left_to_its_batch_script(tmp_path, monkeypatch):
     monkeypatch.setattr(
         pl.Trainer, "fit", lambda self, *_, **__: plugins.append(self._accelerator_connector.cluster_environment)
     )
-    cli.main(kills.command(tmp_path, "denoising", 5))
+    train.main(kills.command(tmp_path, "denoising", 5))
     assert isinstance(plugins[0], SLURMEnvironment)
     assert not plugins[0].auto_requeue
 
@@ -371,16 +372,16 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(monkeypatch):
 
 def test_devices_on_the_cpu_are_processes_of_which_there_are_enough_cores():
     for devices in (1, "2", "auto"):
-        cli.check_processes(devices, cores=2)
+        train.check_processes(devices, cores=2)
     for devices in (0, 3, "-1", [0, 1], 1.5):
         with pytest.raises(ValueError, match=r"trainer\.devices = .*: each is a process .* from 1 to 2, its cores"):
-            cli.check_processes(devices, cores=2)
+            train.check_processes(devices, cores=2)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "FSDPStrategy"])
 def test_weights_that_are_shared_out_are_refused(strategy, tmp_path):
     with pytest.raises(ValueError, match=rf"trainer\.strategy = .*{strategy}: .* neither averaged .* give ddp"):
-        cli.main([*kills.command(tmp_path, "denoising", 5), f"--trainer.strategy={strategy}"])
+        train.main([*kills.command(tmp_path, "denoising", 5), f"--trainer.strategy={strategy}"])
 
 
 def test_the_average_refuses_sharded_weights_in_python():

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import faults
 from benchmarks.faulty import hostile_data, hostile_models, inputs, lines, patience, strangers
-from pfgm import commands, draw, output
+from pfgm.cli import arguments, main, outputs
 from pfgm.core import rng
 from pfgm.core.arguments import ArgumentTypeError, checked
 from pfgm.data import Digits, Toy
@@ -79,13 +79,13 @@ def test_what_no_number_or_word_is_does_not_pass_for_one():
 @pytest.mark.parametrize("text", ["0-99999999999", "1,5-1", "5-", "-3", "1,,2", ""])
 def test_seeds_that_are_none_are_named(text):
     with pytest.raises(ValueError, match=re.escape(f"seeds = {text!r}: give numbers and rising ranges")):
-        draw.parse_seeds(text)
+        arguments.parse_seeds(text)
 
 
 def test_no_input_is_written_over_by_another_name(tmp_path):
     (tmp_path / "below").mkdir()
     with pytest.raises(ValueError, match="is also read; choose another name"):
-        output.check_other_file(tmp_path / "below" / ".." / "a.npz", tmp_path / "a.npz")
+        outputs.check_other_file(tmp_path / "below" / ".." / "a.npz", tmp_path / "a.npz")
 
 
 def test_denoisers_return_the_shape_that_they_get():
@@ -160,9 +160,9 @@ def test_odd_arguments_are_named():
 @pytest.mark.parametrize(
     ("call", "accident"),
     [
-        (lambda: draw.parse_seeds("a"), False),
-        (lambda: commands.read_config("nowhere"), False),
-        (lambda: commands.join_pair(3), True),
+        (lambda: arguments.parse_seeds("a"), False),
+        (lambda: arguments.read_config("nowhere"), False),
+        (lambda: arguments.join_pair(3), True),
         (lambda: np.zeros(-1), True),
     ],
 )
@@ -179,7 +179,7 @@ def test_the_bench_calls_other_what_has_no_name():
 
 
 def test_calls_that_want_too_much_memory_are_counted_apart(monkeypatch):
-    monkeypatch.setattr(commands, "command", lambda words: torch.empty(int(words[0])))
+    monkeypatch.setattr(main, "command", lambda words: torch.empty(int(words[0])))
     assert lines.attempt(("sample", [str(2**60)])) == ("of memory", "")
     assert lines.attempt(("sample", ["1"])) == ("done", "")
     assert inputs.outcome(lambda size: torch.empty(size), {"size": 2**60}, []) == ("of memory", "")

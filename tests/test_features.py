@@ -13,7 +13,8 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 import pfgm
-from pfgm import cli, prepare
+from pfgm.cli import prepare
+from pfgm.cli import train as train_cli
 from pfgm.core import rng
 from pfgm.data import Digits
 from pfgm.data.batches import Part
@@ -190,7 +191,7 @@ def test_runs_are_tested_by_a_classifier_of_their_data(tmp_path, capsys):
     base = [*DIGITS, "--model.net.init_args.width=8", "--model.net.init_args.blocks=1"]
     fit(tmp_path / "run", "--trainer.max_steps=1", base=base)
     options = ["--evaluation.n=20", "--evaluation.sets=2", f"--evaluation.features={tmp_path}/f.safetensors"]
-    cli.main(["test", *base, "--run_dir", str(tmp_path / "run"), *options, "--evaluation.reference=50"])
+    train_cli.main(["test", *base, "--run_dir", str(tmp_path / "run"), *options, "--evaluation.reference=50"])
     result = json.loads((tmp_path / "run" / "test.json").read_text())
     assert result["compared"] == f"Classifier {header['digest'][:12]}"
     assert result["reference"] == [50, 50]
@@ -202,7 +203,7 @@ def test_runs_are_tested_by_a_classifier_of_their_data(tmp_path, capsys):
     assert "copying " in table
     assert "Classifier" in table
     with pytest.raises(ValueError, match="this network does not take images"):
-        cli.main(["test", *base, "--run_dir", str(tmp_path / "run"), "--evaluation.features=test_features.Colour"])
+        train_cli.main(["test", *base, "--run_dir", str(tmp_path / "run"), "--evaluation.features=test_features.Colour"])
 
 
 class Colour(nn.Module):
@@ -233,7 +234,7 @@ def test_what_is_reported_is_what_it_says(flip, tmp_path, monkeypatch):
     fit(tmp_path / "run", "--trainer.max_steps=1", base=base)
     asked, copying = [], metrics.copying
     monkeypatch.setattr("pfgm.evaluation.metrics.copying", lambda *sets: asked.append(sets) or copying(*sets))
-    tested = cli.main(["test", *base, "--evaluation.n=30", "--evaluation.sets=2", "--evaluation.reference=25"])
+    tested = train_cli.main(["test", *base, "--evaluation.n=30", "--evaluation.sets=2", "--evaluation.reference=25"])
     result, data = json.loads((tmp_path / "run" / "test.json").read_text()), tested.datamodule
     order = torch.randperm(60, generator=rng.generator(0))
     label = data.train.label[order[:30]]
@@ -293,13 +294,13 @@ def test_one_held_out_sample_is_no_test(tmp_path):
     base = ["--data=pfgm.data.Arrays", f"--data.path={tmp_path}/x.npy", "--model.net=pfgm.nn.TimeMLP", *SMALL]
     fit(tmp_path / "run", "--trainer.max_steps=1", base=base)
     with pytest.raises(ValueError, match="data: 1 held-out samples; a test compares with two"):
-        cli.main(["test", *base, "--run_dir", str(tmp_path / "run")])
+        train_cli.main(["test", *base, "--run_dir", str(tmp_path / "run")])
 
 
 def test_features_of_points_are_refused(tmp_path):
     fit(tmp_path, "--trainer.max_steps=1")
     with pytest.raises(ValueError, match=r"features = inception: they are of images, not of \(2,\)"):
-        cli.main(["test", *TOY, "--run_dir", str(tmp_path), "--evaluation.features=inception"])
+        train_cli.main(["test", *TOY, "--run_dir", str(tmp_path), "--evaluation.features=inception"])
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

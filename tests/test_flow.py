@@ -15,7 +15,8 @@ from PIL import Image
 
 import pfgm
 import pfgm.sampling.sampler
-from pfgm import commands
+from pfgm.cli import main
+from pfgm.cli.trajectories import _rescaled
 from pfgm.core.configurable import build
 from pfgm.flow import checkpoints
 from pfgm.flow.poisson_flow import PoissonFlow
@@ -24,7 +25,6 @@ from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
 from pfgm.sampling.likelihood import log_prob
 from pfgm.sampling.sampler import seed_pairs
 from pfgm.theory.analytic import GaussianBlob
-from pfgm.trajectory import _rescaled
 
 FAST = {"method": "midpoint", "steps": 4}
 
@@ -335,35 +335,31 @@ def conditional(tmp_path):
 
 def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys):
     out = str(tmp_path / "out")
-    commands.main(
-        [conditional, "--n=3", "--seed=7", "--out", f"{out}/x.npz", "--method=midpoint", "--steps=3", "--labels=[0,1,2]"]
-    )
+    main.main([conditional, "--n=3", "--seed=7", "--out", f"{out}/x.npz", "--method=midpoint", "--steps=3", "--labels=[0,1,2]"])
     with np.load(f"{out}/x.npz") as arrays:
         assert arrays["x"].shape == (3, 1, 8, 8)
         assert arrays["seeds"].tolist() == [[7, 0], [7, 1], [7, 2]]
         assert arrays["labels"].tolist() == [0, 1, 2]
         expected = pfgm.load(conditional).sample(3, seed=7, method="midpoint", steps=3, labels=[0, 1, 2]).x
         assert np.allclose(arrays["x"], expected.numpy(), atol=1e-6)
-    commands.main([conditional, "--n=2", "--labels=1", "--out", f"{out}/y.npz", "--preset=fast"])
+    main.main([conditional, "--n=2", "--labels=1", "--out", f"{out}/y.npz", "--preset=fast"])
     os.remove(f"{out}/y.npz")
     assert "3 samples in 7 network calls" in capsys.readouterr().out
-    commands.main(
+    main.main(
         [export, "--seeds=1,4-5", "--out", f"{out}/x.pt", "--batch_size=2", "--method=midpoint", "--steps=3", "--dtype=float64"]
     )
     assert torch.load(f"{out}/x.pt")["seeds"].tolist() == [[1, 0], [4, 0], [5, 0]]
-    commands.main([export, "--n=2", "--out", f"{out}/folder", "--method=euler", "--steps=3"])
+    main.main([export, "--n=2", "--out", f"{out}/folder", "--method=euler", "--steps=3"])
     assert sorted(glob("*", root_dir=f"{out}/folder")) == ["000000-000000.png", "000000-000001.png", "draw.json"]
-    commands.main(
-        [export, "--n=5", "--out", f"{out}/grid.png", "--method=euler", "--steps=3", "--trajectory", f"{out}/way.png"]
-    )
-    commands.main([export, "--n=5", "--out", f"{out}/x.pt", "--rtol=0.1", "--trajectory", f"{out}/way.npz", "--batch_size=2"])
+    main.main([export, "--n=5", "--out", f"{out}/grid.png", "--method=euler", "--steps=3", "--trajectory", f"{out}/way.png"])
+    main.main([export, "--n=5", "--out", f"{out}/x.pt", "--rtol=0.1", "--trajectory", f"{out}/way.npz", "--batch_size=2"])
     way, end = np.load(f"{out}/way.npz"), torch.load(f"{out}/x.pt")["x"]
     assert way["x"].shape == way["denoised"].shape == (48, 5, *end.shape[1:])
     assert np.allclose(way["denoised"][-1], end, atol=1e-5)
     assert way["sigma"].shape == (48, 5)
     assert np.all(np.diff(way["sigma"], axis=0) < 0)
-    commands.main([export, "--n=5", "--out", f"{out}/x.npz", "--trajectory", f"{out}/way.gif"])
-    commands.main([export, "--n=5", "--out", f"{out}/x.npz", "--max_calls=5"])
+    main.main([export, "--n=5", "--out", f"{out}/x.npz", "--trajectory", f"{out}/way.gif"])
+    main.main([export, "--n=5", "--out", f"{out}/x.npz", "--max_calls=5"])
     assert "stopped by max_calls = 5" in capsys.readouterr().err
     with Image.open(f"{out}/way.gif") as film:
         assert film.n_frames > 10
@@ -409,14 +405,14 @@ def test_bad_arguments_end_in_one_line(export, arguments, message, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     os.mkdir("export/folder.png")
     with pytest.raises(SystemExit, match="2"):
-        commands.main([export, *arguments])
+        main.main([export, *arguments])
     assert re.search(message, capsys.readouterr().err)
     assert sorted(os.listdir(tmp_path)) == ["export"], "nothing is written"
 
 
 def test_a_missing_checkpoint_ends_in_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
-        commands.main(["none.ckpt"])
+        main.main(["none.ckpt"])
     error = capsys.readouterr().err.strip()
     assert error == "sample.py: error: none.ckpt does not exist or is no file; give a .ckpt file or an exported folder"
 
@@ -424,7 +420,7 @@ def test_a_missing_checkpoint_ends_in_one_line(capsys):
 def test_the_sampling_path_stays_light():
     """Importing it and loading leaves Lightning, torchvision, scikit-learn and matplotlib unimported."""
     heavy = ("pytorch_lightning", "lightning", "torchvision", "sklearn", "matplotlib", "torchdiffeq")
-    code = f"import sys, pfgm, pfgm.commands; pfgm.load; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, pfgm, pfgm.cli.main; pfgm.load; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

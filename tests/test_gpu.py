@@ -13,10 +13,10 @@ from test_step import OBJECTIVES, digits, model, train
 from test_training import ROOT, fit
 
 import pfgm
-from pfgm import cli
+from pfgm.cli import train as train_cli
+from pfgm.cli.prepare import prepare
 from pfgm.core.rng import generator
 from pfgm.evaluation.metrics import MEASURES, Points
-from pfgm.prepare import prepare
 from pfgm.theory.field import posterior_mean
 from pfgm.theory.kernel import StudentTKernel
 from pfgm.training.callbacks import Speed
@@ -132,7 +132,7 @@ def test_images_are_trained_on_and_tested_by_features(memory, tmp_path):
     made = ["features", "--data=pfgm.data.ImageDataModule", *data[:2], "--data.labels=true", "--steps=5", "--width=8"]
     prepare([*made, "--device", DEVICE, "--out", str(tmp_path / "f.safetensors")])
     options = ["--evaluation.n=20", "--evaluation.sets=1", f"--evaluation.features={tmp_path}/f.safetensors"]
-    cli.main(["test", *base, "--run_dir", str(tmp_path / "run"), *options])
+    train_cli.main(["test", *base, "--run_dir", str(tmp_path / "run"), *options])
     assert (tmp_path / "run" / "nearest.png").exists()
 
 

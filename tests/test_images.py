@@ -17,7 +17,7 @@ from test_training import ROOT, SMALL, fit, last
 from torch.utils.data import DataLoader
 
 import pfgm
-from pfgm import cli
+from pfgm.cli import train
 from pfgm.core.configurable import build
 from pfgm.data import ImageDataModule, image_sources, labels
 from pfgm.data.batches import Preparation, Stream
@@ -527,7 +527,9 @@ def test_sets_read_from_the_disk_train_and_are_tested(tmp_path):
     fit(tmp_path / "disk", "--trainer.max_steps=4", base=base)  # resumed in memory
     a, b = (last(tmp_path / name)["state_dict"] for name in ("memory", "disk"))
     assert all(torch.equal(a[key], b[key]) for key in a)
-    cli.main(["test", *base, "--run_dir", str(tmp_path / "disk"), "--data.memory=0", "--evaluation.n=8", "--evaluation.sets=1"])
+    train.main(
+        ["test", *base, "--run_dir", str(tmp_path / "disk"), "--data.memory=0", "--evaluation.n=8", "--evaluation.sets=1"]
+    )
     assert (tmp_path / "disk" / "test.json").exists()
 
 

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.faulty import hostile, hostile_data, hostile_models
 from benchmarks.faulty.hostile import labelled, zipped
+from pfgm.cli.arguments import read_mask
 from pfgm.core.configurable import build
-from pfgm.draw import read_mask
 from pfgm.files import untrusted
 from pfgm.files.arrays import load_arrays, read_inputs
 from pfgm.files.images import ImageError, read_pixels

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from benchmarks.faulty import draws, kills
 from benchmarks.faulty.forks import forks
-from pfgm import cli
+from pfgm.cli import train
 from pfgm.files import locking
 from pfgm.training import run_directory
 from pfgm.training.module import PFGM
@@ -35,14 +35,14 @@ def test_a_validation_that_was_cut_short_is_repeated_and_no_other(tmp_path, monk
         raise Killed
 
     whole, run = tmp_path / "whole", tmp_path / "run"
-    cli.main(kills.command(whole, "denoising", 24))
+    train.main(kills.command(whole, "denoising", 24))
     with monkeypatch.context() as patch:
         patch.setattr(PFGM, "validation_step", die)
         with pytest.raises(Killed):
-            cli.main(kills.command(run, "denoising", 20))
+            train.main(kills.command(run, "denoising", 20))
     assert kills.reached(run) == 15
-    cli.main(kills.command(run, "denoising", 20))
-    cli.main(kills.command(run, "denoising", 24))
+    train.main(kills.command(run, "denoising", 20))
+    train.main(kills.command(run, "denoising", 24))
     assert kills.fingerprint(run) == kills.fingerprint(whole)
 
 
@@ -129,7 +129,7 @@ def test_a_run_clears_what_a_killed_one_left(tmp_path):
     left[0].write_text("")
     for name in ("grids", "averages"):
         (tmp_path / name).rmdir()
-    cli.main(kills.command(tmp_path, "denoising", 2))
+    train.main(kills.command(tmp_path, "denoising", 2))
     assert not left[0].exists()
 
 
@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_a_second_run_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *kills.command(tmp_path, "denoising", 4)])
     with locking.held(tmp_path), pytest.raises(SystemExit) as end:
-        cli.run()
+        train.run()
     assert end.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.match(rf"train\.py: error: run_dir = .* is in use by process {os.getpid()} on ", last)
@@ -157,7 +157,7 @@ def test_a_test_that_a_signal_stops_ends_with_its_code(number, run, monkeypatch,
     monkeypatch.setattr(PFGM, "test_step", lambda *_: os.kill(os.getpid(), number))
     monkeypatch.setattr(sys, "argv", ["train.py", "test", *kills.command(run, "denoising", 10)[1:]])
     with pytest.raises(SystemExit) as end:
-        cli.run()
+        train.run()
     assert end.value.code == 128 + number
     assert f"stopped by {signal.Signals(number).name}; " in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 import pfgm
-from pfgm import cli
+from pfgm.cli import train
 from pfgm.core import rng
 from pfgm.core.configurable import build
 from pfgm.core.tensors import norm
@@ -51,7 +51,7 @@ def test_a_law_of_the_users_own_trains_resumes_and_loads_from_a_trusted_module(t
     words += ["--model.loss=pfgm.training.DenoisingLoss", "--model.loss.init_args.noise=my_laws.Triangular", "--grid.n=0"]
     words += ["--model.loss.init_args.noise.init_args.top=3", f"--run_dir={tmp_path / 'run'}"]
     for steps in (2, 4):
-        module = cli.main([*words, f"--trainer.max_steps={steps}"]).model
+        module = train.main([*words, f"--trainer.max_steps={steps}"]).model
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     with pytest.raises(ValueError, match=r"class_path 'my_laws\.Triangular' is outside pfgm.*trust=\['my_laws'\]"):
         PFGM.load_from_checkpoint(checkpoint)

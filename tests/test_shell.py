@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.faulty import kills
-from pfgm import cli, commands, shell
+from pfgm.cli import console, main, train
 from pfgm.core import exits
 from pfgm.sampling.ode import SolverError
 from pfgm.training.nonfinite import NonFiniteLoss
@@ -62,7 +62,7 @@ ENDS = [
 def test_commands_end_with_one_line_and_a_code(command, code, text, capsys):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
-        shell.run("x.py", command, ["a"], (NonFiniteLoss,))
+        console.run("x.py", command, ["a"], (NonFiniteLoss,))
     assert end.value.code == code
     assert re.fullmatch(text, capsys.readouterr().err.strip())
     assert signal.getsignal(signal.SIGTERM) == before != exits.end
@@ -77,9 +77,9 @@ def test_signals_that_are_ignored_stay_so_and_threads_hear_none():
         done.extend(words)
 
     try:
-        shell.run("x.py", command, ["alone"])
+        console.run("x.py", command, ["alone"])
         with ThreadPoolExecutor() as pool:
-            pool.submit(shell.run, "x.py", command, ["in a thread"]).result()
+            pool.submit(console.run, "x.py", command, ["in a thread"]).result()
     finally:
         signal.signal(signal.SIGINT, before)
     assert done == ["alone", "in a thread"]
@@ -87,7 +87,7 @@ def test_signals_that_are_ignored_stay_so_and_threads_hear_none():
 
 def test_other_errors_of_a_draw_are_for_the_user(capsys):
     with pytest.raises(SystemExit, match="2"):
-        shell.run("x.py", fail(SolverError("too stiff")), [])
+        console.run("x.py", fail(SolverError("too stiff")), [])
     assert capsys.readouterr().err == "x.py: error: too stiff\n"
 
 
@@ -95,13 +95,13 @@ def test_output_that_goes_nowhere_is_no_defect(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", None)
         patch.setattr(sys, "stderr", None)
-        shell.run("x.py", lambda words: print("a"), [])
+        console.run("x.py", lambda words: print("a"), [])
         sys.stdout.close()
         sys.stderr.close()
     with Path("/dev/full").open("w", encoding="ascii") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
         with pytest.raises(SystemExit, match="2"):
-            shell.run("x.py", lambda words: print("é"), [])
+            console.run("x.py", lambda words: print("é"), [])
     assert capsys.readouterr().err == "x.py: done, but its output cannot be written: No space left on device\n"
 
 
@@ -132,7 +132,7 @@ def test_ctrl_c_while_libraries_are_imported_ends_at_once(program):
 )
 def test_settings_with_which_nothing_can_be_done_are_named(words, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        cli.main([*kills.command(tmp_path, "denoising", 5), *words])
+        train.main([*kills.command(tmp_path, "denoising", 5), *words])
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -140,7 +140,7 @@ def test_settings_with_which_nothing_can_be_done_are_named(words, message, tmp_p
 def test_settings_that_are_nothing_in_a_file_are_named(name, kind, tmp_path):
     (tmp_path / "a.yaml").write_text(f"trainer: {{{name}: null}}")
     with pytest.raises(ValueError, match=rf"trainer\.{name} = None: give {kind}"):
-        cli.main([*kills.command(tmp_path / "run", "denoising", 5), f"--config={tmp_path}/a.yaml"])
+        train.main([*kills.command(tmp_path / "run", "denoising", 5), f"--config={tmp_path}/a.yaml"])
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a:\n\t- b", b"[1, 2]", b"x: [", b"a: &a [*a", b"n: 1\nn: 2"])
@@ -160,7 +160,7 @@ def test_configurations_that_are_none_are_named(words, content, tmp_path, monkey
     program, *rest = [*words, str(path)]
     monkeypatch.setattr(sys, "argv", [program, *rest])
     with pytest.raises(SystemExit, match="2"):
-        cli.run() if program == "train.py" else commands.main(rest)
+        train.run() if program == "train.py" else main.main(rest)
     told = capsys.readouterr().err
     assert re.fullmatch(rf"{program}: error: config = {path} (is no YAML|holds no settings).*\n", told), told
 
@@ -189,14 +189,14 @@ def test_configurations_that_are_none_are_named(words, content, tmp_path, monkey
 def test_what_the_parser_refuses_is_said_in_one_line(program, words, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [program, *words.split()])
     with pytest.raises(SystemExit, match="2"):
-        cli.run() if program == "train.py" else commands.main()
+        train.run() if program == "train.py" else main.main()
     assert capsys.readouterr().err == f"{program}: error: {message}\n"
 
 
 def test_debug_shows_the_traceback_and_is_no_word_of_the_command():
     with pytest.raises(ZeroDivisionError):
-        shell.run("x.py", fail(ZeroDivisionError()), ["--debug"])
+        console.run("x.py", fail(ZeroDivisionError()), ["--debug"])
     given = []
-    shell.run("x.py", given.extend, ["a", "--debug", "b"])
-    shell.run("x.py", given.extend, ["c"])
+    console.run("x.py", given.extend, ["a", "--debug", "b"])
+    console.run("x.py", given.extend, ["c"])
     assert given == ["a", "b", "c"]

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import pfgm
-from pfgm import cli
+from pfgm.cli import train
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.batches import HeldOut, Part, Stream, stream_indices
@@ -37,7 +37,7 @@ TOY += ["--model.net.init_args.width=16", "--model.net.init_args.depth=1", *SMAL
 
 
 def fit(run_dir, *extra, base=TOY):
-    return cli.main(["fit", *base, "--run_dir", str(run_dir), *extra])
+    return train.main(["fit", *base, "--run_dir", str(run_dir), *extra])
 
 
 def log_rows(run_dir):
@@ -145,8 +145,8 @@ def test_more_processes_than_cores_are_refused():
     settings = {"max_steps": 1, "val_check_interval": 5, "accumulate_grad_batches": 1, "accelerator": "cpu"}
     for devices in (9999, "9999"):
         with pytest.raises(ValueError, match=r"trainer\.devices = 9999"):
-            cli.check_trainer(settings | {"devices": devices}, fitting=True)
-    cli.check_trainer(settings | {"devices": "auto"}, fitting=True)
+            train.check_trainer(settings | {"devices": devices}, fitting=True)
+    train.check_trainer(settings | {"devices": "auto"}, fitting=True)
 
 
 def test_a_new_process_draws_the_same_samples(tmp_path):
@@ -235,7 +235,7 @@ def test_the_learning_rate_warms_up():
 def test_classes_are_trained_drawn_and_evaluated(config, tmp_path):
     base = ["--config", str(ROOT / "configs" / config), *SMALL, "--data.init_args.labels=true", "--model.net.init_args.width=8"]
     fit(tmp_path, "--trainer.max_steps=2", "--trainer.val_check_interval=2", base=base)
-    cli.main(["test", *base, "--run_dir", str(tmp_path), "--evaluation.n=30", "--evaluation.sets=2"])
+    train.main(["test", *base, "--run_dir", str(tmp_path), "--evaluation.n=30", "--evaluation.sets=2"])
     values = json.loads((tmp_path / "test.json").read_text())["samples against training data"]["energy"]
     assert values[0] != values[1], "each set has its own seed"
     flow = pfgm.load(tmp_path / "checkpoints" / "last.ckpt")
@@ -316,12 +316,12 @@ def test_training_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_checkpoi
 def test_evaluation_prints_its_table_and_leaves_the_run_alone(tmp_path, capsys):
     fit(tmp_path, "--trainer.max_steps=2")
     before = {name: (tmp_path / name).read_bytes() for name in ("metrics.csv", "config.yaml", "checkpoints/last.ckpt")}
-    cli.main(["test", *TOY, "--run_dir", str(tmp_path), "--evaluation.n=50", "--evaluation.sets=2"])
+    train.main(["test", *TOY, "--run_dir", str(tmp_path), "--evaluation.n=50", "--evaluation.sets=2"])
     assert "2 sets of 50 samples" in capsys.readouterr().out
     assert (tmp_path / "test.json").exists()
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
     with pytest.raises(FileNotFoundError, match="run fit first"):
-        cli.main(["test", *TOY, "--run_dir", str(tmp_path / "none")])
+        train.main(["test", *TOY, "--run_dir", str(tmp_path / "none")])
 
 
 def test_files_of_others_are_not_written_over(tmp_path):

@@ -32,11 +32,11 @@ def start(words: list[str]) -> multiprocessing.Process:
 def _draw(words: list[str]) -> None:
     import torch
 
-    from pfgm import commands
+    from pfgm.cli import main
 
     torch.set_num_threads(1)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        commands.main(words)
+        main.main(words)
 
 
 def finish(words: list[str]) -> tuple[int, float]:

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 from multiprocessing.context import ForkServerContext
 
-PRELOAD = ["pfgm.cli", "pfgm.commands", "matplotlib.figure", "torchvision.utils", "sklearn.model_selection"]
+PRELOAD = ["pfgm.cli.train", "pfgm.cli.main", "matplotlib.figure", "torchvision.utils", "sklearn.model_selection"]
 PRELOAD += [f"benchmarks.faulty.{name}" for name in ("kills", "draws", "hostile_models", "hostile_data", "strangers")]
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pfgm.cli.edit import read_latents
 from pfgm.data import Arrays, ImageDataModule
 from pfgm.data.labels import csv_labels
-from pfgm.edit import read_latents
 from pfgm.files.arrays import read_inputs
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.flow.posthoc_ema import reconstruct

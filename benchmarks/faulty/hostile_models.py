@@ -176,7 +176,7 @@ def _descriptions() -> Iterator[Hostile]:
         "os.system": named("os.system", command=f"touch {CANARY}"),
         "subprocess": named("subprocess.Popen", args=["touch", CANARY]),
         "a module that runs on import": named("benchmarks.faulty.payload.Net"),
-        "a function of ours": named("pfgm.cli.main", args=["fit"]),
+        "a function of ours": named("pfgm.cli.train.main", args=["fit"]),
         "a data module of ours": named("pfgm.data.ImageDataModule", path="torchvision:MNIST", root=CANARY),
         "another package": named("torch.nn.Linear", in_features=1, out_features=1),
         "no class": named("pfgm.core.rng"),

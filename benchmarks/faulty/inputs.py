@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from benchmarks.faulty.hostile import flow
 from benchmarks.faulty.patience import AtWork, limited
+from pfgm.cli.console import is_of_memory
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.augmentation import Augment
 from pfgm.data.degradations import AddNoise, Downsample
@@ -27,7 +28,6 @@ from pfgm.sampling import likelihood
 from pfgm.sampling.latents import Latent
 from pfgm.sampling.ode import SolverError
 from pfgm.sampling.sampler import Sampler
-from pfgm.shell import is_of_memory
 from pfgm.theory import field, kernel
 from pfgm.training import noise
 from pfgm.training.ema import EMA, PowerAverages

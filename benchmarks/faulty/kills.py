@@ -58,14 +58,14 @@ def _train(arguments: list[str], environment: dict[str, str]) -> None:
 
     import torch
 
-    from pfgm import cli
+    from pfgm.cli import train
 
     os.environ.update(environment)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     sys.argv = ["train.py", *arguments]
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        cli.run()
+        train.run()
 
 
 def launch(arguments: Sequence[str], ranks: int = 1) -> list[multiprocessing.Process]:

@@ -85,13 +85,6 @@ def with_defaults(old: Any, now: Any) -> Any:
     return {**old, "init_args": arguments | known}
 
 
-def cause(error: Exception) -> Exception:
-    """The error of ours behind one of jsonargparse, which reports a value that no type of a union takes, in many lines."""
-    while isinstance(error.__cause__, Exception) and str(error).startswith("Does not validate against any of the Union"):
-        error = error.__cause__
-    return error
-
-
 def _is_spec(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}
 

@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pfgm.core.configurable import cause
 from pfgm.core.exits import LOST, LostProcess, _exit, end
 from pfgm.sampling.ode import SolverError
+
+pass
 
 ERRORS: tuple[type[Exception], ...] = (ArgumentError, ValueError, OSError, ImportError, SolverError)
 """What says which argument is wrong, and what to do."""
@@ -121,3 +122,10 @@ def _in_a_line(error: Exception) -> str:
     for pattern, words in WORDY:
         text = re.sub(pattern, words, text)
     return text
+
+
+def cause(error: Exception) -> Exception:
+    """The error of ours behind one of jsonargparse, which reports a value that no type of a union takes, in many lines."""
+    while isinstance(error.__cause__, Exception) and str(error).startswith("Does not validate against any of the Union"):
+        error = error.__cause__
+    return error

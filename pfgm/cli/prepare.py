@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from pfgm.commands import read_config
+from pfgm.cli.arguments import check_device, read_config
+from pfgm.cli.outputs import check_writable
 from pfgm.data.datamodule import DataModule
 from pfgm.data.datasets import Arrays, ImageDataModule
 from pfgm.data.image_dataset import Survey
 from pfgm.data.image_sources import open_source
-from pfgm.draw import check_device
 from pfgm.evaluation import plots
 from pfgm.evaluation.features import accuracy, fit_classifier, save_classifier
 from pfgm.files.arrays import ARRAYS
-from pfgm.output import check_writable
 from pfgm.training.recommend import Measured, recommend, to_yaml
 
 

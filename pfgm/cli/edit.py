@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfgm.draw import check_device, parse_seeds, read_condition
-from pfgm.files.arrays import load_arrays, read_inputs
-from pfgm.flow.loading import load
-from pfgm.flow.poisson_flow import PoissonFlow
-from pfgm.output import (
+from pfgm.cli.arguments import check_device, parse_seeds, read_condition
+from pfgm.cli.outputs import (
     ARRAYS,
     check_array_output,
     check_other_file,
@@ -21,6 +18,9 @@ from pfgm.output import (
     write_images,
     write_strip,
 )
+from pfgm.files.arrays import load_arrays, read_inputs
+from pfgm.flow.loading import load
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.sampling.latents import Latent, check_points
 from pfgm.sampling.latents import interpolate as between
 from pfgm.sampling.sampler import seed_pairs

@@ -16,15 +16,15 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from pfgm import shell
-from pfgm.commands import check_configs, join_pair
+from pfgm.cli import console
+from pfgm.cli.arguments import check_configs, join_pair
+from pfgm.cli.generate import draw
+from pfgm.cli.prepare import COMMANDS, prepare
 from pfgm.core import exits, rng
 from pfgm.core.arguments import ArgumentTypeError, check_types, is_real
 from pfgm.data.datamodule import DataModule
-from pfgm.draw import draw
 from pfgm.files import locking
 from pfgm.flow import checkpoints
-from pfgm.prepare import COMMANDS, prepare
 from pfgm.training import run_directory
 from pfgm.training.callbacks import SampleGrid, SaveConfig, Speed, StepProgressBar
 from pfgm.training.checkpointing import LastCheckpoint, Stopped
@@ -56,7 +56,7 @@ LIMITS = ("limit_train_batches", "limit_test_batches", "limit_predict_batches", 
 
 
 class Draw(pl.LightningModule):
-    """Calls `pfgm.draw.draw` once in each process that a trainer starts for `predict`."""
+    """Calls `pfgm.cli.generate.draw` once in each process that a trainer starts for `predict`."""
 
     def __init__(self, checkpoint: Path, options: dict[str, Any]):
         super().__init__()
@@ -172,7 +172,7 @@ class TrainCLI(LightningCLI):
         self.trainer.test(model, datamodule=datamodule, ckpt_path=last, weights_only=True, verbose=False)
 
     def predict(self, model: PFGM, datamodule: DataModule) -> None:
-        """Draw from the newest checkpoint of the run, by `pfgm.draw.draw`, on all devices of the trainer."""
+        """Draw from the newest checkpoint of the run, by `pfgm.cli.generate.draw`, on all devices of the trainer."""
         run_dir = Path(self._get(self.config, "run_dir"))
         last, options = run_directory.checkpoint_path(run_dir), {**self._get(self.config_init, "draw")}
         if not last.exists():
@@ -242,8 +242,8 @@ def main(args: list[str] | None = None) -> TrainCLI:
 
 
 def run() -> None:
-    """train.py: an error of the user's making is one line on stderr and exit code 2; see `pfgm.shell`."""
-    shell.run("train.py", command, sys.argv[1:], (NonFiniteLoss, MisconfigurationException))
+    """train.py: an error of the user's making is one line on stderr and exit code 2; see `pfgm.cli.console`."""
+    console.run("train.py", command, sys.argv[1:], (NonFiniteLoss, MisconfigurationException))
 
 
 def command(words: list[str]) -> None:

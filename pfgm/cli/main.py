@@ -1,0 +1,33 @@
+"""The command line of sample.py: drawing, and by a first word one of the other commands."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from pfgm.cli import console
+from pfgm.cli.arguments import check_configs, join_pair
+from pfgm.cli.average import average
+from pfgm.cli.edit import decode, encode, interpolate, vary
+from pfgm.cli.generate import draw
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "encode": encode,
+    "decode": decode,
+    "interpolate": interpolate,
+    "vary": vary,
+    "average": average,
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """An error of the user's making is one line on stderr and exit code 2; see `pfgm.cli.console`."""
+    console.run("sample.py", command, sys.argv[1:] if args is None else args)
+
+
+def command(words: list[str]) -> None:
+    """What the first of `words` names, or drawing."""
+    from jsonargparse import auto_cli
+
+    check_configs(words)
+    function = COMMANDS.get(words[0]) if words else None
+    prog = "sample.py" if function is None else f"sample.py {words.pop(0)}"
+    auto_cli(function or draw, args=join_pair(words), as_positional=True, prog=prog, exit_on_error=False)
