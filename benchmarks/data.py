@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pfgm.data import ImageDataModule
-from pfgm.data.batches import Stream
+from pfgm.data.batches import TrainingStream
 from pfgm.nn import UNet
 from pfgm.training.losses import DenoisingLoss
 from pfgm.training.module import PFGM
@@ -47,7 +47,7 @@ def main():
 
     def loader(data, workers, reference_size=0):
         options = {"batch_size": arguments.batch_size, "seed": 0, "start": 0, "reference_size": reference_size}
-        stream = Stream(data.train, data.augmentation, **options)
+        stream = TrainingStream(data.train, data.augmentation, **options)
         return iter(DataLoader(stream, batch_size=None, pin_memory=pinned, num_workers=workers))
 
     device = torch.device(arguments.device)
@@ -63,8 +63,8 @@ def main():
     )
     charges = rate(loader(data, 0, 4096), 10, on_device)
     print(f"the same with 4096 charges a step (PFGM): {charges:.0f} images/s")
-    held = ImageDataModule(arguments.path, size=size, batch_size=arguments.batch_size, flip=True, memory=0)
-    batches = loader(held, workers)
+    images = ImageDataModule(arguments.path, size=size, batch_size=arguments.batch_size, flip=True, memory=0)
+    batches = loader(images, workers)
     rate(batches, 1, on_device)
     print(f"from the disk by {workers} workers, into the step: {rate(batches, 6, on_device):.0f} images/s")
 

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import gaussian_blur
 from pfgm.core.configurable import build
 from pfgm.evaluation import metrics
 from pfgm.evaluation.features import extract, load_features
-from pfgm.evaluation.metrics import Points
+from pfgm.evaluation.metrics import FeatureSet
 from pfgm.flow import checkpoints
 
 MEASURES = {
@@ -61,7 +61,7 @@ def main():
     value_range, device = data.summary.value_range, torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def points(images):
-        return Points(torch.cat([extract(net, part, value_range, device) for part in images.split(250)]))
+        return FeatureSet(torch.cat([extract(net, part, value_range, device) for part in images.split(250)]))
 
     x, label, other = data.held_out.x[:n].float(), data.held_out.label[:n], points(data.held_out.x[n : 2 * n])
     images = data.train.x[: arguments.reference].float()

@@ -30,10 +30,10 @@ import torch
 from torch import nn
 
 from pfgm.data import DataModule
-from pfgm.data.batches import Part
+from pfgm.data.batches import SampleSet
 from pfgm.nn import UNet
 from pfgm.training.callbacks import Speed
-from pfgm.training.csv_logger import RunLog
+from pfgm.training.csv_logger import MetricsLogger
 from pfgm.training.ema import EMA
 from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
 from pfgm.training.module import PFGM
@@ -119,7 +119,7 @@ def measure(row: Row) -> str:
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.manual_seed(0)
-    images = Part(torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8))
+    images = SampleSet(torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8))
     data = DataModule(images, images, batch_size=row.batch, seed=0, scale=127.5, value_range=(0.0, 255.0), flip=True)
     loss, D = OBJECTIVES[row.objective]
     net = UNet(data.shape, extra_channels=loss.extra_channels, **SIZES[row.size])
@@ -135,7 +135,7 @@ def measure(row: Row) -> str:
             gradient_clip_val=1.0,
             log_every_n_steps=row.group,
             limit_val_batches=0,
-            logger=RunLog(folder),
+            logger=MetricsLogger(folder),
             callbacks=[Speed(compile=row.compile, channels_last=row.channels_last), EMA(), pairs],
             enable_progress_bar=False,
             enable_checkpointing=False,

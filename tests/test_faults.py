@@ -24,7 +24,7 @@ from pfgm.sampling.ode import SolverError
 from pfgm.sampling.sampler import Sampler
 from pfgm.theory import field
 from pfgm.theory.kernel import StudentTKernel
-from pfgm.training.csv_logger import RunLog
+from pfgm.training.csv_logger import MetricsLogger
 from pfgm.training.losses import DenoisingLoss
 from pfgm.training.module import PFGM
 
@@ -32,7 +32,7 @@ from pfgm.training.module import PFGM
 def test_pictures_leave_no_figures_in_memory(tmp_path):
     from matplotlib.figure import Figure
 
-    RunLog(tmp_path).log_metrics({"train_loss": 0.5}, 1)
+    MetricsLogger(tmp_path).log_metrics({"train_loss": 0.5}, 1)
     states = torch.rand(3, 4, 2)
     gc.collect()
     for _ in range(3):

@@ -8,19 +8,17 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_images import pack, write_set
-from test_step import OBJECTIVES, digits, model, train
-from test_training import ROOT, fit
 
 import pfgm
 from pfgm.cli import train as train_cli
 from pfgm.cli.prepare import prepare
 from pfgm.core.rng import generator
-from pfgm.evaluation.metrics import MEASURES, Points
+from pfgm.evaluation.metrics import MEASURES, FeatureSet
 from pfgm.theory.field import posterior_mean
 from pfgm.theory.kernel import StudentTKernel
 from pfgm.training.callbacks import Speed
 from pfgm.training.ema import EMA, PowerAverages
+from tests.helpers import OBJECTIVES, ROOT, digits, fit, model, pack, train_steps, write_set
 
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -41,7 +39,9 @@ def test_steps_between_two_logs_wait_for_nothing(objective, tmp_path):
     averages = [EMA(), PowerAverages(every_n_steps=100)]
     options = {"accelerator": "gpu", "devices": 1, "log_every_n_steps": 10, "precision": "bf16-mixed"}
     try:
-        weights = train(data, model(data, objective, label_dropout=0.1), 10, Detector(), *averages, folder=tmp_path, **options)
+        weights = train_steps(
+            data, model(data, objective, label_dropout=0.1), 10, Detector(), *averages, folder=tmp_path, **options
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(w.device.type == DEVICE and bool(torch.isfinite(w).all()) for w in weights)
@@ -56,7 +56,7 @@ def test_a_gpu_takes_the_steps_that_a_cpu_takes(tmp_path):
             losses.setdefault(module.device.type, []).append(float(outputs["loss"]))
 
     for accelerator in ("cpu", "gpu"):
-        train(data, model(data), 200, EMA(), Record(), folder=tmp_path, accelerator=accelerator, devices=1)
+        train_steps(data, model(data), 200, EMA(), Record(), folder=tmp_path, accelerator=accelerator, devices=1)
     cpu, gpu = (sum(losses[device][100:]) for device in ("cpu", DEVICE))
     assert abs(gpu / cpu - 1) < 0.05
 
@@ -70,7 +70,7 @@ def test_the_average_stays_on_the_gpu(tmp_path):
             places.update(p.device.type for part in trainer.callbacks[1].averages.values() for p in part.values())
 
     data = digits()
-    train(data, model(data), 3, EMA(), PowerAverages(100), Look(), folder=tmp_path, accelerator="gpu", devices=1)
+    train_steps(data, model(data), 3, EMA(), PowerAverages(100), Look(), folder=tmp_path, accelerator="gpu", devices=1)
     assert places == {DEVICE}
 
 
@@ -83,7 +83,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_the_gpu(tmp_path, monkeypatch):
         type(module), "_loss", lambda self, batch, stream: whole(self, batch, stream) * (math.nan if batch["step"] == 2 else 1)
     )
     with pytest.raises(Exception, match="nan at step 2"):
-        train(data, module, 20, folder=tmp_path, accelerator="gpu", devices=1, log_every_n_steps=10)
+        train_steps(data, module, 20, folder=tmp_path, accelerator="gpu", devices=1, log_every_n_steps=10)
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
 
 
@@ -118,7 +118,9 @@ def test_noise_and_targets_have_their_law_on_the_gpu(D):
 def test_speed_changes_the_run_but_not_the_model(tmp_path):
     data, weights = digits(), []
     for speed in (Speed(), Speed(compile=True, channels_last=True)):
-        weights.append(train(data, model(data), 5, speed, EMA(half_life=0), folder=tmp_path, accelerator="gpu", devices=1))
+        weights.append(
+            train_steps(data, model(data), 5, speed, EMA(half_life=0), folder=tmp_path, accelerator="gpu", devices=1)
+        )
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(*weights, strict=True))
 
 
@@ -139,6 +141,6 @@ def test_images_are_trained_on_and_tested_by_features(memory, tmp_path):
 def test_measures_are_those_of_the_cpu():
     x, y = torch.randn(300, 20, generator=generator(0)), torch.randn(400, 20, generator=generator(1)) + 0.1
     for name, measure in MEASURES.items():
-        assert measure(Points(x.to(DEVICE)), Points(y.to(DEVICE))) == pytest.approx(measure(Points(x), Points(y)), rel=1e-6), (
-            name
-        )
+        assert measure(FeatureSet(x.to(DEVICE)), FeatureSet(y.to(DEVICE))) == pytest.approx(
+            measure(FeatureSet(x), FeatureSet(y)), rel=1e-6
+        ), name

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import get_loader, set_loader
 from torch import Tensor
 
+from pfgm.core.configurable import ALIASES, renamed
 from pfgm.core.tensors import check_positive
 from pfgm.files import arrays
 from pfgm.files.arrays import read_inputs
@@ -17,6 +19,8 @@ from pfgm.files.untrusted import read_text
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.sampling.inverse import Mask, Measurement
 from pfgm.sampling.sampler import seed_pairs
+
+PARSER_MODE = "pfgm"  # how jsonargparse calls `load_settings`
 
 
 def join_pair(words: list[str]) -> list[str]:
@@ -31,7 +35,7 @@ def join_pair(words: list[str]) -> list[str]:
     return [*words[:i], json.dumps(pair), *words[i + 2 :]]
 
 
-class OnceLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a mapping with one key twice, of which the parser would take the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -42,6 +46,20 @@ class OnceLoader(yaml.SafeLoader):
                 raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
             names.add(key.value)
         return node
+
+
+def load_settings(text: str) -> Any:
+    """Parse a YAML text, with class paths of version 0.1 replaced by today's."""
+    return renamed(get_loader("yaml")(text))
+
+
+set_loader(PARSER_MODE, load_settings, (yaml.YAMLError,))
+
+
+def renamed_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with class paths of version 0.1, alone or after "=", replaced by today's."""
+    split = [word.rpartition("=") for word in words]
+    return [f"{option}{equals}{ALIASES.get(value, value)}" for option, equals, value in split]
 
 
 def check_configs(words: Sequence[str]) -> None:
@@ -56,7 +74,7 @@ def check_configs(words: Sequence[str]) -> None:
 def read_config(path: str) -> dict[str, Any]:
     """The settings in a YAML file. ValueError or OSError, which names it, if there are none."""
     try:
-        content = yaml.load(read_text(Path(path), f"config = {path}"), OnceLoader)
+        content = yaml.load(read_text(Path(path), f"config = {path}"), UniqueKeyLoader)
     except OSError as error:
         raise OSError(f"config = {path} cannot be read: {error.strerror}; give a YAML file of settings") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

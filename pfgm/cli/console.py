@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pfgm.core.exits import LOST, LostProcess, _exit, end
+from pfgm.core.exits import LOST, LostProcess, end, exit_with
 from pfgm.sampling.ode import SolverError
 
 pass
@@ -62,7 +62,7 @@ def run(
     except KeyboardInterrupt:  # of a thread, or of a library
         end(signal.SIGINT)
     except Exception as error:
-        _exit(*_last_words(program, error, errors))
+        exit_with(*_last_words(program, error, errors))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -87,7 +87,7 @@ def _flush(program: str) -> None:
         os.dup2(nowhere, sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + signal.SIGPIPE)
-        _exit(f"{program}: done, but its output cannot be written: {error.strerror}", 2)
+        exit_with(f"{program}: done, but its output cannot be written: {error.strerror}", 2)
 
 
 def _last_words(program: str, error: Exception, errors: tuple[type[Exception], ...]) -> tuple[str, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pfgm.cli.arguments import check_device, chosen_pairs, in_turn, read_condition, read_inpainting, solver_options
-from pfgm.cli.output_folder import Drawing, Share
+from pfgm.cli.output_folder import SampleFolder, Share
 from pfgm.cli.outputs import (
     ARRAYS,
     check_columns,
@@ -127,7 +127,7 @@ def draw(
         one.denoiser.to(getattr(torch, dtype))
     settings: dict[str, Any] = {"labels": label, "batch_size": batch_size, "max_calls": max_calls, **options, **given}
     if not out.suffix:
-        drawing = Drawing(out, pairs, flow.shape, flow.value_range, made, batch_size=batch_size, share=part)
+        drawing = SampleFolder(out, pairs, flow.shape, flow.value_range, made, batch_size=batch_size, share=part)
         draw_to_folder(flow, drawing, pairs, settings)
         return
     samples = flow.draw(pairs, progress=True, **settings)
@@ -138,7 +138,9 @@ def draw(
         print(f"their way from the {flow.sampler(**options).start} -> {trajectory}")
 
 
-def draw_to_folder(flow: PoissonFlow, drawing: Drawing, pairs: Sequence[tuple[int, int]], settings: dict[str, Any]) -> None:
+def draw_to_folder(
+    flow: PoissonFlow, drawing: SampleFolder, pairs: Sequence[tuple[int, int]], settings: dict[str, Any]
+) -> None:
     """Draw what is missing of this process's share, and write each batch as it comes."""
     parts = []
     with drawing.opened() as missing:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from pfgm.cli import console
-from pfgm.cli.arguments import check_configs, join_pair
+from pfgm.cli.arguments import PARSER_MODE, check_configs, join_pair
 from pfgm.cli.average import average
 from pfgm.cli.edit import decode, encode, interpolate, vary
 from pfgm.cli.generate import draw
@@ -30,4 +30,6 @@ def command(words: list[str]) -> None:
     check_configs(words)
     function = COMMANDS.get(words[0]) if words else None
     prog = "sample.py" if function is None else f"sample.py {words.pop(0)}"
-    auto_cli(function or draw, args=join_pair(words), as_positional=True, prog=prog, exit_on_error=False)
+    auto_cli(
+        function or draw, args=join_pair(words), as_positional=True, prog=prog, parser_mode=PARSER_MODE, exit_on_error=False
+    )

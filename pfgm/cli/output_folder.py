@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from pfgm.evaluation import plots
-from pfgm.files.atomic import PARTIAL, replacing
-from pfgm.files.locking import held
+from pfgm.files.atomic import PARTIAL, atomic_write
+from pfgm.files.locking import lock_folder
 from pfgm.files.untrusted import read_text
 
 RECORD = "draw.json"
@@ -60,7 +60,7 @@ class Share:
         return f"{self.number + 1}/{self.of}"
 
 
-class Drawing:
+class SampleFolder:
     """Samples of (seed, index) `pairs` of event `shape` as files of the folder `out`.
 
     Images are PNGs, of which `value_range` is black and white, other samples .npy files, both in the user's units. `made` is
@@ -108,7 +108,7 @@ class Drawing:
         ValueError if the folder holds samples that were made otherwise, FileExistsError if nothing says how they were made,
         BlockingIOError if the share is being drawn, or others of another number of processes.
         """
-        with held(self.out, "out", f"-{self.share.number + 1}-of-{self.share.of}"):
+        with lock_folder(self.out, "out", f"-{self.share.number + 1}-of-{self.share.of}"):
             with FileLock(self.out / ".lock-record"):
                 self._check_others()
                 self._check()
@@ -121,7 +121,7 @@ class Drawing:
             if self.image:
                 plots.save_image(self.path(i), sample)
             else:
-                with replacing(self.path(i)) as temporary:
+                with atomic_write(self.path(i)) as temporary:
                     np.save(temporary, sample.numpy())
 
     def _check_others(self) -> None:
@@ -144,7 +144,7 @@ class Drawing:
                     f"out = {self.out} holds {taken} of these samples, and no {RECORD} that says how they were made; give a "
                     "new folder"
                 )
-            with replacing(record) as temporary:
+            with atomic_write(record) as temporary:
                 temporary.write_text(json.dumps(self.made, indent=2) + "\n")
             return
         try:

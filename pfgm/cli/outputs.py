@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from pfgm.evaluation import plots
-from pfgm.files.atomic import replacing, save_torch
+from pfgm.files.atomic import atomic_write, save_torch
 
 ARRAYS = (".npz", ".pt")
 
@@ -78,7 +78,7 @@ def check_strip(out: Path, shape: Sequence[int]) -> None:
 def save_arrays(out: Path, arrays: dict[str, Tensor]) -> None:
     """Tensors by name as an .npz or .pt file."""
     here = {name: tensor.detach().cpu().contiguous() for name, tensor in arrays.items()}
-    with replacing(out) as temporary:
+    with atomic_write(out) as temporary:
         if out.suffix == ".pt":
             save_torch(temporary, here)
         else:

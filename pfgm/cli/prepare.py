@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from pfgm.cli.arguments import check_device, read_config
+from pfgm.cli.arguments import PARSER_MODE, check_device, read_config
 from pfgm.cli.outputs import check_writable
 from pfgm.data.datamodule import DataModule
 from pfgm.data.datasets import Arrays, ImageDataModule
-from pfgm.data.image_dataset import Survey
+from pfgm.data.image_dataset import ImageSurvey
 from pfgm.data.image_sources import open_source
 from pfgm.evaluation import plots
 from pfgm.evaluation.features import accuracy, fit_classifier, save_classifier
 from pfgm.files.arrays import ARRAYS
-from pfgm.training.recommend import Measured, recommend, to_yaml
+from pfgm.training.recommend import DataMeasurements, recommend, to_yaml
 
 
 def features(
@@ -90,7 +90,7 @@ def advise(
         run_dir: Folder of the run.
     """
     data = look_at(path, size, labels, skip_damaged)
-    settings = recommend(Measured.of(data), trimmed(data.spec), D, torch.cuda.is_available() if gpu is None else gpu)
+    settings = recommend(DataMeasurements.of(data), trimmed(data.spec), D, torch.cuda.is_available() if gpu is None else gpu)
     print(f"# Recommended for {path}: {len(data.train)} training samples of shape {data.shape}.")
     if len(data.train) < 5000:
         print("# They are few: begin with the weights of a model of similar data with this network, --init_from other.ckpt.")
@@ -107,7 +107,7 @@ def look_at(path: str, size: int | None, labels: bool | str, skip_damaged: bool)
         if size is not None:
             raise ValueError(f"size = {size}: {path} holds no images; leave it out") from None
         return Arrays(Path(path), labels=labels)
-    forms = Survey.of(source).forms.values()
+    forms = ImageSurvey.of(source).forms.values()
     if size is None and len({(form.height, form.width) for form in forms}) > 1:
         middle = statistics.median(min(form.height, form.width) for form in forms)
         size = min(64, 2 ** int(math.log2(middle)))
@@ -128,7 +128,14 @@ COMMANDS: dict[str, Callable[..., None]] = {"features": features, "advise": advi
 def prepare(words: Sequence[str]) -> None:
     """Run the command that the first of `words` names with the others as its options."""
     positional, prog = words[0] == "advise", f"train.py {words[0]}"
-    auto_cli(COMMANDS[words[0]], args=with_data_of(words[1:]), as_positional=positional, prog=prog, exit_on_error=False)
+    auto_cli(
+        COMMANDS[words[0]],
+        args=with_data_of(words[1:]),
+        as_positional=positional,
+        prog=prog,
+        parser_mode=PARSER_MODE,
+        exit_on_error=False,
+    )
 
 
 def with_data_of(words: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from pfgm.cli import console
-from pfgm.cli.arguments import check_configs, join_pair
+from pfgm.cli.arguments import PARSER_MODE, check_configs, join_pair, renamed_words
 from pfgm.cli.generate import draw
 from pfgm.cli.prepare import COMMANDS, prepare
 from pfgm.core import exits, rng
@@ -28,7 +28,7 @@ from pfgm.flow import checkpoints
 from pfgm.training import run_directory
 from pfgm.training.callbacks import SampleGrid, SaveConfig, Speed, StepProgressBar
 from pfgm.training.checkpointing import LastCheckpoint, Stopped
-from pfgm.training.csv_logger import RunLog
+from pfgm.training.csv_logger import MetricsLogger
 from pfgm.training.ema import EMA, PowerAverages
 from pfgm.training.evaluation_callback import Evaluation
 from pfgm.training.losses import DenoisingLoss, Loss
@@ -128,7 +128,7 @@ class TrainCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             config["callbacks"] = [*(config["callbacks"] or []), StepProgressBar()]
         if config["logger"] is False and fitting:
-            kwargs["logger"] = RunLog(run_dir)
+            kwargs["logger"] = MetricsLogger(run_dir)
         if SLURMEnvironment.detect():  # signals are for LastCheckpoint, and what comes then for the batch script
             config["plugins"] = [*(config["plugins"] or []), SLURMEnvironment(auto_requeue=False)]
         try:
@@ -140,7 +140,7 @@ class TrainCLI(LightningCLI):
         """Resume if the run has a checkpoint, else start, from `--init_from` if given."""
         run_dir = Path(self._get(self.config, "run_dir"))
         first = self.trainer.is_global_zero
-        with locking.held(run_dir) if first else nullcontext():
+        with locking.lock_folder(run_dir) if first else nullcontext():
             if first:
                 run_directory.clear(run_dir)
             start = self._start(model, datamodule, run_dir, first)
@@ -148,7 +148,7 @@ class TrainCLI(LightningCLI):
 
     def _start(self, model: PFGM, datamodule: DataModule, run_dir: Path, mend: bool) -> Path | None:
         """The checkpoint to resume, None for a new run."""
-        source, found = self._get(self.config, "init_from"), run_directory.newest(run_dir, mend)
+        source, found = self._get(self.config, "init_from"), run_directory.latest_checkpoint(run_dir, mend)
         if found is None:
             run_directory.check_no_other_files(run_dir)
             if source is not None:
@@ -236,8 +236,9 @@ def main(args: list[str] | None = None) -> TrainCLI:
         parser_kwargs={
             "description": f"Train and test a Poisson flow. Before that: {', '.join(COMMANDS)} (each with --help).",
             "exit_on_error": False,
+            "parser_mode": PARSER_MODE,
         },
-        args=args,
+        args=None if args is None else renamed_words(args),
     )
 
 
@@ -252,7 +253,7 @@ def command(words: list[str]) -> None:
     if words and words[0] in COMMANDS:
         prepare(words)
         return
-    sys.argv[1:] = join_pair(words)  # where Lightning looks, also for the processes that it starts
+    sys.argv[1:] = renamed_words(join_pair(words))  # where Lightning looks, also for the processes that it starts
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # Lightning 2.6 on newer torch; no user can help it
     try:
         main()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pfgm.core.tensors import expand
 from pfgm.evaluation import plots
-from pfgm.files.atomic import replacing
+from pfgm.files.atomic import atomic_write
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.sampling.sampler import Samples, Trajectory
 
@@ -56,7 +56,7 @@ def write_trajectory(
     own = {name: _first(value, len(few), len(pairs)) for name, value in (given | {"labels": labels}).items()}
     way = flow.trajectory(few, POINTS[kind], batch_size=batch_size, **own, **options)
     if kind == "arrays":
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             np.savez(temporary, x=way.x.cpu(), denoised=way.denoised.cpu(), sigma=way.sigma.cpu(), seeds=np.array(few))
     elif path.suffix == ".gif":
         plots.save_animation(path, _rescaled(flow, way), way.denoised, flow.value_range)

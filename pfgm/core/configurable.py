@@ -18,13 +18,33 @@ from pfgm.core.arguments import ArgumentTypeError, check_types
 
 PACKAGE = __name__.partition(".")[0]
 
+# Class paths of version 0.1, and what the classes are called now: checkpoints, exports and configurations keep loading.
+ALIASES = {
+    "pfgm.augment.Augment": "pfgm.data.Augment",
+    "pfgm.degrade.AddNoise": "pfgm.data.AddNoise",
+    "pfgm.degrade.Downsample": "pfgm.data.Downsample",
+    "pfgm.degrade.Grey": "pfgm.data.Grey",
+    "pfgm.denoiser.FieldDenoiser": "pfgm.nn.FieldDenoiser",
+    "pfgm.denoiser.PreconditionedDenoiser": "pfgm.nn.PreconditionedDenoiser",
+    "pfgm.features.Classifier": "pfgm.evaluation.Classifier",
+    "pfgm.loss.DenoisingLoss": "pfgm.training.DenoisingLoss",
+    "pfgm.loss.PoissonFieldLoss": "pfgm.training.PoissonFieldLoss",
+    "pfgm.nn.adapter.DiffusersUNet": "pfgm.nn.DiffusersUNet",
+    "pfgm.nn.mlp.TimeMLP": "pfgm.nn.TimeMLP",
+    "pfgm.nn.unet.UNet": "pfgm.nn.UNet",
+    "pfgm.noise.DataSummary": "pfgm.theory.DataSummary",
+    "pfgm.noise.LogNormal": "pfgm.training.LogNormal",
+    "pfgm.noise.LogUniform": "pfgm.training.LogUniform",
+    "pfgm.noise.PoissonFlowNoise": "pfgm.training.PoissonFlowNoise",
+}
 
-class Recorded:
+
+class Configurable:
     """Mixin: instances know their `spec`, the class path and the arguments they were made with."""
 
     _arguments: dict[str, Any]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Recorded":
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Configurable":
         self = super().__new__(cls)
         # bind_partial: copying calls __new__ without arguments and restores `_arguments` with the other attributes.
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
@@ -70,6 +90,17 @@ def to_json(value: Any) -> Any:
     )
 
 
+def renamed(value: Any) -> Any:
+    """Return nested plain data with every class path of version 0.1 replaced by today's."""
+    if isinstance(value, Mapping):
+        return {key: ALIASES.get(item, item) if _is_path(key, item) else renamed(item) for key, item in value.items()}
+    return [renamed(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_path(key: Any, value: Any) -> bool:
+    return key == "class_path" and isinstance(value, str)
+
+
 def with_defaults(old: Any, now: Any) -> Any:
     """The spec `old` with the arguments that `now` has and it does not know at their defaults, in nested specs too.
 
@@ -100,7 +131,7 @@ def build(spec: Mapping[str, Any], trust: Sequence[str] = (), kind: Kind = objec
     """
     if not _is_spec(spec) or not isinstance(spec["class_path"], str) or not isinstance(spec["init_args"], Mapping):
         raise TypeError(f"{str(spec)[:100]} is no description of an object; it needs a class_path and init_args")
-    class_ = _find_class(spec["class_path"], trust, kind)
+    class_ = _find_class(ALIASES.get(spec["class_path"], spec["class_path"]), trust, kind)
     arguments = {name: _build_nested(value, trust, kind) for name, value in spec["init_args"].items()}
     try:
         return class_(**arguments)
@@ -127,7 +158,9 @@ def _find_class(class_path: str, trust: Sequence[str], kind: Kind) -> type:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"class_path {class_path!r} does not exist here: {error}") from error
     if not (
-        isinstance(class_, type) and issubclass(class_, Recorded if own else (Recorded, nn.Module)) and issubclass(class_, kind)
+        isinstance(class_, type)
+        and issubclass(class_, Configurable if own else (Configurable, nn.Module))
+        and issubclass(class_, kind)
     ):
         raise ValueError(f"class_path {class_path!r} is not a class that a checkpoint may name")
     return class_

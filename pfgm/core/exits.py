@@ -13,12 +13,12 @@ class LostProcess(RuntimeError):
 
 def end(number: int, frame: object = None) -> None:
     """End the process for a signal, with its exit code; Lightning has one of its own for KeyboardInterrupt."""
-    _exit(
+    exit_with(
         f"stopped by {signal.Signals(number).name}; files are whole, and the same command continues a run or a folder",
         128 + number,
     )
 
 
-def _exit(text: str, code: int) -> None:
+def exit_with(text: str, code: int) -> None:
     print(text, file=sys.stderr)
     sys.exit(code)

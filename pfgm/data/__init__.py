@@ -10,7 +10,7 @@ from pfgm.core.exports import lazy_names
 
 if TYPE_CHECKING:
     from pfgm.data.augmentation import Augment
-    from pfgm.data.batches import Part
+    from pfgm.data.batches import SampleSet
     from pfgm.data.datamodule import DataModule
     from pfgm.data.datasets import Arrays, Digits, ImageDataModule, Toy
     from pfgm.data.degradations import AddNoise, Degradation, Downsample, Grey
@@ -25,13 +25,13 @@ __all__ = [
     "Downsample",
     "Grey",
     "ImageDataModule",
-    "Part",
+    "SampleSet",
     "Toy",
 ]
 
 _HOMES = {
     "augmentation": ["Augment"],
-    "batches": ["Part"],
+    "batches": ["SampleSet"],
     "datamodule": ["DataModule"],
     "datasets": ["Arrays", "Digits", "ImageDataModule", "Toy"],
     "degradations": ["AddNoise", "Degradation", "Downsample", "Grey"],

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pfgm.core import rng
-from pfgm.core.configurable import Recorded
+from pfgm.core.configurable import Configurable
 from pfgm.core.rng import Generators
 
 SIZE = 9
 """Numbers that describe an augmentation: mirrored, upside down, scale, turn (2), stretch (2), shift (2)."""
 
 
-class Augment(Recorded):
+class Augment(Configurable):
     """Random geometric changes of images: mirrored with probability 1/2, and each of five others with `probability`.
 
     They are: upside down (half of the time), scaled by 2^(.2 n), turned by any angle, stretched by 2^(.2 n) along one direction

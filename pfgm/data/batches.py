@@ -29,7 +29,7 @@ the objective asks for charges."""
 
 
 @dataclass(frozen=True)
-class Part:
+class SampleSet:
     """Samples `x` [n, *shape] in the user's units with the `label` [n] and `condition` [n, ...] of each, if there are any.
 
     `x` is a tensor, or an ImageSet, whose images are read when they are asked for by an index.
@@ -42,9 +42,9 @@ class Part:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, rows: Tensor | slice) -> "Part":
+    def __getitem__(self, rows: Tensor | slice) -> "SampleSet":
         label, condition = (None if value is None else value[rows] for value in (self.label, self.condition))
-        return Part(self.x[rows], label, condition)
+        return SampleSet(self.x[rows], label, condition)
 
     def batch(self) -> Batch:
         """What there is, by name."""
@@ -64,7 +64,7 @@ class Preparation:
     width: float = 0.0
     flip: bool = False
 
-    def __call__(self, part: Part, generator: Generators) -> Part:
+    def __call__(self, part: SampleSet, generator: Generators) -> SampleSet:
         """`part`, in memory, mirrored, with condition and noise."""
         x, condition = part[:].x, part.condition
         if self.flip:
@@ -76,15 +76,15 @@ class Preparation:
             condition = self.degrade(x, generator)
         if self.width:
             x = x + self.width * (rng.uniform(x.shape, generator, dtype=x.dtype) - 0.5)
-        return Part(x, part.label, condition)
+        return SampleSet(x, part.label, condition)
 
 
-class Stream(IterableDataset):
+class TrainingStream(IterableDataset):
     """The training batches from optimizer step `start` on, without end: `accumulate` a step on each of `world` ranks."""
 
     def __init__(
         self,
-        part: Part,
+        part: SampleSet,
         preparation: Preparation = Preparation(),
         *,
         batch_size: int,
@@ -134,7 +134,7 @@ class Stream(IterableDataset):
         return torch.cat([own, order[~torch.isin(order, own)]])[: self.reference_size], position
 
 
-def _reference(part: Part) -> Batch:
+def _reference(part: SampleSet) -> Batch:
     """`part` as charges."""
     labels = {} if part.label is None else {"reference_label": part.label}
     return {"reference": part.x} | labels
@@ -162,12 +162,12 @@ def _permutation(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=rng.generator(seed, rng.PERMUTATION, epoch))
 
 
-class HeldOut(Dataset):
+class HeldOutBatches(Dataset):
     """Held-out batches; the index of the first sample fixes the noise."""
 
     def __init__(
         self,
-        part: Part,
+        part: SampleSet,
         preparation: Preparation = Preparation(),
         *,
         batch_size: int,
@@ -190,7 +190,7 @@ class HeldOut(Dataset):
         return batch | _reference(prepared) if self.reference_size else batch
 
 
-def split(part: Part, held_out: float, seed: int) -> tuple[Part, Part]:
+def split(part: SampleSet, held_out: float, seed: int) -> tuple[SampleSet, SampleSet]:
     """Training and held-out samples at random, see `split_rows`."""
     train, rest = (part[torch.from_numpy(rows)] for rows in split_rows(len(part), part.label, held_out, seed))
     return train, rest

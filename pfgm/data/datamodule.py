@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pfgm.core import rng
-from pfgm.core.configurable import Recorded
-from pfgm.data.batches import HeldOut, Part, Preparation, Stream
+from pfgm.core.configurable import Configurable
+from pfgm.data.batches import HeldOutBatches, Preparation, SampleSet, TrainingStream
 from pfgm.data.degradations import Degradation
 from pfgm.theory.data_summary import DataSummary, level_spacing
 
 
-class DataModule(Recorded, pl.LightningDataModule):
+class DataModule(Configurable, pl.LightningDataModule):
     """Samples with their units, split into training and held-out data.
 
     `train` and `held_out` have samples [n, *shape] in the user's units, with labels and conditions if there are any. model =
@@ -32,8 +32,8 @@ class DataModule(Recorded, pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Part,
-        held_out: Part,
+        train: SampleSet,
+        held_out: SampleSet,
         *,
         batch_size: int,
         seed: int,
@@ -80,7 +80,7 @@ class DataModule(Recorded, pl.LightningDataModule):
             dequantized=dequantize,
         )
 
-    def prepared(self, part: Part) -> Part:
+    def prepared(self, part: SampleSet) -> SampleSet:
         """All of `part` with its conditions, and noise if dequantised, the same each time."""
         return self.preparation(part, rng.generator(self.seed, rng.WHOLE))
 
@@ -102,7 +102,7 @@ class DataModule(Recorded, pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """The stream from the trainer's present step on, so that a resumed run continues it."""
         trainer: Any = self.trainer
-        stream = Stream(
+        stream = TrainingStream(
             self.train,
             self.augmentation,
             batch_size=self.batch_size,
@@ -115,7 +115,7 @@ class DataModule(Recorded, pl.LightningDataModule):
         )
         return self._loader(stream)
 
-    def _loader(self, batches: Stream | HeldOut) -> DataLoader:
+    def _loader(self, batches: TrainingStream | HeldOutBatches) -> DataLoader:
         """Batches as they are, in page-locked memory for an accelerator, which then need not be waited for."""
         trainer: Any = self.trainer
         return DataLoader(
@@ -128,7 +128,7 @@ class DataModule(Recorded, pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """The held-out data in order."""
         trainer: Any = self.trainer
-        held_out = HeldOut(
+        held_out = HeldOutBatches(
             self.held_out,
             self.preparation,
             batch_size=self.batch_size,
@@ -144,7 +144,7 @@ SUMMARY_BYTES = 2**31
 """Size of the samples that stand for data of more."""
 
 
-def some(part: Part, seed: int) -> Part:
+def some(part: SampleSet, seed: int) -> SampleSet:
     """`part` if it is small, else samples of it at random that take SUMMARY_BYTES; the same whether it is in memory or not."""
     count = int(SUMMARY_BYTES // (math.prod(part.x.shape[1:]) * part.x.dtype.itemsize))
     if len(part) <= count:

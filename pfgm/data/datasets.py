@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pfgm.core import rng
-from pfgm.data.batches import Part, split
+from pfgm.data.batches import SampleSet, split
 from pfgm.data.datamodule import DataModule
 from pfgm.data.degradations import Degradation
-from pfgm.data.image_dataset import Wanted, collect
+from pfgm.data.image_dataset import ImageOptions, collect
 from pfgm.data.toys import TOYS
 from pfgm.files.arrays import check_values, read_samples
 from pfgm.files.images import Resize
@@ -42,9 +42,9 @@ class Digits(DataModule):
 
         data = load_digits()
         x, y = torch.tensor(data.images / 8 - 1, dtype=torch.float32)[:, None], torch.tensor(data.target)
-        train, rest = split(Part(x, y), held_out, seed)
+        train, rest = split(SampleSet(x, y), held_out, seed)
         if not labels:
-            train, rest = Part(train.x), Part(rest.x)
+            train, rest = SampleSet(train.x), SampleSet(rest.x)
         super().__init__(
             train,
             rest,
@@ -75,7 +75,7 @@ class Toy(DataModule):
             raise ValueError(f"size = {size} must be at least 1")
         seed = rng.natural("seed", seed)
         parts = [torch.tensor(TOYS[name](size, np.random.default_rng((seed, k))), dtype=torch.float32) for k in (0, 1)]
-        super().__init__(Part(parts[0]), Part(parts[1]), batch_size=batch_size, seed=seed, mean=mean)
+        super().__init__(SampleSet(parts[0]), SampleSet(parts[1]), batch_size=batch_size, seed=seed, mean=mean)
 
 
 class Arrays(DataModule):
@@ -106,7 +106,7 @@ class Arrays(DataModule):
     ):
         if conditions and degrade is not None:
             raise ValueError("conditions, degrade: give one of them, conditions of the file or conditions of the samples")
-        whole = Part(*read_samples(Path(path), labels, conditions))
+        whole = SampleSet(*read_samples(Path(path), labels, conditions))
         if whole.x.dtype == torch.uint8 and value_range is None:
             value_range = (0.0, 255.0)
         check_values(whole.x, value_range, path)
@@ -181,7 +181,7 @@ class ImageDataModule(DataModule):
         seed: int = 0,
     ):
         check_image_options(resize, channels, memory, workers)
-        wanted = Wanted(
+        wanted = ImageOptions(
             size=sides("size", size),
             crop=sides("crop", crop),
             resize=resize,

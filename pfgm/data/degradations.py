@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pfgm.core import rng
-from pfgm.core.configurable import Recorded
+from pfgm.core.configurable import Configurable
 from pfgm.core.rng import Generators
 from pfgm.core.tensors import check_positive
 
 
-class Degradation(Recorded, ABC):
+class Degradation(Configurable, ABC):
     """Makes the condition of a sample from the sample itself."""
 
     @abstractmethod

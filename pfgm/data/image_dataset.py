@@ -13,10 +13,10 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
-from pfgm.data.batches import Part, split_rows
+from pfgm.data.batches import SampleSet, split_rows
 from pfgm.data.image_sources import Source, open_source
 from pfgm.data.labels import csv_labels, numbered
-from pfgm.files.images import Form, ImageError, Resize, fit
+from pfgm.files.images import ImageError, ImageFormat, Resize, fit
 
 T = TypeVar("T")
 
@@ -25,14 +25,14 @@ CHUNK = 64
 
 
 @dataclass
-class Survey:
+class ImageSurvey:
     """The form of each image of a source, and why those of `damaged` cannot be used."""
 
-    forms: dict[int, Form]
+    forms: dict[int, ImageFormat]
     damaged: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, source: Source) -> "Survey":
+    def of(cls, source: Source) -> "ImageSurvey":
         """By the headers of all images. ValueError if none can be used."""
         damaged: dict[int, str] = {}
         forms = dict(_each(source.header, range(len(source.names)), damaged, "looking at images", threads=1))
@@ -40,7 +40,7 @@ class Survey:
             raise ValueError(f"{source.place}: none of {len(damaged)} images can be used, {source.names[0]}: {damaged[0]}")
         return cls(forms, damaged)
 
-    def form(self, place: str, size: Sequence[int] | None, channels: int | None) -> Form:
+    def form(self, place: str, size: Sequence[int] | None, channels: int | None) -> ImageFormat:
         """The form for all: grey and 16 bits if all are, of `size` (height, width), or of the one size that they have.
 
         ValueError, which names the `place`, if they have several and none is given.
@@ -51,7 +51,7 @@ class Survey:
             raise ValueError(f"{place} has images of {len(sizes)} sizes, such as {common}; give data.size, such as 64")
         height, width = next(iter(sizes)) if size is None else size
         forms = self.forms.values()
-        return Form(
+        return ImageFormat(
             height,
             width,
             max(form.channels for form in forms) if channels is None else channels,
@@ -84,7 +84,7 @@ class ImageSet:
     ndim = 4
 
     def __init__(
-        self, source: Source, rows: Sequence[int], form: Form, resize: Resize = "crop", crop: Sequence[int] | None = None
+        self, source: Source, rows: Sequence[int], form: ImageFormat, resize: Resize = "crop", crop: Sequence[int] | None = None
     ):
         self.source, self.rows, self.form, self.resize, self.crop = source, rows, form, resize, crop
         self.dtype = torch.uint8 if form.bits == 8 else torch.int32
@@ -167,7 +167,7 @@ pass
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ImageOptions:
     """What images are to become; see `pfgm.data.ImageDataModule`, but `memory` is in bytes."""
 
     size: Sequence[int] | None = None
@@ -180,7 +180,7 @@ class Wanted:
     memory: float = 2**33
 
 
-def collect(path: str, held_out: float | str, wanted: Wanted, seed: int) -> tuple[Part, Part, int]:
+def collect(path: str, held_out: float | str, wanted: ImageOptions, seed: int) -> tuple[SampleSet, SampleSet, int]:
     """Training and held-out images, and their bits. `held_out` is a share, drawn by `seed` alone, or another path.
 
     ValueError or OSError if there are none, if some are damaged and not to be skipped, or if labels are missing.
@@ -188,7 +188,7 @@ def collect(path: str, held_out: float | str, wanted: Wanted, seed: int) -> tupl
     sources = [open_source(path, wanted.root)]
     if isinstance(held_out, str):
         sources.append(open_source(held_out, wanted.root, "held_out"))
-    surveys = [Survey.of(source) for source in sources]
+    surveys = [ImageSurvey.of(source) for source in sources]
     form = surveys[0].form(sources[0].place, wanted.size or wanted.crop, wanted.channels)
     labels = _labels(sources, wanted.labels)
     rows = [sorted(survey.forms) for survey in surveys]
@@ -204,7 +204,7 @@ def collect(path: str, held_out: float | str, wanted: Wanted, seed: int) -> tupl
         x, bad = images.load(surveys[0].threads) if in_memory else images.checked(surveys[0].threads)
         damaged += [(images.source, row, why) for row, why in bad.items()]
         good = torch.tensor([row for row in images.rows if row not in bad], dtype=torch.long)
-        parts.append(Part(x, None if label is None else label[good]))
+        parts.append(SampleSet(x, None if label is None else label[good]))
     for source in dict.fromkeys(sources):
         _report(source, {source.names[i]: why for one, i, why in damaged if one is source}, wanted.skip_damaged)
     return parts[0], parts[1], form.bits
@@ -228,7 +228,7 @@ def _labels(sources: Sequence[Source], labels: bool | str) -> list[Tensor | None
     return list(numbers.split([len(words) for words in found]))
 
 
-def _announce(path: str, ignored: int, surveys: Sequence[Survey], sets: Sequence[ImageSet], in_memory: bool) -> None:
+def _announce(path: str, ignored: int, surveys: Sequence[ImageSurvey], sets: Sequence[ImageSet], in_memory: bool) -> None:
     """What was found and what becomes of it, in a line or two."""
     train, held_out = sets
     _, channels, height, width = train.shape

@@ -18,8 +18,8 @@ import numpy as np
 
 from pfgm.data.labels import Labels, table_or_folders
 from pfgm.files.arrays import ARRAYS, raw_arrays
-from pfgm.files.images import SUFFIXES, Form, ImageError, pixels, read_header, read_pixels
-from pfgm.files.untrusted import FREE, UNREADABLE, first_line, is_regular, opened_zip, read_bytes
+from pfgm.files.images import SUFFIXES, ImageError, ImageFormat, pixels, read_header, read_pixels
+from pfgm.files.untrusted import FREE, UNREADABLE, first_line, is_regular_file, open_zip, read_bytes
 
 
 class Source(ABC):
@@ -33,10 +33,10 @@ class Source(ABC):
     def read(self, i: int) -> np.ndarray:
         """The pixels of image `i`, see `pfgm.files.images`. ImageError if it is damaged."""
 
-    def header(self, i: int) -> Form:
+    def header(self, i: int) -> ImageFormat:
         """The form of image `i`. ImageError if it is damaged."""
         height, width, channels = (array := self.read(i)).shape
-        return Form(height, width, channels, 8 if array.dtype == np.uint8 else 16)
+        return ImageFormat(height, width, channels, 8 if array.dtype == np.uint8 else 16)
 
     @abstractmethod
     def labels(self) -> Labels | None:
@@ -81,7 +81,7 @@ class Folder(Source):
         self.files = sorted(_walk(path))
         self.names, self.ignored = _images(self.files)
 
-    def header(self, i: int) -> Form:
+    def header(self, i: int) -> ImageFormat:
         return read_header(self.path / self.names[i])
 
     def read(self, i: int) -> np.ndarray:
@@ -99,7 +99,7 @@ class Zip(Source):
         self._open: tuple[int, zipfile.ZipFile] | None = None
         self._lock = threading.Lock()
         try:
-            with opened_zip(path, place) as archive:
+            with open_zip(path, place) as archive:
                 names = archive.namelist()
         except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
             raise ValueError(f"{place} is no zip, or was not copied to its end ({error}); use another copy") from error
@@ -130,7 +130,7 @@ class Zip(Source):
         except Exception as error:  # a wrong checksum, a password, an unknown compression
             raise ImageError(f"{type(error).__name__}: {error}") from error
 
-    def header(self, i: int) -> Form:
+    def header(self, i: int) -> ImageFormat:
         return read_header(io.BytesIO(self._bytes(self.names[i])))
 
     def read(self, i: int) -> np.ndarray:
@@ -220,7 +220,7 @@ class HuggingFace(Source):
         cell = self.data[i][self.image]
         return Path(cell["path"]) if cell["bytes"] is None else io.BytesIO(cell["bytes"])
 
-    def header(self, i: int) -> Form:
+    def header(self, i: int) -> ImageFormat:
         return read_header(self._file(i))
 
     def read(self, i: int) -> np.ndarray:
@@ -240,7 +240,7 @@ def _walk(path: Path) -> Iterator[str]:
             continue
         seen.add(real)
         paths = (Path(folder, file) for file in files)
-        yield from (file.relative_to(path).as_posix() for file in paths if is_regular(file))
+        yield from (file.relative_to(path).as_posix() for file in paths if is_regular_file(file))
 
 
 def _name(place: str) -> str:

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfgm.core import rng
-from pfgm.core.configurable import Recorded, build
-from pfgm.data.batches import Part, Preparation, Stream
+from pfgm.core.configurable import Configurable, build
+from pfgm.data.batches import Preparation, SampleSet, TrainingStream
 from pfgm.files.untrusted import first_line
 from pfgm.flow import checkpoints
 
 INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 
 
-class Classifier(Recorded, nn.Module):
+class Classifier(Configurable, nn.Module):
     """A small convolutional classifier of images with `channels`; its features are the means of its last 4 `width` channels.
 
     Convolutions and poolings until a side has 4 pixels or fewer.
@@ -117,7 +117,9 @@ def load_features(value: str | Path | nn.Module) -> nn.Module:
     if not isinstance(header.get("classifier"), Mapping):
         raise ValueError(f"features = {value} holds {sorted(header)}, no classifier; make one with python train.py features")
     state = checkpoints.read_tensors(path)
-    net: Classifier = checkpoints.restored(lambda: build(header["classifier"], kind=Classifier), state, f"features = {value}")
+    net: Classifier = checkpoints.restore_module(
+        lambda: build(header["classifier"], kind=Classifier), state, f"features = {value}"
+    )
     net.digest = header["digest"]
     return net.eval()
 
@@ -137,7 +139,7 @@ def extract(net: nn.Module, x: Tensor, value_range: Sequence[float], device: tor
 
 
 def fit_classifier(
-    train: Part,
+    train: SampleSet,
     value_range: Sequence[float],
     *,
     steps: int = 1000,
@@ -157,7 +159,7 @@ def fit_classifier(
         net = Classifier(train.x.shape[1], classes, width).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    batches = Stream(train, Preparation(), batch_size=batch_size, seed=seed, start=0, reference_size=0)
+    batches = TrainingStream(train, Preparation(), batch_size=batch_size, seed=seed, start=0, reference_size=0)
     for step, batch in zip(range(steps), batches, strict=False):
         x, label = questions(batch, value_range, seed, step)
         loss = F.cross_entropy(net.out(net(x.to(device))), label.to(device), label_smoothing=0.1)
@@ -183,7 +185,9 @@ def questions(batch: Mapping[str, Any], value_range: Sequence[float], seed: int,
 
 
 @torch.no_grad()
-def accuracy(net: Classifier, part: Part, value_range: Sequence[float], seed: int, device: torch.device | str = "cpu") -> float:
+def accuracy(
+    net: Classifier, part: SampleSet, value_range: Sequence[float], seed: int, device: torch.device | str = "cpu"
+) -> float:
     """Share of `part` that `net` classifies rightly."""
     right = []
     for i in range(0, len(part), 250):

@@ -17,7 +17,7 @@ BLOCK = 2**24
 """Pairs of samples of which distances are held at once."""
 
 
-class Points:
+class FeatureSet:
     """A set of samples [n, ...], flattened. ValueError for fewer than two, or for values that are not finite."""
 
     def __init__(self, x: Tensor):
@@ -29,16 +29,16 @@ class Points:
             raise ValueError(f"x, y: {bad} of {len(x)} samples hold NaN or infinite values; nothing can be compared with them")
 
     @classmethod
-    def of(cls, x: "Tensor | Points") -> "Points":
+    def of(cls, x: "Tensor | FeatureSet") -> "FeatureSet":
         """`x` itself if it is one."""
-        return x if isinstance(x, Points) else cls(x)
+        return x if isinstance(x, FeatureSet) else cls(x)
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def first(self, n: int) -> "Points":
+    def first(self, n: int) -> "FeatureSet":
         """The first `n`."""
-        return self if n >= len(self) else Points(self.x[:n])
+        return self if n >= len(self) else FeatureSet(self.x[:n])
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class Points:
 
 
 @checked
-def energy_distance(x: Tensor | Points, y: Tensor | Points) -> float:
+def energy_distance(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
     """2 E|X-Y| - E|X-X'| - E|Y-Y'|, unbiased: about 0, or a little below, for two samples of one distribution.
 
     Source: Székely and Rizzo, Energy statistics (2013). ValueError for fewer than two samples in either set.
@@ -80,7 +80,7 @@ def energy_distance(x: Tensor | Points, y: Tensor | Points) -> float:
 
 
 @checked
-def frechet_distance(x: Tensor | Points, y: Tensor | Points) -> float:
+def frechet_distance(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
     """|m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^½): the squared 2-Wasserstein distance of Gaussians fitted to each set.
 
     FID if the features are Inception's (arXiv 1706.08500). Biased upwards for few samples. ValueError as for
@@ -93,7 +93,7 @@ def frechet_distance(x: Tensor | Points, y: Tensor | Points) -> float:
 
 
 @checked
-def kernel_distance(x: Tensor | Points, y: Tensor | Points) -> float:
+def kernel_distance(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
     """Squared maximum mean discrepancy of the kernel (a·b/F + 1)³, unbiased: 0 on average for one distribution.
 
     KID if the features are Inception's (arXiv 1801.01401). It is for features of size 1 about zero; a common shift changes
@@ -104,7 +104,7 @@ def kernel_distance(x: Tensor | Points, y: Tensor | Points) -> float:
 
 
 @checked
-def precision(x: Tensor | Points, y: Tensor | Points) -> float:
+def precision(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
     """Share of samples x that lie among the data y: nearer to some of y than its third nearest neighbour in y.
 
     The recall of x is precision(y, x). Both depend on the number of samples: takes as many of x as of y. Source: Kynkäänniemi
@@ -117,20 +117,20 @@ def precision(x: Tensor | Points, y: Tensor | Points) -> float:
 
 
 @checked
-def recall(x: Tensor | Points, y: Tensor | Points) -> float:
+def recall(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
     """Share of the data y that lies among the samples x: see `precision`."""
     return precision(y, x)
 
 
 @checked
-def nearest_neighbour_accuracy(x: Tensor | Points, y: Tensor | Points) -> float:
+def nearest_neighbour_accuracy(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
     """Share of samples of the joint set whose nearest neighbour is of their own set: .5 if nothing tells them apart.
 
     Source: Lopez-Paz and Oquab, Revisiting classifier two-sample tests (arXiv 1610.06545). Takes as many of x as of y.
     """
     a, b = _pair(x, y)
     n = min(len(a), len(b))
-    joint = Points(torch.cat([a.x[:n], b.x[:n]]))
+    joint = FeatureSet(torch.cat([a.x[:n], b.x[:n]]))
     index, row = [], 0
     for block in _blocks(joint, joint, _distances):
         block.diagonal(row).fill_(torch.inf)
@@ -140,7 +140,7 @@ def nearest_neighbour_accuracy(x: Tensor | Points, y: Tensor | Points) -> float:
     return float((own == own[torch.cat(index)]).double().mean())
 
 
-def nearest(x: Tensor | Points, y: Tensor | Points, k: int = 1) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor | FeatureSet, y: Tensor | FeatureSet, k: int = 1) -> tuple[Tensor, Tensor]:
     """The `k` nearest of y for each of x: distances and positions in y, [n, k] each, nearest first."""
     a, b = _pair(x, y)
     found = [block.topk(k, largest=False) for block in _blocks(a, b, _distances)]
@@ -148,7 +148,7 @@ def nearest(x: Tensor | Points, y: Tensor | Points, k: int = 1) -> tuple[Tensor,
 
 
 @checked
-def copying(x: Tensor | Points, train: Tensor | Points, held_out: Tensor | Points) -> float:
+def copying(x: Tensor | FeatureSet, train: Tensor | FeatureSet, held_out: Tensor | FeatureSet) -> float:
     """Probability that a sample is nearer to its nearest training sample than a held-out one is to its own.
 
     .5 for samples that are as new as held-out data, 1 for copies, less for samples away from the data. The statistic of Mann
@@ -159,20 +159,20 @@ def copying(x: Tensor | Points, train: Tensor | Points, held_out: Tensor | Point
     return float(1 - (below + upto).double().mean() / (2 * len(others)))
 
 
-def _pair(x: Tensor | Points, y: Tensor | Points) -> tuple[Points, Points]:
-    a, b = Points.of(x), Points.of(y)
+def _pair(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> tuple[FeatureSet, FeatureSet]:
+    a, b = FeatureSet.of(x), FeatureSet.of(y)
     if a.x.shape[1] != b.x.shape[1]:
         raise ValueError(f"x has {a.x.shape[1]} numbers a sample, y {b.x.shape[1]}; give two sets of one shape")
     return a, b
 
 
-def _blocks(a: Points, b: Points, of_pairs: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
+def _blocks(a: FeatureSet, b: FeatureSet, of_pairs: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
     """`of_pairs` of some of a, in order, with all of b: [rows, m]."""
     for rows in a.x.split(max(1, BLOCK // len(b))):
         yield of_pairs(rows, b.x)
 
 
-def _mean(a: Points, b: Points, of_pairs: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _mean(a: FeatureSet, b: FeatureSet, of_pairs: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     return torch.stack([block.sum() for block in _blocks(a, b, of_pairs)]).sum() / (len(a) * len(b))
 
 
@@ -191,7 +191,7 @@ def _polynomial(product: Tensor) -> Tensor:
 
 pass
 
-MEASURES: dict[str, Callable[[Points, Points], float]] = {
+MEASURES: dict[str, Callable[[FeatureSet, FeatureSet], float]] = {
     "energy": metrics.energy_distance,
     "frechet": metrics.frechet_distance,
     "kernel": metrics.kernel_distance,
@@ -203,6 +203,6 @@ MEASURES: dict[str, Callable[[Points, Points], float]] = {
 HEADS = ("energy distance", "Fréchet", "kernel (KID)", "precision", "recall", "1-NN accuracy")
 
 
-def compare(sets: list[Points], reference: Points) -> dict[str, list[float]]:
+def compare(sets: list[FeatureSet], reference: FeatureSet) -> dict[str, list[float]]:
     """Every measure of each set against `reference`."""
     return {name: [measure(points, reference) for points in sets] for name, measure in MEASURES.items()}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfgm.files.atomic import replacing
+from pfgm.files.atomic import atomic_write
 
 ValueRange = Sequence[float] | None
 
@@ -54,7 +54,7 @@ def save_image(path: Path, image: Tensor) -> None:
     """Write one uint8 image [C, H, W] as it is."""
     from torchvision.utils import save_image
 
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         save_image(image.float() / 255, temporary)
 
 
@@ -119,7 +119,7 @@ def save_animation(path: Path, noisy: Tensor, denoised: Tensor, value_range: Val
         frames = _scatter_frames(noisy, denoised)
     first, *others = [Image.fromarray(frame) for frame in frames]
     duration = [80] * len(others) + [2000]
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         first.save(temporary, format="GIF", save_all=True, append_images=others, duration=duration, loop=0)
 
 
@@ -195,5 +195,5 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfgm.files.images import SUFFIXES, Form, ImageError, fit, read_pixels
-from pfgm.files.untrusted import UNREADABLE, RefusedError, check_arrays, check_claim, is_regular, load_torch
+from pfgm.files.images import SUFFIXES, ImageError, ImageFormat, fit, read_pixels
+from pfgm.files.untrusted import UNREADABLE, RefusedError, check_arrays, check_claim, is_regular_file, load_torch
 
 ARRAYS = (".npy", ".npz", ".pt")
 
@@ -121,7 +121,7 @@ def read_images(path: Path, shape: Sequence[int], name: str = "path") -> Tensor:
     if not path.exists():
         raise FileNotFoundError(f"{name} = {path} does not exist; give an image, a folder of them, a .npy, .npz or .pt file")
     files = (
-        sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and is_regular(file))
+        sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and is_regular_file(file))
         if path.is_dir()
         else [path]
     )
@@ -162,7 +162,7 @@ def _read_image(path: Path, shape: Sequence[int], name: str) -> Tensor:
             f"{name} = {path} has {array.shape[1]} x {array.shape[0]} pixels, the model's {width} x {height}; resize it"
         )
     top = 255 if array.dtype == np.uint8 else 65535
-    array = fit(array, Form(height, width, channels, 8 if top == 255 else 16))
+    array = fit(array, ImageFormat(height, width, channels, 8 if top == 255 else 16))
     return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1) / top
 
 

@@ -15,18 +15,18 @@ PARTIAL = ".partial-"
 
 
 @contextmanager
-def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path]:
+def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, on the disk, when the block ends, and vanishes if the block fails.
 
     What was at `path` is then at `keep`, if that is given. OSError, which names `path`, if the disk is full or cannot be
     written; all that was there is then unchanged.
     """
-    with replacing_all([path], keep) as (temporary,):
+    with atomic_write_all([path], keep) as (temporary,):
         yield temporary
 
 
 @contextmanager
-def replacing_all(paths: Sequence[str | Path], keep: str | Path | None = None) -> Iterator[list[Path]]:
+def atomic_write_all(paths: Sequence[str | Path], keep: str | Path | None = None) -> Iterator[list[Path]]:
     """As `replacing`, for files that belong together: all are on the disk before the first takes its place."""
     places, temporaries = [Path(path) for path in paths], list[Path]()
     try:

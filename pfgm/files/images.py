@@ -34,7 +34,7 @@ class ImageError(ValueError):
 
 
 @dataclass(frozen=True)
-class Form:
+class ImageFormat:
     """What the pixels of an image are: its size and depth, or that of all images of a data set."""
 
     height: int
@@ -48,7 +48,7 @@ class Form:
         return np.uint8 if self.bits == 8 else np.uint16
 
 
-def read_header(file: Path | BinaryIO) -> Form:
+def read_header(file: Path | BinaryIO) -> ImageFormat:
     """The form of an image file, without its pixels. ImageError if it is none."""
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -56,12 +56,12 @@ def read_header(file: Path | BinaryIO) -> Form:
             width, height = image.size
             turned = _orientation(image) in (5, 6, 7, 8)  # a camera on its side
             grey = image.mode in ("1", "L", "LA", "La") or _is_deep(image)
-            form = Form(height, width, 1 if grey else 3, 16 if _is_deep(image) else 8)
+            form = ImageFormat(height, width, 1 if grey else 3, 16 if _is_deep(image) else 8)
     except ImageError:
         raise
     except Exception as error:  # whatever the decoders make of a damaged file
         raise _unreadable(error) from error
-    return Form(width, height, form.channels, form.bits) if turned else form
+    return ImageFormat(width, height, form.channels, form.bits) if turned else form
 
 
 def read_pixels(file: Path | BinaryIO) -> np.ndarray:
@@ -142,7 +142,7 @@ def _unreadable(error: Exception) -> ImageError:
     return ImageError("empty, no image, or damaged at its start" if unknown else f"{type(error).__name__}: {first_line(error)}")
 
 
-def fit(array: np.ndarray, form: Form, resize: Resize = "crop", crop: Sequence[int] | None = None) -> np.ndarray:
+def fit(array: np.ndarray, form: ImageFormat, resize: Resize = "crop", crop: Sequence[int] | None = None) -> np.ndarray:
     """`array`, or its middle `crop` (height, width), in another form. Grey is ITU-R 601 luma; 16 bits become 8 by rounding.
 
     "crop" scales an image so that it just covers the size, and cuts out the middle; "stretch" scales both sides. Scaling is
@@ -169,7 +169,7 @@ def _middle(array: np.ndarray, height: int, width: int) -> np.ndarray:
     return array[top : top + height, left : left + width]
 
 
-def _scaled(array: np.ndarray, form: Form, box: tuple[float, float, float, float]) -> np.ndarray:
+def _scaled(array: np.ndarray, form: ImageFormat, box: tuple[float, float, float, float]) -> np.ndarray:
     """Of the box (left, top, right, bottom). 16 bits go through floating point, which Pillow does not round."""
 
     def scale(plane: np.ndarray) -> np.ndarray:
@@ -187,7 +187,7 @@ def _luma(array: np.ndarray) -> np.ndarray:
     return _in_bands(lambda first, last: (array[first:last] @ weights).round().astype(array.dtype)[..., None], len(array))
 
 
-def _depth(array: np.ndarray, form: Form) -> np.ndarray:
+def _depth(array: np.ndarray, form: ImageFormat) -> np.ndarray:
     if array.dtype == form.dtype:
         return array
     if form.bits == 16:

@@ -10,14 +10,14 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from pfgm.files.atomic import replacing
+from pfgm.files.atomic import atomic_write
 
 PATIENCE = 10.0
 """Seconds for which the children of a dead owner may still hold its lock."""
 
 
 @contextmanager
-def held(folder: str | Path, name: str = "run_dir", part: str = "") -> Iterator[None]:
+def lock_folder(folder: str | Path, name: str = "run_dir", part: str = "") -> Iterator[None]:
     """Be the only process that writes to `folder`, which is made if needed, or to a `part` of it.
 
     BlockingIOError, which calls the folder `name` and says who has it, if another process does. The lock of a dead one is taken
@@ -28,7 +28,7 @@ def held(folder: str | Path, name: str = "run_dir", part: str = "") -> Iterator[
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0 if _alive(_told(owner)) else PATIENCE)
-        with replacing(owner) as temporary:
+        with atomic_write(owner) as temporary:
             temporary.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     except Timeout:
         raise BlockingIOError(

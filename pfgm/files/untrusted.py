@@ -67,7 +67,7 @@ class RefusedError(ValueError):
 
 
 @contextmanager
-def opened_zip(path: str | Path | BinaryIO, place: object) -> Iterator[zipfile.ZipFile]:
+def open_zip(path: str | Path | BinaryIO, place: object) -> Iterator[zipfile.ZipFile]:
     """The zip archive at `path`. RefusedError, which calls it `place`, if it would unpack to far more than it is, or if two
     entries have one name; zipfile.BadZipFile if it is none."""
     with zipfile.ZipFile(path) as archive:
@@ -90,7 +90,7 @@ def load_torch(path: Path, place: object) -> Any:
     RefusedError for other objects, for tensors larger than their storage, compressed ones, or values nested without end; the
     errors of torch.load for damaged files.
     """
-    with opened_zip(path, place) as archive:
+    with open_zip(path, place) as archive:
         _check_layout(path, archive.comment, place)
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
@@ -181,7 +181,7 @@ class _Copy:
 
 def check_arrays(path: Path, place: object) -> None:
     """RefusedError unless each array of a .npz file is of numbers and as large as its header says."""
-    with opened_zip(path, place) as archive:
+    with open_zip(path, place) as archive:
         for entry in archive.infolist():
             with archive.open(entry) as file:
                 _check_header(file, entry.file_size, f"{place}: {entry.filename}")
@@ -222,7 +222,7 @@ def read_text(path: Path, place: object) -> str:
 def read_bytes(path: Path, place: object, most: int) -> bytes:
     """A file. RefusedError if it has more than `most` bytes."""
     size = os.path.getsize(path)
-    if size > most or not is_regular(path):
+    if size > most or not is_regular_file(path):
         raise RefusedError(f"{place} has {size / 1e6:.3g} MB, or is no file; at most {most / 1e6:.3g} MB are read")
     return path.read_bytes()
 
@@ -268,7 +268,7 @@ def _is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
     return not tensor.is_complex() and bool(torch.isfinite(tensor.to(dtype)).all())
 
 
-def is_regular(path: str | Path) -> bool:
+def is_regular_file(path: str | Path) -> bool:
     """Whether it is a file with an end: no pipe, device or folder."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)

@@ -13,13 +13,15 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from pfgm.files.atomic import replacing, replacing_all, save_torch
+from pfgm.core.configurable import renamed
+from pfgm.files.atomic import atomic_write, atomic_write_all, save_torch
 from pfgm.files.untrusted import UNREADABLE, RefusedError, check_network, check_safetensors, load_torch, read_text
-from pfgm.flow.integrity import DamagedError, check_stamp, digest, stamp
+from pfgm.flow.integrity import DamagedError, append_digest, digest, verify_digest
 
 M = TypeVar("M", bound=nn.Module)
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, 3)  # 2: version 0.1, with other class paths and a digest of the content
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 """Of a run: its newest checkpoint, and the one before."""
 KEY = "pfgm"
@@ -34,34 +36,27 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint is not what was written."""
 
 
-def seal(checkpoint: dict[str, Any], flow: Mapping[str, Any], data: Mapping[str, Any] | None) -> None:
-    """Add to a Lightning `checkpoint` what its flow and its data were, and the digest of all that it holds."""
+def describe(checkpoint: dict[str, Any], flow: Mapping[str, Any], data: Mapping[str, Any] | None) -> None:
+    """Add to a Lightning `checkpoint` the descriptions of its flow and its data."""
     checkpoint[KEY] = {"format": FORMAT, "flow": flow, "data": data}
-    checkpoint[KEY]["digest"] = digest(_sealed(checkpoint))
 
 
-def check_seal(checkpoint: Mapping[str, Any], path: object = "the checkpoint") -> None:
-    """CheckpointError unless `checkpoint` was sealed by this package in this format and is unchanged."""
+def check_format(checkpoint: Mapping[str, Any], path: object = "the checkpoint") -> None:
+    """Raise CheckpointError unless `checkpoint` was written by this package in a format that it reads."""
     if not all(isinstance(checkpoint.get(name), Mapping) for name in (KEY, "state_dict", "hyper_parameters")):
         raise CheckpointError(
             f"{path} is not a checkpoint of this package; give a .ckpt written by train.py or an exported folder"
         )
-    part = checkpoint[KEY]
-    if part.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {part.get('format')!r}, this version reads {FORMAT}; install the version that wrote it"
-        )
-    if part.get("digest") != digest(_sealed(checkpoint)):
-        raise DamagedCheckpointError(
-            f"{path} has been altered: its content does not have the digest stored in it; {_remedy(path)}"
-        )
+    found = checkpoint[KEY].get("format")
+    if found not in READABLE:
+        raise CheckpointError(f"{path} has format {found!r}, this version reads {READABLE}; install the version that wrote it")
 
 
 def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any], previous: str | Path | None = None) -> None:
     """Write a Lightning `checkpoint`, stamped and as a whole. What was at `path` becomes `previous`, if that is given."""
-    with replacing(path, previous) as temporary:
+    with atomic_write(path, previous) as temporary:
         save_torch(temporary, checkpoint)
-        stamp(temporary)
+        append_digest(temporary)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -73,7 +68,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is no file; give a .ckpt file or an exported folder")
     try:
-        check_stamp(Path(path))
+        verify_digest(Path(path))
         checkpoint = load_torch(Path(path), path)
     except RefusedError as error:
         raise CheckpointError(str(error)) from error
@@ -90,8 +85,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds a {type(checkpoint).__name__}, not a checkpoint of this package; give a .ckpt written by train.py"
         )
-    check_seal(checkpoint, path)
-    return checkpoint
+    check_format(checkpoint, path)
+    return checkpoint | {name: renamed(checkpoint[name]) for name in (KEY, "hyper_parameters")}
 
 
 def _is_of_today(error: Exception) -> bool:
@@ -104,7 +99,7 @@ def _remedy(path: Any) -> str:
     return f"use another copy, such as {beside}" if beside.exists() and beside != Path(str(path)) else "use another copy"
 
 
-def restored(make: Callable[[], M], state: Mapping[str, Tensor], place: object) -> M:
+def restore_module(make: Callable[[], M], state: Mapping[str, Tensor], place: object) -> M:
     """The module that `make` makes of a file's description, with the weights `state`. CheckpointError about `place` if they do
     not match, are not finite, or if it cannot be made; ValueError for class paths that are not trusted."""
     try:
@@ -131,7 +126,7 @@ def write_export(folder: str | Path, flow: Mapping[str, Any], state: Mapping[str
         raise OSError(f"folder = {folder} cannot be made: {error.strerror}; give another") from error
     tensors, parts = _plain(state), {"format": FORMAT, "flow": flow}
     config = json.dumps(parts | {"digest": digest(parts | {"tensors": tensors})}, indent=2, allow_nan=False)
-    with replacing_all([folder / "config.json", folder / "model.safetensors"]) as (text, weights):
+    with atomic_write_all([folder / "config.json", folder / "model.safetensors"]) as (text, weights):
         _save(weights, tensors)
         text.write_text(config + "\n")
 
@@ -144,7 +139,7 @@ def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise FileNotFoundError(f"{folder} has no {name}; give a folder written by save_pretrained, or a .ckpt file")
     with _readable(folder, "use another copy"):
         config = json.loads(read_text(folder / "config.json", folder / "config.json"))
-    if not isinstance(config, dict) or config.get("format") != FORMAT or not isinstance(config.get("flow"), dict):
+    if not isinstance(config, dict) or config.get("format") not in READABLE or not isinstance(config.get("flow"), dict):
         raise CheckpointError(f"{folder}/config.json is not an export of this package in format {FORMAT}")
     state = _load(folder / "model.safetensors", folder, "use another copy")
     found = digest({name: value for name, value in config.items() if name != "digest"} | {"tensors": state})
@@ -152,14 +147,14 @@ def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(
             f"{folder} has been altered: its content does not have the digest in config.json; use another copy"
         )
-    return config["flow"], state
+    return renamed(config["flow"]), state
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write `tensors` to a safetensors file, as a whole, with a JSON `header` and a digest of both."""
     plain, parts = _plain(tensors), {"format": FORMAT} | dict(header)
     parts["digest"] = digest(parts | {"tensors": plain})
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         _save(temporary, plain, {KEY: json.dumps(parts)})
 
 
@@ -171,8 +166,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
         check_safetensors(Path(path), path)
         with safe_open(path, framework="pt") as file:
             header = dict(json.loads((file.metadata() or {})[KEY]))
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {header.get('format')!r}, this version reads {FORMAT}")
+    if header.get("format") not in READABLE:
+        raise CheckpointError(f"{path} has format {header.get('format')!r}, this version reads {READABLE}")
     return header
 
 
@@ -220,8 +215,3 @@ def _readable(place: object, remedy: str) -> Iterator[None]:
         if _is_of_today(error):
             raise
         raise CheckpointError(f"{place} cannot be read: truncated or altered ({type(error).__name__}); {remedy}") from error
-
-
-def _sealed(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    own = {name: value for name, value in checkpoint[KEY].items() if name != "digest"}
-    return {name: value for name, value in checkpoint.items() if name != KEY} | {KEY: own}

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ class DamagedError(ValueError):
     """A file is not, bit for bit, what was written."""
 
 
-def stamp(path: Path) -> None:
+def append_digest(path: Path) -> None:
     """Add to the zip archive at `path`, as its comment, the SHA-256 of all the rest. ValueError if it has a comment."""
     with path.open("r+b") as file:
         file.seek(-22, os.SEEK_END)
@@ -34,15 +35,19 @@ def stamp(path: Path) -> None:
         file.write(STAMP + total.hexdigest().encode())
 
 
-def check_stamp(path: Path) -> None:
-    """DamagedError if the zip archive at `path` is not what was stamped, or no zip archive, or was stamped no longer whole."""
+def verify_digest(path: Path) -> None:
+    """Raise DamagedError unless the zip archive at `path` is, bit for bit, what was written.
+
+    Archives of this package end in the SHA-256 of all their bytes. Of others the CRC-32 of each entry is verified.
+    """
     length = len(STAMP) + 2 * hashlib.sha256().digest_size
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - length))
         end = file.read()
         if _uncommented(end[-22:]):
-            return  # written by others
+            _verify_checksums(path)
+            return
         if not end.startswith(STAMP):
             raise DamagedError(f"{path} is {'empty' if not size else 'truncated, altered or not a checkpoint'}")
         file.seek(0)
@@ -52,6 +57,14 @@ def check_stamp(path: Path) -> None:
             rest -= len(block)
     if end != STAMP + total.hexdigest().encode():
         raise DamagedError(f"{path} has been altered: its bytes do not have the SHA-256 at its end")
+
+
+def _verify_checksums(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        wrong = archive.testzip() if stored else None  # compressed entries are refused later, unread
+    if wrong is not None:
+        raise DamagedError(f"{path} has been altered: the checksum of its entry {wrong} is wrong")
 
 
 def _uncommented(end: bytes) -> bool:

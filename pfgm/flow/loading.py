@@ -30,5 +30,5 @@ def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True,
         config = checkpoint[checkpoints.KEY]["flow"]
         weights = checkpoint["state_dict"] if ema else checkpoint.get("current_model_state", checkpoint["state_dict"])
         state = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
-    flow = checkpoints.restored(lambda: PoissonFlow.from_config(config, trust), state, path)
+    flow = checkpoints.restore_module(lambda: PoissonFlow.from_config(config, trust), state, path)
     return flow.to(device).eval()

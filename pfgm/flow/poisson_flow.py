@@ -221,7 +221,7 @@ class PoissonFlow(nn.Module):
                 bar.batch(len(pairs[rows]))
                 around = None if source is None else source[rows]
                 some = given[rows]
-                part = sampler.asking(some.denoiser()).draw(pairs[rows], some.network_label, max_calls, bar, around)
+                part = sampler.with_denoiser(some.denoiser()).draw(pairs[rows], some.network_label, max_calls, bar, around)
                 error = None if part.error is None else part.error * self.scale
                 yield number, dataclasses.replace(part, x=self.to_user(part.x), error=error)
 
@@ -242,7 +242,7 @@ class PoissonFlow(nn.Module):
         for i in range(0, max(1, len(pairs)), batch_size):
             rows = slice(i, i + batch_size)
             some = given[rows]
-            ways.append(sampler.asking(some.denoiser()).trajectory(pairs[rows], points, some.network_label))
+            ways.append(sampler.with_denoiser(some.denoiser()).trajectory(pairs[rows], points, some.network_label))
         x, denoised = (self.to_user(torch.cat([getattr(way, name) for way in ways], 1)) for name in ("x", "denoised"))
         return Trajectory(x, denoised, torch.cat([way.sigma for way in ways], 1) * self.scale, ways[0].level * self.scale)
 
@@ -370,7 +370,7 @@ class PoissonFlow(nn.Module):
         if options.get("temperature") is not None:
             raise ValueError(f"temperature = {options['temperature']}: only samples are drawn from the prior; leave it out")
         default = {} if options.keys() & SolverOptions.__annotations__.keys() else {"preset": "reference"}
-        return self.sampler(**(default | options)).asking(given.denoiser()), given.network_label  # type: ignore[typeddict-item]
+        return self.sampler(**(default | options)).with_denoiser(given.denoiser()), given.network_label  # type: ignore[typeddict-item]
 
     @checked
     def save_pretrained(self, folder: str | Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pfgm.core.arguments import checked
-from pfgm.files.atomic import replacing
+from pfgm.files.atomic import atomic_write
 from pfgm.files.untrusted import read_text
 from pfgm.flow.integrity import digest
 from pfgm.flow.poisson_flow import PoissonFlow
@@ -71,7 +71,7 @@ def store_grid(path: Path, flow: PoissonFlow, levels: list[float]) -> None:
     """Add a grid to the file `path`; grids of other weights go, since the checkpoint is now another."""
     name = _name(flow)
     grids = _read(path).get(name, {}) | {str(len(levels) - 1): levels}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({name: grids}, indent=2) + "\n")
 
 

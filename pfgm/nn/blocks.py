@@ -23,7 +23,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=1e-6)
 
 
-def zero(layer: nn.Module) -> nn.Module:
+def zero_init(layer: nn.Module) -> nn.Module:
     """`layer` with its weights and bias set to zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -96,7 +96,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = group_norm(channels), group_norm(out_channels)
         self.conv1 = convolution(dims, channels, out_channels)
-        self.conv2 = zero(convolution(dims, out_channels, out_channels))
+        self.conv2 = zero_init(convolution(dims, out_channels, out_channels))
         self.scale_shift = scale_shift
         self.modulation = nn.Linear(embedding, (1 + scale_shift) * out_channels)
         self.dropout = nn.Dropout(dropout)
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         self.heads = channels // head_channels if channels % head_channels == 0 else 1
         self.norm = group_norm(channels)
         self.qkv = convolution(dims, channels, 3 * channels, 1)
-        self.out = zero(convolution(dims, channels, channels, 1))
+        self.out = zero_init(convolution(dims, channels, channels, 1))
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)

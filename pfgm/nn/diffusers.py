@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pfgm.nn.blocks import pad, zero
+from pfgm.nn.blocks import pad, zero_init
 from pfgm.nn.network import Network
 
 
@@ -44,7 +44,7 @@ class DiffusersUNet(Network):
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"options = {dict(options or {})}: UNet2DModel refuses them: {error}") from error
         self.multiple = 2 ** (len(self.model.config.block_out_channels) - 1)
-        zero(self.model.conv_out)
+        zero_init(self.model.conv_out)
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         height, width = x.shape[2:]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pfgm.core.configurable import Recorded
+from pfgm.core.configurable import Configurable
 
 
-class Network(Recorded, nn.Module):
+class Network(Configurable, nn.Module):
     """Base of networks: remembers its constructor arguments, so that a checkpoint can make it again.
 
     The contract is `net(x, c_noise, label=None)`: `x` [B, C, ...] of about unit variance, `c_noise` [B] (log of the noise

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pfgm.core.configurable import Recorded
+from pfgm.core.configurable import Configurable
 from pfgm.core.tensors import expand, norm, per_sample
 from pfgm.theory.field import denoised_from_field
 from pfgm.theory.kernel import StudentTKernel
@@ -29,7 +29,7 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor: ...
 
 
-class PreconditionedDenoiser(Recorded, nn.Module):
+class PreconditionedDenoiser(Configurable, nn.Module):
     """denoised = c_skip x + c_out net(c_in x, log(level)/4), EDM's preconditioning (arXiv 2206.00364, table 1) for every D.
 
     `noise_level` takes the place of sigma, since for small D the noise in x can be hundreds of times sigma. `sigma_data` and
@@ -64,7 +64,7 @@ class PreconditionedDenoiser(Recorded, nn.Module):
         return expand(skip, x) * x + expand(out, x) * F, out
 
 
-class FieldDenoiser(Recorded, nn.Module):
+class FieldDenoiser(Configurable, nn.Module):
     """A network that predicts PFGM's normalised field (D = 1), read as a denoiser through the field's inverse.
 
     The network's output is preconditioned so that zero means the field of Gaussian data: with R = sqrt(N+1) level the distance

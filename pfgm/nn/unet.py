@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfgm.nn.blocks import Attention, Block, Resample, ResampleAndConvolve, convolution, group_norm, pad, zero
+from pfgm.nn.blocks import Attention, Block, Resample, ResampleAndConvolve, convolution, group_norm, pad, zero_init
 from pfgm.nn.network import Embedding, Network, check_event, check_sizes
 
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -109,7 +109,7 @@ class UNet(Network):
         if glorot:
             _draw_glorot(self)
         last = convolution(self.dims, channels, shape[0] + extra_channels)
-        self.last = nn.Sequential(group_norm(channels), nn.SiLU(), zero(last))
+        self.last = nn.Sequential(group_norm(channels), nn.SiLU(), zero_init(last))
 
     def forward(
         self,

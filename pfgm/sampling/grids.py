@@ -33,7 +33,7 @@ class Grid(Protocol):
 
 
 @dataclass(frozen=True)
-class Uniform:
+class UniformGrid:
     """`steps` equal steps of the coordinate's time.
 
     In angle coordinates a draw ends a third of a step above the data: closer, the slope is mostly the network's noise, and
@@ -53,7 +53,7 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Paced:
+class PacedGrid:
     """Almost equal steps of the coordinate's time, for ab3: the first, which has two calls, is longer, the second, which knows
     two slopes only, and the last are shorter, and a draw leaves .3 of a step to the final denoising.
 
@@ -81,7 +81,7 @@ class Paced:
 
 
 @dataclass(frozen=True)
-class Rho:
+class KarrasGrid:
     """`steps` equal steps of level^(1/7): EDM's grid."""
 
     steps: int
@@ -95,7 +95,7 @@ class Rho:
 
 
 @dataclass(frozen=True)
-class Levels:
+class ExplicitGrid:
     """The falling `values` themselves. A draw ends at the last; other ways go on to their end in one more step."""
 
     values: tuple[float, ...]
@@ -119,7 +119,7 @@ class Levels:
         return end if math.isclose(last, end, rel_tol=1e-4) else last
 
 
-NAMED: dict[str, Callable[[int], Grid]] = {"paced": Paced, "uniform": Uniform, "rho": Rho}
+NAMED: dict[str, Callable[[int], Grid]] = {"paced": PacedGrid, "uniform": UniformGrid, "rho": KarrasGrid}
 
 
 def make_grid(grid: str | Sequence[float], steps: int | None, method: str) -> Grid:
@@ -130,7 +130,7 @@ def make_grid(grid: str | Sequence[float], steps: int | None, method: str) -> Gr
             raise ValueError(f"grid = {list(levels)}: give at least two levels, positive, finite and falling")
         if steps is not None:
             raise ValueError(f"steps = {steps}: the given grid of {len(levels)} levels says how many; leave steps out")
-        return Levels(levels)
+        return ExplicitGrid(levels)
     if grid not in NAMED:
         raise ValueError(
             f"grid = {grid!r} is unknown; choose one of {', '.join(NAMED)}, or give falling levels, "

@@ -19,7 +19,7 @@ from pfgm.sampling.coordinates import Coordinates
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.multistep import Slope
 from pfgm.sampling.runge_kutta import StepError
-from pfgm.sampling.solvers import OnStep, Solver, Steps
+from pfgm.sampling.solvers import OnStep, Solver, SolverStats
 
 
 class SolverError(RuntimeError):
@@ -77,7 +77,7 @@ class CountedDenoiser:
 
 
 @dataclass
-class Way:
+class Solution:
     """What following the flow gave: float64 `states` [points, B, ...] at `levels` [points] and what the solver did, `steps`.
 
     The error in `steps` is in the units of x. If calls ran out, the way is not `complete`: its states are the first and the
@@ -87,7 +87,7 @@ class Way:
     states: Tensor
     levels: Tensor
     level: float | Tensor
-    steps: Steps
+    steps: SolverStats
     complete: bool = True
 
     @property
@@ -105,7 +105,7 @@ def follow(
     sigma_data: float,
     ratio: Tensor | None = None,
     points: int = 2,
-) -> Way:
+) -> Solution:
     """Follow the flow from `x` [B, ...] at levels[0] through `levels` to the last, with `ratio` [B] fixed (default 1).
 
     The states of the Way are at `points` levels equally spaced in the coordinate's time; the first is x itself. SolverError if
@@ -114,7 +114,7 @@ def follow(
     path = solver.path(sigma_data)
     if len(levels) == 1:
         here = torch.full((points,), levels[0], dtype=torch.float64, device=x.device)
-        return Way(x.double().expand(points, *x.shape), here, levels[0], Steps())
+        return Solution(x.double().expand(points, *x.shape), here, levels[0], SolverStats())
     ratios = torch.ones(len(x)) if ratio is None else ratio
     ratios = ratios.to(x.device, torch.float64)
 
@@ -134,13 +134,13 @@ def follow(
         level = path.level(reached.time)
         wide = expand(level, x.double()) if isinstance(level, Tensor) else level
         states, way = torch.stack([x.double(), path.radius(wide) * reached.state]), torch.full((2,), torch.nan)
-        return Way(states, way, level, Steps(reached.steps), complete=False)
+        return Solution(states, way, level, SolverStats(reached.steps), complete=False)
     passed = [levels[0], *map(path.level, times[1:-1].tolist()), levels[-1]]
     radii = torch.tensor([path.radius(level) for level in passed], dtype=torch.float64, device=x.device)
     if steps.error is not None:
         steps.error = steps.error * path.radius(levels[-1])
     way = torch.tensor(passed, dtype=torch.float64, device=x.device)
-    return Way(states * radii.reshape(-1, *[1] * x.ndim), way, levels[-1], steps)
+    return Solution(states * radii.reshape(-1, *[1] * x.ndim), way, levels[-1], steps)
 
 
 class _Reached:
@@ -163,7 +163,7 @@ def solve(
     path: Coordinates,
     times: Tensor,
     on_step: OnStep,
-) -> tuple[Tensor, Steps]:
+) -> tuple[Tensor, SolverStats]:
     """`solver.follow` for any `state` whose slope asks `denoise`; what it cannot do becomes a SolverError with advice."""
     try:
         return solver.follow(slope, state, path, levels, times, on_step)

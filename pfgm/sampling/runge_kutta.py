@@ -18,7 +18,7 @@ SAFETY, SHRINK, GROW = 0.9, 0.2, 2.0
 
 
 @dataclass(frozen=True)
-class Pair:
+class ButcherTableau:
     """A method of `order` with an error estimate: the rows of the Butcher tableau, the last of which is the solution (its slope
     is the first of the next step), and the `error` weights of all stages."""
 
@@ -27,10 +27,10 @@ class Pair:
     error: Sequence[float]
 
 
-PAIRS = {
-    "adaptive_heun": Pair(2, ((1.0,), (1 / 2, 1 / 2)), (-1 / 2, 1 / 2, 0)),
-    "bosh3": Pair(3, ((1 / 2,), (0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)), (-5 / 72, 1 / 12, 1 / 9, -1 / 8)),
-    "dopri5": Pair(
+TABLEAUS = {
+    "adaptive_heun": ButcherTableau(2, ((1.0,), (1 / 2, 1 / 2)), (-1 / 2, 1 / 2, 0)),
+    "bosh3": ButcherTableau(3, ((1 / 2,), (0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)), (-5 / 72, 1 / 12, 1 / 9, -1 / 8)),
+    "dopri5": ButcherTableau(
         5,
         (
             (1 / 5,),
@@ -60,11 +60,11 @@ class Each:
     error: Tensor
 
 
-def integrate_each(
+def integrate_per_sample(
     slope: Slope,
     state: Tensor,
     at: Tensor,
-    pair: Pair,
+    pair: ButcherTableau,
     *,
     rtol: float,
     atol: float,
@@ -111,7 +111,9 @@ def integrate_each(
     raise StepError(f"{max_steps} steps were not enough")
 
 
-def _step(slope: Slope, state: Tensor, time: Tensor, step: Tensor, first: Tensor, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+def _step(
+    slope: Slope, state: Tensor, time: Tensor, step: Tensor, first: Tensor, pair: ButcherTableau
+) -> tuple[Tensor, Tensor, Tensor]:
     """The state after `step`, the slope there and the error."""
     slopes, h, after = [first], expand(step, state), state
     for row in pair.rows:

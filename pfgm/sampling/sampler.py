@@ -19,8 +19,8 @@ from pfgm.core.arguments import checked
 from pfgm.core.tensors import check_levels, check_positive, check_shape, expand, norm
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.latents import Latent
-from pfgm.sampling.ode import CountedDenoiser, OutOfCalls, Way, follow
-from pfgm.sampling.solvers import SolverOptions, Steps, make_solver
+from pfgm.sampling.ode import CountedDenoiser, OutOfCalls, Solution, follow
+from pfgm.sampling.solvers import SolverOptions, SolverStats, make_solver
 from pfgm.sampling.stochastic import Plan, check_churn, check_restart, churn, restart
 from pfgm.theory.kernel import StudentTKernel
 
@@ -155,7 +155,7 @@ class Sampler:
         """
         return self.draw(seed_pairs(n, seed, seeds), labels, max_calls, on_call)
 
-    def asking(self, denoiser: Callable[..., Tensor]) -> "Sampler":
+    def with_denoiser(self, denoiser: Callable[..., Tensor]) -> "Sampler":
         """The same sampler for another denoiser."""
         other = copy.copy(self)
         other.denoiser = denoiser
@@ -181,7 +181,7 @@ class Sampler:
         if source is not None:
             x = x + source.to(x)
         level: float | Tensor = latent.level
-        denoise.max_calls, steps, complete = math.inf if max_calls is None else max_calls - most, Steps(), True
+        denoise.max_calls, steps, complete = math.inf if max_calls is None else max_calls - most, SolverStats(), True
         try:
             for k, way in enumerate(self._runs(denoise, x, ratio, pairs)):
                 if way.complete or k == 0:  # otherwise the state before the last lift is nearer to the data
@@ -198,7 +198,7 @@ class Sampler:
 
     def _runs(
         self, denoise: CountedDenoiser, x: Tensor, ratio: Tensor, pairs: Sequence[tuple[int, int]], points: int = 2
-    ) -> Iterator[Way]:
+    ) -> Iterator[Solution]:
         """The ways of the plan's runs, from `x` on the level sigma_max: what is yielded last is where the draw ends."""
         level, plan = self.sigma_max, self.plan
         for k, run in enumerate(plan):
@@ -277,7 +277,7 @@ class Sampler:
 
     def _follow(
         self, denoise: CountedDenoiser, x: Tensor, levels: Sequence[float], ratio: Tensor | None, points: int = 2
-    ) -> Way:
+    ) -> Solution:
         return follow(denoise, x, levels, solver=self.solver, sigma_data=self.sigma_data, ratio=ratio, points=points)
 
     def _counted(self, labels: Any, n: int, dtype: torch.dtype, on_call: Any = None) -> CountedDenoiser:

@@ -17,7 +17,7 @@ from pfgm.core.tensors import check_positive
 from pfgm.sampling.coordinates import Angle, Coordinates, LogSigma, Sigma
 from pfgm.sampling.grids import Grid, make_grid
 from pfgm.sampling.multistep import Slope, adams_bashforth, dpm_solver
-from pfgm.sampling.runge_kutta import GROW, PAIRS, StepError, integrate_each, rms
+from pfgm.sampling.runge_kutta import GROW, TABLEAUS, StepError, integrate_per_sample, rms
 
 BOTH, ANGLE, LOG_SIGMA = ("angle", "log_sigma"), ("angle",), ("log_sigma",)
 ADAPTIVE = {"dopri5": BOTH, "dopri8": BOTH, "bosh3": BOTH, "adaptive_heun": BOTH}
@@ -48,7 +48,7 @@ OnStep = Callable[[Any, Tensor], None]
 
 
 @dataclass
-class Steps:
+class SolverStats:
     """What a solver did: steps accepted and rejected, and an estimate of the state's `error`, root mean square of each sample
     [B], as the sum of what its own lower order says of each step; None for Runge-Kutta methods with fixed steps."""
 
@@ -56,10 +56,10 @@ class Steps:
     rejected: int = 0
     error: Tensor | None = None
 
-    def __add__(self, other: "Steps") -> "Steps":
+    def __add__(self, other: "SolverStats") -> "SolverStats":
         """Of two ways, one after the other."""
         error = self.error if other.error is None else other.error if self.error is None else self.error + other.error
-        return Steps(self.accepted + other.accepted, self.rejected + other.rejected, error)
+        return SolverStats(self.accepted + other.accepted, self.rejected + other.rejected, error)
 
 
 @dataclass(frozen=True)
@@ -93,25 +93,25 @@ class Adaptive(_Method):
 
     def follow(
         self, slope: Slope, state: Tensor, path: Coordinates, levels: Sequence[float], at: Tensor, on_step: OnStep
-    ) -> tuple[Tensor, Steps]:
+    ) -> tuple[Tensor, SolverStats]:
         """The states at the times `at` [points] on the way through `levels`; the first is `state`. StepError if it is lost.
 
         `on_step(time, state)` is told of each step; times are numbers, or [B] if independent.
         """
         start, way = float(at[0]), float(at[-1] - at[0])
         if self.independent:
-            each = integrate_each(
+            each = integrate_per_sample(
                 lambda t, state: way * slope(start + way * t, state),
                 state,
                 _share(at),
-                PAIRS[self.method],
+                TABLEAUS[self.method],
                 rtol=self.rtol,
                 atol=self.atol,
                 first_step=FIRST_STEP,
                 max_steps=MAX_STEPS,
                 on_step=lambda t, state: on_step(start + way * t, state),
             )
-            return each.states, Steps(int(each.accepted.max()), int(each.rejected.max()), each.error)
+            return each.states, SolverStats(int(each.accepted.max()), int(each.rejected.max()), each.error)
         from torchdiffeq import odeint  # here: the command line's help must not wait for it
 
         right_hand_side = _Watched(slope, start, way, on_step, self)
@@ -150,10 +150,10 @@ class Fixed(_Method):
 
     def follow(
         self, slope: Slope, state: Tensor, path: Coordinates, levels: Sequence[float], at: Tensor, on_step: OnStep
-    ) -> tuple[Tensor, Steps]:
+    ) -> tuple[Tensor, SolverStats]:
         """As `Adaptive.follow`; between `levels` the states are interpolated linearly."""
         times = [path.time(level) for level in levels]
-        steps = Steps(len(times) - 1)
+        steps = SolverStats(len(times) - 1)
         if self.method in MULTISTEP:
             make = adams_bashforth if self.method in ("ab2", "ab3") else dpm_solver
             return _pick(state, make(slope, state, times, MULTISTEP[self.method]), times, at, on_step, steps), steps
@@ -222,8 +222,8 @@ def make_solver(
                 f"steps = {steps}, grid = {grid}: {method} chooses its own steps; give rtol and atol, "
                 f"or one of {', '.join(FIXED)}"
             )
-        if independent and method not in PAIRS:
-            raise ValueError(f"independent = True: {method} has no steps for each sample; choose one of {', '.join(PAIRS)}")
+        if independent and method not in TABLEAUS:
+            raise ValueError(f"independent = True: {method} has no steps for each sample; choose one of {', '.join(TABLEAUS)}")
         tolerances = _tolerance("rtol", rtol, RTOL), _tolerance("atol", atol, ATOL)
         return Adaptive(method, coordinates, *tolerances, bool(independent))
     return _make_fixed(method, coordinates, given, steps, grid)
@@ -272,7 +272,7 @@ class _Watched(_Forward):
 
     def __init__(self, slope: Slope, start: float, way: float, on_step: OnStep, solver: Adaptive):
         super().__init__(slope, start, way, on_step)
-        self.steps, self.solver, self.ratio = Steps(), solver, torch.zeros(())
+        self.steps, self.solver, self.ratio = SolverStats(), solver, torch.zeros(())
 
     def norm(self, error: Tensor) -> Tensor:
         """The largest of the samples' root mean squares: torchdiffeq's default, over the batch, lets one sample be wrong."""
@@ -280,7 +280,7 @@ class _Watched(_Forward):
         return self.ratio.amax()
 
     def callback_accept_step(self, t: Tensor, state: Tensor, dt: Tensor) -> None:
-        self.steps += Steps(1, 0, self.ratio * (self.solver.atol + self.solver.rtol * rms(state)))
+        self.steps += SolverStats(1, 0, self.ratio * (self.solver.atol + self.solver.rtol * rms(state)))
 
     def callback_reject_step(self, t: Tensor, state: Tensor, dt: Tensor) -> None:
         self.steps.rejected += 1
@@ -294,7 +294,12 @@ def _share(times: Tensor) -> Tensor:
 
 
 def _pick(
-    state: Tensor, states: Iterable[tuple[Tensor, Tensor]], times: Sequence[float], at: Tensor, on_step: OnStep, steps: Steps
+    state: Tensor,
+    states: Iterable[tuple[Tensor, Tensor]],
+    times: Sequence[float],
+    at: Tensor,
+    on_step: OnStep,
+    steps: SolverStats,
 ) -> Tensor:
     """Of `state` at times[0] and `states` at times[1:], those at the times `at`, linearly in between; no others are kept."""
     picked, wanted, way, error = [state], at[1:-1].tolist(), times[-1] - times[0], torch.zeros((), dtype=torch.float64)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pfgm.core.configurable import Recorded, public_path, to_json
+from pfgm.core.configurable import Configurable, public_path, to_json
 from pfgm.core.tensors import norm
 
 BLOCK_BYTES = 2**25
@@ -20,7 +20,7 @@ BLOCK_BYTES = 2**25
 
 
 @dataclass(frozen=True)
-class DataSummary(Recorded):
+class DataSummary(Configurable):
     """What a flow has to know of its data.
 
     The user's units are (model + mean) scale. In model units: `mean` [*shape] over samples (None: to be loaded with the

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pfgm.core.arguments import checked
 from pfgm.data.datamodule import DataModule
 from pfgm.evaluation import plots
-from pfgm.files.atomic import replacing
+from pfgm.files.atomic import atomic_write
 from pfgm.sampling.ode import SolverError
 from pfgm.training.module import PFGM
 
@@ -123,5 +123,5 @@ class SaveConfig(SaveConfigCallback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Once, since the stream of batches is one epoch."""
         if trainer.is_global_zero:
-            with replacing(Path(trainer.default_root_dir) / self.config_filename) as temporary:
+            with atomic_write(Path(trainer.default_root_dir) / self.config_filename) as temporary:
                 self.parser.save(self.config, temporary, skip_none=False, overwrite=True, multifile=False)

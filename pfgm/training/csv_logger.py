@@ -9,14 +9,14 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 
-from pfgm.files.atomic import replacing
+from pfgm.files.atomic import atomic_write
 
 COLUMNS = ("step", "train_loss", "val_loss", "lr", "grad_norm", "skipped")
 LONGEST = 10_000
 """Characters of a row; a power cut may leave a block of zeros."""
 
 
-class RunLog(Logger):
+class MetricsLogger(Logger):
     """Appends a row to `folder`/metrics.csv for each set of metrics; blanks where a row has no value.
 
     Lightning's CSVLogger deletes an earlier file. Here rows at or after the first step logged by this process, left by a run
@@ -82,7 +82,7 @@ class RunLog(Logger):
             self.columns += [name for name in names if name not in self.columns]
             rows = [row for row in found if before is None or int(row["step"]) < before]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+        with atomic_write(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -18,8 +18,8 @@ from pfgm.core.arguments import checked
 from pfgm.data.datamodule import DataModule
 from pfgm.evaluation import metrics, plots
 from pfgm.evaluation.features import extract, load_features, name_of
-from pfgm.evaluation.metrics import HEADS, Points, compare
-from pfgm.files.atomic import replacing
+from pfgm.evaluation.metrics import HEADS, FeatureSet, compare
+from pfgm.files.atomic import atomic_write
 from pfgm.sampling.ode import SolverError
 from pfgm.training.module import PFGM
 
@@ -82,13 +82,13 @@ class Evaluation(Callback):
         draws = [
             pl_module.flow.sample(self.n, seed=seed, labels=given.label, condition=given.condition) for seed in range(self.sets)
         ]
-        sets = [Points(self._compared(pl_module, draw.x)) for draw in draws]
+        sets = [FeatureSet(self._compared(pl_module, draw.x)) for draw in draws]
         every = self._compared(pl_module, data.train.x)
-        train = Points(every[shuffled(len(every))[: self.reference]])
-        held_out = Points(self._compared(pl_module, data.held_out.x[shuffled(len(data.held_out))[: self.reference]]))
+        train = FeatureSet(every[shuffled(len(every))[: self.reference]])
+        held_out = FeatureSet(self._compared(pl_module, data.held_out.x[shuffled(len(data.held_out))[: self.reference]]))
         if data.augmentation.flip:
             every = torch.cat([every, self._compared(pl_module, data.train.x, mirrored=True)])
-        known = Points(every)
+        known = FeatureSet(every)
         result = {
             "compared": self._what(pl_module),
             "samples against training data": compare(sets, train),
@@ -102,7 +102,7 @@ class Evaluation(Callback):
             "test_loss": float(trainer.callback_metrics["test_loss"]),
             "bits/dim": self._bits_per_dim(pl_module, data) if self.likelihood else "not asked for",
         }
-        with replacing(Path(trainer.default_root_dir) / "test.json") as temporary:
+        with atomic_write(Path(trainer.default_root_dir) / "test.json") as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
         if plots.is_image(pl_module.flow.shape):
             picture = Path(trainer.default_root_dir) / "nearest.png"
@@ -167,7 +167,7 @@ def _averaged(x: Tensor) -> Tensor:
 
 
 def save_nearest(
-    path: Path, x: Tensor, points: Points, train: Any, known: Points, value_range: plots.ValueRange, count: int = 24
+    path: Path, x: Tensor, points: FeatureSet, train: Any, known: FeatureSet, value_range: plots.ValueRange, count: int = 24
 ) -> None:
     """The samples `x` most like a training image, each before its three nearest of `train`; `points`, `known` are compared.
 

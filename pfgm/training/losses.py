@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfgm.core.configurable import Recorded
+from pfgm.core.configurable import Configurable
 from pfgm.core.rng import Generators
 from pfgm.core.tensors import expand
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
@@ -20,7 +20,7 @@ from pfgm.theory.field import normalized_field, posterior_mean
 from pfgm.training.noise import LogNormal, NoiseLaw, PoissonFlowNoise, recommended_sigma_max
 
 
-class Loss(Recorded, nn.Module, ABC):
+class Loss(Configurable, nn.Module, ABC):
     """An objective: compares a denoiser with data. Subclasses say how many charges and network outputs they need.
 
     A module, since it may have weights of its own, which are trained along and are no part of the flow.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pfgm.core import rng
-from pfgm.core.configurable import Recorded, build
+from pfgm.core.configurable import Configurable, build
 from pfgm.core.tensors import check_positive
 from pfgm.data.augmentation import SIZE as AUGMENTED
 from pfgm.data.augmentation import Augment
@@ -23,10 +23,10 @@ from pfgm.theory.data_summary import DataSummary
 from pfgm.theory.kernel import check_dimensions
 from pfgm.training.losses import DenoisingLoss, Loss
 from pfgm.training.noise import NoiseLaw, PoissonFlowNoise, recommended_sigma_min
-from pfgm.training.nonfinite import MAX_SKIPPED, NonFiniteLoss, Skips
+from pfgm.training.nonfinite import MAX_SKIPPED, NonFiniteLoss, SkippedSteps
 
 
-class PFGM(Recorded, pl.LightningModule):
+class PFGM(Configurable, pl.LightningModule):
     """A flow, its objective and its optimizer (Adam with linear warm-up).
 
     A step whose loss or gradient is not finite leaves the weights alone and is counted; after MAX_SKIPPED of them in a row
@@ -97,7 +97,7 @@ class PFGM(Recorded, pl.LightningModule):
         self._losses: list[Tensor] = []
         self._batches: list[dict[str, Any]] = []
         self._step = -1
-        self._skips = Skips()
+        self._skips = SkippedSteps()
         self.flow = PoissonFlow(
             self.loss.make_denoiser(net, D, self.data),
             shape=data.shape,
@@ -125,7 +125,7 @@ class PFGM(Recorded, pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Forget an earlier fit."""
-        self._losses, self._batches, self._step, self._skips = [], [], -1, Skips()
+        self._losses, self._batches, self._step, self._skips = [], [], -1, SkippedSteps()
 
     def on_fit_start(self) -> None:
         """Say what the flow took from the data."""
@@ -252,15 +252,15 @@ class PFGM(Recorded, pl.LightningModule):
         return min(1.0, (step + 1) / (self.warmup_steps + 1)) * decayed
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what loading needs, and a digest of all."""
+        """Store what loading needs."""
         checkpoint["skipped"] = self._skips.state
         checkpoint["hyper_parameters"] = self.spec["init_args"]
-        checkpoints.seal(checkpoint, self.flow.config, getattr(getattr(self.trainer, "datamodule", None), "spec", None))
+        checkpoints.describe(checkpoint, self.flow.config, getattr(getattr(self.trainer, "datamodule", None), "spec", None))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """CheckpointError if the weights are not those that were stored."""
-        checkpoints.check_seal(checkpoint)
-        self._skips = Skips(checkpoint.get("skipped", (0, 0)))  # earlier versions skipped none
+        """Restore the count of skipped steps. Raise CheckpointError for a checkpoint of another package or format."""
+        checkpoints.check_format(checkpoint)
+        self._skips = SkippedSteps(checkpoint.get("skipped", (0, 0)))  # earlier versions skipped none
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's has arguments for files that need them
@@ -284,7 +284,7 @@ class PFGM(Recorded, pl.LightningModule):
             )
         checkpoint = checkpoints.read_checkpoint(checkpoint_path)
         stored, weights = checkpoint["hyper_parameters"] | arguments, checkpoint["state_dict"]
-        module = checkpoints.restored(
+        module = checkpoints.restore_module(
             lambda: cls(**{name: _made(value, trust) for name, value in stored.items()}), weights, checkpoint_path
         )
         return module.to(map_location)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pfgm.core import rng
-from pfgm.core.configurable import Recorded
+from pfgm.core.configurable import Configurable
 from pfgm.core.rng import Generators
 from pfgm.core.tensors import check_positive, expand
 
@@ -22,7 +22,7 @@ def recommended_sigma_min(sigma_data: float) -> float:
     return sigma_data / 50
 
 
-class NoiseLaw(Recorded, ABC):
+class NoiseLaw(Configurable, ABC):
     """Draw the noise levels of training: subclass it, and name the class in `DenoisingLoss(noise=...)` or as class_path.
 
     Constructor arguments are recorded, so that a checkpoint can make the law again; it then needs `trust` for its module.
@@ -63,7 +63,7 @@ class LogUniform(NoiseLaw):
         return sigma_data * self.low * (self.high / self.low) ** u
 
 
-class PoissonFlowNoise(Recorded):
+class PoissonFlowNoise(Configurable):
     """PFGM's perturbation (arXiv 2209.11178, section 3.2 and appendix B): rays from the data into the upper half space.
 
     x = y + |eps_x| (1+tau)^m u, z = |eps_z| (1+tau)^m, eps ~ N(0, sigma_end² I_{N+1}), u uniform on the sphere, m ~ U[0, M].

@@ -13,7 +13,7 @@ class NonFiniteLoss(RuntimeError):
     """The training loss or its gradient was NaN or infinite for MAX_SKIPPED steps."""
 
 
-class Skips:
+class SkippedSteps:
     """How many steps were skipped, in all and in a row. Only `state` waits for an accelerator."""
 
     def __init__(self, state: Sequence[int] = (0, 0)):

@@ -23,7 +23,7 @@ SAMPLES, NUMBERS = 2000, 2**27
 
 
 @dataclass(frozen=True)
-class Because:
+class Recommendation:
     """A value and the reason for it."""
 
     value: Any
@@ -31,7 +31,7 @@ class Because:
 
 
 @dataclass(frozen=True)
-class Measured:
+class DataMeasurements:
     """Of the training data: how many, their summary, and in model units `widest`, the standard deviation along the direction
     in which they vary most, and `furthest`, the largest RMS of a sample.
 
@@ -47,7 +47,7 @@ class Measured:
     pairs: int = 0
 
     @classmethod
-    def of(cls, data: DataModule) -> "Measured":
+    def of(cls, data: DataModule) -> "DataMeasurements":
         """Measure `data`."""
         order = torch.randperm(len(data.train), generator=rng.generator(data.seed))
         rows = order[: min(SAMPLES, max(2, NUMBERS // math.prod(data.shape)))]
@@ -83,7 +83,7 @@ def mirrored(x: Tensor) -> float:
     return metrics.nearest_neighbour_accuracy(small[::2], small[1::2].flip(3))
 
 
-def recommend(measured: Measured, data: Mapping[str, Any], D: float | str, gpu: bool) -> dict[str, Any]:
+def recommend(measured: DataMeasurements, data: Mapping[str, Any], D: float | str, gpu: bool) -> dict[str, Any]:
     """A training configuration of nested names, some of whose values are Because; `data` is its data section."""
     D, s, n = check_dimensions(D), measured.summary, measured.count
     side = math.sqrt(math.prod(s.shape[1:]))  # of an image with as many pixels
@@ -97,8 +97,8 @@ def recommend(measured: Measured, data: Mapping[str, Any], D: float | str, gpu: 
     augmented = gpu and measured.mirrored is not None and D != 1 and n < 100_000
     model = {
         "D": _dimensions(D, s),
-        "sigma_data": Because(figure(s.sigma_data), "The RMS of the centred data in model units, measured."),
-        "sigma_min": Because(
+        "sigma_data": Recommendation(figure(s.sigma_data), "The RMS of the centred data in model units, measured."),
+        "sigma_min": Recommendation(
             figure(recommended_sigma_min(s.sigma_data)), "sigma_data / 50: the last denoising removes the rest."
         ),
         "sigma_max": _sigma_max(measured, D),
@@ -109,7 +109,7 @@ def recommend(measured: Measured, data: Mapping[str, Any], D: float | str, gpu: 
         "warmup_steps": round_down(steps / 20),
     }
     if augmented:
-        law = {"probability": Because(0.12, f"{n} images, few enough to be known by heart; EDM has .12 and .15.")}
+        law = {"probability": Recommendation(0.12, f"{n} images, few enough to be known by heart; EDM has .12 and .15.")}
         model["augment"] = {"class_path": "pfgm.data.Augment", "init_args": law}
     return {
         "seed_everything": 0,
@@ -118,19 +118,19 @@ def recommend(measured: Measured, data: Mapping[str, Any], D: float | str, gpu: 
         "ema": {"half_life": min(500_000, images // 20), "warmup": 0.05},
         **({"speed": {"compile": True, "channels_last": len(s.shape) == 3}} if gpu else {}),
         "trainer": {
-            "max_steps": Because(steps, f"{images / 1e6:.0f} million samples, {images / n:.0f} times the data."),
+            "max_steps": Recommendation(steps, f"{images / 1e6:.0f} million samples, {images / n:.0f} times the data."),
             "val_check_interval": max(100, round_down(steps / 50)),
             **({"precision": "bf16-mixed"} if gpu else {}),
         },
     }
 
 
-def _dimensions(D: float, s: DataSummary) -> Because:
+def _dimensions(D: float, s: DataSummary) -> Recommendation:
     reason = "1 is PFGM, inf diffusion. 128 has the best published FID on faces, by little; finite D bears errors of "
     reason += "the network better."
     if D != 1:
         reason += f" With PFGM's own objective (--D 1) M would be {_exponent(s):.0f}."
-    return Because("inf" if math.isinf(D) else int(D) if int(D) == D else D, reason)
+    return Recommendation("inf" if math.isinf(D) else int(D) if int(D) == D else D, reason)
 
 
 def _exponent(s: DataSummary) -> float:
@@ -138,55 +138,57 @@ def _exponent(s: DataSummary) -> float:
     return PoissonFlowNoise().exponent(s.norm, math.prod(s.shape))
 
 
-def _batch(side: float, n: int, gpu: bool) -> Because:
+def _batch(side: float, n: int, gpu: bool) -> Recommendation:
     most = 512 if side <= 32 and n >= 20_000 else int(256 * min(1.0, 64 / side) ** 2)
     reason = "EDM: 512 at 32 x 32, 256 at 64 x 64; as many pixels in larger images, and 64 at most for few samples or a CPU."
-    return Because(max(8, most if gpu and n >= 5000 else min(64, most)), reason)
+    return Recommendation(max(8, most if gpu and n >= 5000 else min(64, most)), reason)
 
 
-def _rate(batch: int, width: int, shape: Sequence[int], D: float) -> Because:
+def _rate(batch: int, width: int, shape: Sequence[int], D: float) -> Recommendation:
     if len(shape) == 1:
-        return Because(1e-3, "Adam's own.")
+        return Recommendation(1e-3, "Adam's own.")
     name, reference, lr = ("EDM", 512, 1e-3) if math.prod(shape[1:]) <= 32**2 else ("EDM", 256, 2e-4)
     if D == 1:
         name, reference, lr = "PFGM", 128, 2e-4
     reason = f"{name}'s {lr:g} for batches of {reference} at width 128, by square roots of batch and width."
-    return Because(figure(lr * math.sqrt(batch / reference * 128 / width)), reason)
+    return Recommendation(figure(lr * math.sqrt(batch / reference * 128 / width)), reason)
 
 
-def _sigma_max(measured: Measured, D: float) -> Because:
+def _sigma_max(measured: DataMeasurements, D: float) -> Recommendation:
     s = measured.summary
     if D == 1:
         z_max = PoissonFlowNoise().z_max(s.norm, math.prod(s.shape))
-        return Because(figure(z_max), "Where the noise of M ends: sqrt(2/pi) sigma_end (1 + tau)^M.")
+        return Recommendation(figure(z_max), "Where the noise of M ends: sqrt(2/pi) sigma_end (1 + tau)^M.")
     rms, widest = recommended_sigma_max(measured.summary.sigma_data), math.sqrt(5) * measured.widest
     ratio = measured.widest / measured.summary.sigma_data
     reason = f"The larger of 80 sigma_data, {rms:.3g}, and {widest:.3g}. Along their first principal direction the data spread "
     reason += f"by {ratio:.1f} sigma_data; at sqrt(5) times that the prior is within .01 nats of a Gaussian so wide (D = inf)."
-    return Because(figure(max(rms, widest)), reason)
+    return Recommendation(figure(max(rms, widest)), reason)
 
 
-def _start(measured: Measured) -> dict[str, Because]:
+def _start(measured: DataMeasurements) -> dict[str, Recommendation]:
     """Where samples start, if not on the hemisphere."""
     if measured.furthest < 0.1 * recommended_sigma_max(measured.summary.sigma_data):
         return {}
     text = f"The furthest sample is at {measured.furthest:.3g}: heavy tails, for which there is no hemisphere around the data."
-    return {"start": Because("hyperplane", text)}
+    return {"start": Recommendation("hyperplane", text)}
 
 
-def _loss(measured: Measured, D: float, side: float) -> dict[str, Any]:
+def _loss(measured: DataMeasurements, D: float, side: float) -> dict[str, Any]:
     s = measured.summary
     if D == 1 and s.condition_shape is None:
-        M = Because(figure(_exponent(s)), f"The published rule, from the mean norm of the data, {s.norm:.4g}, measured.")
+        M = Recommendation(figure(_exponent(s)), f"The published rule, from the mean norm of the data, {s.norm:.4g}, measured.")
         noise = {"class_path": "pfgm.training.PoissonFlowNoise", "init_args": {"M": M}}
         most = max(32, int(4096 * min(1.0, 32 / side) ** 2))
-        charges = Because(min(measured.count, most), "Published: 4096 charges at 32 x 32, 512 at 64 x 64, 32 at 256 x 256.")
+        charges = Recommendation(
+            min(measured.count, most), "Published: 4096 charges at 32 x 32, 512 at 64 x 64, 32 at 256 x 256."
+        )
         return {"class_path": "pfgm.training.PoissonFieldLoss", "init_args": {"reference_size": charges, "noise": noise}}
     shift = max(0.0, math.log(side / 64))
     reason = f"Of log(sigma / sigma_data), so P_mean = {math.log(s.sigma_data) + shift - 0.5:.2f}. EDM's -1.2 at .5"
     reason += f", and log({side:.0f}/64) for the size (arXiv 2301.11093)." if shift else ", at any size up to 64 x 64."
     wide = "P_std of EDM" + (", and half of that shift, so that small noise is met as often as there." if shift else ".")
-    law = {"mean": Because(figure(shift - 0.5), reason), "std": Because(figure(1.2 + shift / 2), wide)}
+    law = {"mean": Recommendation(figure(shift - 0.5), reason), "std": Recommendation(figure(1.2 + shift / 2), wide)}
     noise = {"class_path": "pfgm.training.LogNormal", "init_args": law}
     return {"class_path": "pfgm.training.DenoisingLoss", "init_args": {"noise": noise}}
 
@@ -199,28 +201,28 @@ def _width(shape: Sequence[int], n: int, gpu: bool) -> int:
 
 def _network(shape: Sequence[int], n: int, width: int, gpu: bool, augmented: bool) -> dict[str, Any]:
     if len(shape) == 1:
-        hidden = Because(width, "64 for fewer than 2000 samples, else 256.")
+        hidden = Recommendation(width, "64 for fewer than 2000 samples, else 256.")
         return {"class_path": "pfgm.nn.TimeMLP", "init_args": {"width": hidden, "depth": 3}}
     side = min(shape[1:])
     levels = min(6, max(2, round(math.log2(max(side, 8) / 4))))
     share = 0.2 if n < 5000 else 0.13 if n < 60_000 else 0.05
     arguments = {
-        "width": Because(width, "128 as published, from 5000 images of 32 x 32 on; else 64, and 32 for a CPU."),
+        "width": Recommendation(width, "128 as published, from 5000 images of 32 x 32 on; else 64, and 32 for a CPU."),
         "multipliers": [1, 1, 2, 2, 4, 4][:levels] if side >= 128 else [1, 2, 2, 2, 2, 2][:levels],
         "blocks": 1 if not gpu else 4 if side <= 64 else 2,
         "attention_levels": [min(levels - 1, max(0, round(math.log2(side / 16))))],
-        "dropout": Because(share, f"{n} samples. EDM: .13 for 50,000, .05 for 70,000 faces; .2 for few is a guess."),
+        "dropout": Recommendation(share, f"{n} samples. EDM: .13 for 50,000, .05 for 70,000 faces; .2 for few is a guess."),
     }
     return {"class_path": "pfgm.nn.UNet", "init_args": arguments | ({"augmentation_size": 9} if augmented else {})}
 
 
-def _flip(measured: Measured) -> Because:
+def _flip(measured: DataMeasurements) -> Recommendation:
     assert measured.mirrored is not None
     margin = 3 * math.sqrt(0.25 / measured.pairs)
     text = f"A nearest neighbour tells images from mirrored ones in {measured.mirrored:.0%} of cases, by chance in 50%"
     if margin > 0.15:
-        return Because(False, f"{text}, but {measured.pairs} pairs are too few to tell.")
-    return Because(measured.mirrored < 0.5 + margin, f"{text} (3 standard errors: {margin:.0%}).")
+        return Recommendation(False, f"{text}, but {measured.pairs} pairs are too few to tell.")
+    return Recommendation(measured.mirrored < 0.5 + margin, f"{text} (3 standard errors: {margin:.0%}).")
 
 
 def figure(value: float) -> float:
@@ -239,7 +241,7 @@ def to_yaml(settings: Mapping[str, Any], depth: int = 0) -> str:
     lines = []
     for name, value in settings.items():
         pad = "  " * depth
-        if isinstance(value, Because):
+        if isinstance(value, Recommendation):
             lines += textwrap.wrap(value.reason, 100, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
             value = value.value
         if isinstance(value, Mapping):

@@ -30,7 +30,7 @@ def clear(run_dir: str | Path) -> None:
     clear_partial(*(Path(run_dir) / name for name in ("", "checkpoints", "grids", "averages")))
 
 
-def newest(run_dir: str | Path, mend: bool = True) -> tuple[Path, dict[str, Any]] | None:
+def latest_checkpoint(run_dir: str | Path, mend: bool = True) -> tuple[Path, dict[str, Any]] | None:
     """Where a run is resumed: its last checkpoint, or the one before if that is damaged, and what it holds; None for a new run.
 
     A damaged one is said on stderr and, to `mend`, kept as damaged.ckpt. CheckpointError if none can be read.
