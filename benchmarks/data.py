@@ -25,7 +25,7 @@ def rate(batches, count, use):
         start, images = time.perf_counter(), 0
         for batch in itertools.islice(batches, count):
             use(batch)
-            images += len(batch["x"])
+            images += len(batch.x)
         rates.append(images / (time.perf_counter() - start))
     return statistics.median(rates)
 
@@ -55,7 +55,7 @@ def main():
 
     def on_device(batch):
         """What a training step does with a batch before noise and network: bring it over, and into model space."""
-        return flow.to_model(batch["x"].to(device, non_blocking=pinned).float())
+        return flow.to_model(batch.x.to(device, non_blocking=pinned).float())
 
     print(
         f"in memory, mirrored, batches of {arguments.batch_size}: {rate(loader(data, 0), 40, len):.0f} images/s; "

@@ -39,7 +39,7 @@ def main() -> None:
         torch.manual_seed(0)
         net = UNet(shape, width=width, multipliers=multipliers, blocks=blocks)
         torch.nn.init.normal_(net.last[-1].weight, std=0.02)
-        flow = PoissonFlow(PreconditionedDenoiser(net, 128.0, 0.5, 0.06), shape=shape, sigma_min=0.01, sigma_max=40.0)
+        flow = PoissonFlow(PreconditionedDenoiser(net, 128.0, 0.5, 0.06), DataSummary(shape), sigma_min=0.01, sigma_max=40.0)
         flow = flow.to(device).eval()
         x, c_noise = torch.randn(n, *shape, device=device), torch.zeros(n, device=device)
         for solver in SOLVERS:

@@ -61,7 +61,7 @@ def model(data, objective="PFGM++", **options):
     torch.manual_seed(0)
     settings = OBJECTIVES[objective]
     extra = settings["loss"].extra_channels
-    net = UNet(data.shape, data.num_classes, extra, data.condition_shape, width=8, blocks=1, **options.pop("net", {}))
+    net = UNet(data.shape, data.num_classes, extra, data.condition_shapes, width=8, blocks=1, **options.pop("net", {}))
     return PFGM(net, data.summary, **settings, **{"lr": 1e-3, "warmup_steps": 0, **options})
 
 
@@ -95,14 +95,22 @@ def last(run_dir):
     return checkpoints.read_checkpoint(Path(run_dir) / "checkpoints" / "last.ckpt")
 
 
+def flow_of(denoiser, shape, *, sigma_min=0.01, sigma_max=40.0, unconditional=False, start="hemisphere", **summary):
+    """A flow around `denoiser`, for data of that shape and summary."""
+    summary = DataSummary(shape, **{"sigma_data": getattr(denoiser, "sigma_data", 0.5), **summary})
+    return PoissonFlow(
+        denoiser, summary, sigma_min=sigma_min, sigma_max=sigma_max, unconditional=unconditional, start=start
+    )
+
+
 def conditional(shape=(2,), condition_shape=(3,), **options):
     """A flow with random weights that takes conditions."""
     torch.manual_seed(1)
-    net = (UNet if len(shape) == 3 else TimeMLP)(shape, 0, 0, condition_shape, width=8)
+    conditions = {condition_key(condition_shape): condition_shape}
+    net = (UNet if len(shape) == 3 else TimeMLP)(shape, 0, 0, conditions, width=8)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2)
-    settings = {"sigma_min": 0.01, "sigma_max": 40.0, "condition_shape": condition_shape} | options
-    return PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), shape=shape, **settings)
+    return flow_of(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), shape, conditions=conditions, **options)
 
 
 def labelled(**options):
@@ -122,5 +130,5 @@ def make_flow(D=128.0, shape=(1, 8, 8), classes=0, std=0.05, **options):
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=std)
     denoiser = FieldDenoiser(net, 5.0, 0.5, 0.06) if D == 1 else PreconditionedDenoiser(net, D, 0.5, 0.06)
-    settings = {"sigma_min": 0.01, "sigma_max": 40.0, "num_classes": classes, "value_range": (-1.0, 1.0)} | options
-    return PoissonFlow(denoiser, shape=shape, mean=0.3 * torch.randn(shape), **settings)
+    settings = {"num_classes": classes, "value_range": (-1.0, 1.0)} | options
+    return flow_of(denoiser, shape, mean=0.3 * torch.randn(shape), **settings)

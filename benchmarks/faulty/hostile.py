@@ -41,7 +41,7 @@ class Hostile:
 def flow() -> PoissonFlow:
     """A small one."""
     net = TimeMLP((4,), 0, 0, width=8, depth=1)
-    return PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), shape=(4,), sigma_min=0.01, sigma_max=40.0)
+    return PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), DataSummary((4,)), sigma_min=0.01, sigma_max=40.0)
 
 
 def samples(path: Path) -> Any:

@@ -118,8 +118,8 @@ def _log_prob(**options: Any) -> Any:
     return likelihood.log_prob(lambda x, sigma, label=None: x * 0.5, kernel.StudentTKernel(4.0), **options)
 
 
-def _flow(shape: Any, **options: Any) -> PoissonFlow:
-    return PoissonFlow(flow().denoiser, shape=shape, **options)
+def _flow(shape: Any, sigma_data: Any, scale: Any, **options: Any) -> PoissonFlow:
+    return PoissonFlow(flow().denoiser, DataSummary(shape, sigma_data, scale=scale), **options)
 
 
 def _module(**options: Any) -> PFGM:

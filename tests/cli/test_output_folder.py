@@ -148,7 +148,7 @@ def export(tmp_path_factory):
             torch.nn.init.normal_(parameter, std=0.1)
         given = {"num_classes": 3, "value_range": (-1.0, 1.0)} if name == "images" else {}
         denoiser = PreconditionedDenoiser(net, 8.0, 0.5, 0.1)
-        PoissonFlow(denoiser, shape=shape, sigma_min=0.01, sigma_max=40.0, **given).save_pretrained(folder / name)
+        flow_of(denoiser, shape=shape, sigma_min=0.01, sigma_max=40.0, **given).save_pretrained(folder / name)
     return folder
 
 

@@ -18,7 +18,7 @@ import pfgm
 from pfgm.cli import train
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
-from pfgm.data.batches import HeldOutBatches, SampleSet, TrainingStream, stream_indices
+from pfgm.data.batches import Batch, HeldOutBatches, SampleSet, TrainingStream, stream_indices
 from pfgm.flow.loading import PREFIX
 from pfgm.nn import TimeMLP, UNet
 from pfgm.theory.data_summary import DataSummary
@@ -74,7 +74,7 @@ def test_every_config_fits_two_steps_and_samples(config, tmp_path):
     assert trained.trainer.global_step == 2
     flow = pfgm.load(tmp_path / "checkpoints" / "last.ckpt")
     assert flow.kernel.D == trained.model.flow.kernel.D
-    condition = None if flow.condition_shape is None else torch.zeros(flow.condition_shape)
+    condition = {key: torch.zeros(shape) for key, shape in flow.summary.conditions.items()} or None
     assert flow.sample(2, condition=condition).x.shape == (2, *flow.shape)
     assert {"config.yaml", "loss.png", "metrics.csv", "checkpoints", "grids"} <= {p.name for p in tmp_path.iterdir()}
     rows = log_rows(tmp_path)
@@ -186,17 +186,18 @@ class Spy(DenoisingLoss):
         super().__init__()
         self.seen = []
 
-    def __call__(self, denoiser, y, label=None, *, reference=None, reference_label=None, generator=None, **others):
-        self.seen.append((y, label, reference, reference_label, (generator.generator.initial_seed(), generator.first)))
+    def __call__(self, denoiser, y, conditions, *, charges, generator, **others):
+        noise = generator.generator.initial_seed(), generator.first
+        self.seen.append((y, conditions["label"], charges.y, charges.label, noise))
         return y.sum(1)
 
 
 def test_the_objective_gets_centred_data_labels_and_noise_of_its_own():
     x, label, spy = 100 + 10 * torch.randn(40, 2), torch.arange(40) % 3, Spy()
-    model = PFGM(TimeMLP((2,), 3, width=8, depth=1), DataSummary.of(x, scale=20.0, num_classes=3), spy, D=2, seed=4)
-    batch = {"x": x[:8], "label": label[:8], "reference": x, "reference_label": label}
+    model = PFGM(TimeMLP((2,), 3, width=8, depth=1), DataSummary.from_data(x, scale=20.0, num_classes=3), spy, D=2, seed=4)
+    charges = SampleSet(x, {"label": label})
     for stream, step, first in ((2, 0, 0), (2, 1, 0), (2, 0, 8), (3, 0, 0), (3, 8, 0), (2, 0, 0)):
-        model._loss(batch | {"step": step, "rows": (first, 16)}, stream)
+        model._loss(Batch(x[:8], {"label": label[:8]}, step, (first, 16), charges=charges), stream)
     centred = (x - x.mean(0)) / 20
     for y, y_label, reference, reference_label, _ in spy.seen:
         assert torch.allclose(y, centred[:8], atol=1e-5)
@@ -209,7 +210,7 @@ def test_the_objective_gets_centred_data_labels_and_noise_of_its_own():
 
 
 def test_the_learning_rate_warms_up():
-    model = PFGM(TimeMLP((2,), width=8, depth=1), DataSummary.of(torch.randn(9, 2)), lr=0.1, warmup_steps=4)
+    model = PFGM(TimeMLP((2,), width=8, depth=1), DataSummary.from_data(torch.randn(9, 2)), lr=0.1, warmup_steps=4)
     parts, rates = model.configure_optimizers(), []
     for _ in range(7):
         rates.append(parts["optimizer"].param_groups[0]["lr"])
@@ -382,17 +383,17 @@ def test_every_pass_of_the_stream_is_a_permutation_and_ranks_share_it():
     one = TrainingStream(SampleSet(x), batch_size=4, seed=4, start=0, rank=0, world=1, reference_size=0)
     two = [TrainingStream(SampleSet(x), batch_size=2, seed=4, start=0, rank=r, world=2, reference_size=0) for r in (0, 1)]
     for step in (0, 3):
-        assert torch.equal(one.batch(step)["x"], torch.cat([t.batch(step)["x"] for t in two]))
-    assert torch.equal(next(iter(one))["x"], one.batch(0)["x"])
+        assert torch.equal(one.batch(step).x, torch.cat([t.batch(step).x for t in two]))
+    assert torch.equal(next(iter(one)).x, one.batch(0).x)
 
 
 def test_reference_charges_contain_the_batch_and_do_not_repeat():
     x = torch.arange(100.0)[:, None]
     for size, length in ((20, 20), (3, 8), (1000, 100)):
         batch = TrainingStream(SampleSet(x), batch_size=8, seed=0, start=0, rank=0, world=1, reference_size=size).batch(5)
-        reference = batch["reference"].flatten().tolist()
+        reference = batch.charges.x.flatten().tolist()
         assert len(reference) == len(set(reference)) == length
-        assert set(batch["x"].flatten().tolist()) <= set(reference)
+        assert set(batch.x.flatten().tolist()) <= set(reference)
 
 
 def test_digits_are_split_at_random_with_each_class_in_proportion():
@@ -479,6 +480,6 @@ def test_networks_made_in_python_load_without_arguments(tmp_path):
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     flow = pfgm.load(tmp_path / "x.ckpt")
-    assert (flow.sigma_max, flow.sigma_data, flow.kernel.D) == (20.0, 0.6, math.inf)
+    assert (flow.sigma_max, flow.summary.sigma_data, flow.kernel.D) == (20.0, 0.6, math.inf)
     again = PFGM.load_from_checkpoint(tmp_path / "x.ckpt")
     assert torch.equal(again.flow.sample(2).x, flow.sample(2).x)

@@ -140,7 +140,7 @@ def test_networks_are_trained_on_changed_images_with_their_labels(tmp_path):
     from pfgm.data.batches import TrainingStream
 
     batch = TrainingStream(data.train, batch_size=16, seed=0, start=0, reference_size=0).batch(0)
-    x, label = Augment(1.0)(batch["x"], generator)
+    x, label = Augment(1.0)(batch.x, generator)
     assert torch.allclose(seen[0][0], module.flow.to_model(x), atol=1e-6)
     assert torch.equal(seen[0][1], label)
     assert seen[1][1] is None
@@ -148,7 +148,7 @@ def test_networks_are_trained_on_changed_images_with_their_labels(tmp_path):
 
 
 def test_what_cannot_be_augmented_is_named():
-    data, summary = images(), DataSummary.of(torch.randn(9, 3, 8))
+    data, summary = images(), DataSummary.from_data(torch.randn(9, 3, 8))
     for arguments, message in [
         ((UNet(data.shape, width=8), data.summary), "give a UNet with augmentation_size = 9"),
         ((UNet((3, 8), width=8, augmentation_size=9), summary), r"it changes images \(3, 8\)"),

@@ -34,14 +34,14 @@ class Exact(torch.nn.Module):
 def flow(num_classes=0):
     denoiser = Exact()
     denoiser.num_classes = num_classes
-    return PoissonFlow(denoiser, shape=(3,), sigma_min=0.02, sigma_max=80.0, sigma_data=1.0, scale=2.0, num_classes=num_classes)
+    return flow_of(denoiser, shape=(3,), sigma_min=0.02, sigma_max=80.0, sigma_data=1.0, scale=2.0, num_classes=num_classes)
 
 
 @pytest.fixture
 def export(tmp_path):
     net = TimeMLP((2,), width=16, depth=1)
     torch.nn.init.normal_(net.last.weight, std=0.1)
-    model = PoissonFlow(PreconditionedDenoiser(net, 4.0, 0.5, 0.1), shape=(2,), sigma_min=0.01, sigma_max=40.0)
+    model = flow_of(PreconditionedDenoiser(net, 4.0, 0.5, 0.1), shape=(2,), sigma_min=0.01, sigma_max=40.0)
     model.save_pretrained(tmp_path / "export")
     return str(tmp_path / "export")
 

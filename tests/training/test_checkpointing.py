@@ -53,7 +53,7 @@ def test_checkpoints_wait_for_a_step_that_is_finite(tmp_path, monkeypatch):
         if self.global_step == 12 and stop:
             os.kill(os.getpid(), signal.SIGTERM)
         seen.append(checkpoints.read_checkpoint(run_directory.checkpoint_path(run))["global_step"])
-        return whole(self, batch, stream) * (torch.nan if 8 <= batch["step"] < 13 else 1)
+        return whole(self, batch, stream) * (torch.nan if 8 <= batch.step < 13 else 1)
 
     monkeypatch.setattr(PFGM, "_loss", bad)
     for name, stops in (("whole", (False,)), ("run", (True, False))):
@@ -97,7 +97,7 @@ def signals_in_step_3(monkeypatch, number):
     whole, after = PFGM._loss, []
 
     def loss(self, batch, stream):
-        for _ in range(number if batch["step"] == 3 else 0):
+        for _ in range(number if batch.step == 3 else 0):
             os.kill(os.getpid(), signal.SIGINT)
             after.append(self.global_step)
         return whole(self, batch, stream)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfgm.core import rng
 from pfgm.data import DataModule
-from pfgm.data.batches import SampleSet, TrainingStream
+from pfgm.data.batches import Batch, SampleSet, TrainingStream
 from pfgm.data.degradations import AddNoise
 from pfgm.nn import TimeMLP
 from pfgm.theory.field import normalized_field, poisson_field, posterior_mean
@@ -67,9 +67,9 @@ def test_accumulated_batches_have_the_gradient_of_a_large_one(objective, tmp_pat
 
 def test_ranks_share_out_what_a_large_batch_has():
     """Samples, conditions and charges of two ranks with two batches each are those of one process."""
-    part = SampleSet(torch.randn(300, 1, 2, 2), torch.arange(300) % 3)
+    part = SampleSet(torch.randn(300, 1, 2, 2), {"label": torch.arange(300) % 3})
     data = DataModule(part, part, batch_size=8, seed=5, degrade=AddNoise(std=0.5))
-    common = {"part": part, "preparation": data.preparation, "seed": 5, "start": 0}
+    common = {"samples": part, "preparation": data.preparation, "seed": 5, "start": 0}
     for size in (0, 100):
         whole = TrainingStream(**common, batch_size=32, reference_size=size).batch(7)
         parts = [
@@ -77,11 +77,12 @@ def test_ranks_share_out_what_a_large_batch_has():
             for i in (0, 1)
             for rank in (0, 1)
         ]
-        for name in ("x", "label", "condition"):
-            assert torch.equal(whole[name], torch.cat([p[name] for p in parts]))
-        assert [p["rows"] for p in parts] == [(0, 32), (8, 32), (16, 32), (24, 32)]
+        assert torch.equal(whole.x, torch.cat([p.x for p in parts]))
+        for key in ("label", "image"):
+            assert torch.equal(whole.conditions[key], torch.cat([p.conditions[key] for p in parts]))
+        assert [p.rows for p in parts] == [(0, 32), (8, 32), (16, 32), (24, 32)]
         if size:
-            assert all(torch.equal(p["reference"], whole["reference"]) for p in parts)
+            assert all(torch.equal(p.charges.x, whole.charges.x) for p in parts)
 
 
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
@@ -149,7 +150,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, monkeypatch):
 
         def loss(self, batch, stream, which=which, whole=whole):
             value = whole(self, batch, stream)
-            if batch["step"] not in (2, 3):
+            if batch.step not in (2, 3):
                 return value
             bias = self.flow.denoiser.net.last[-1].bias
             return value * math.nan if which == "loss" else value + (bias - bias.detach()).sum().abs().sqrt()
@@ -177,15 +178,15 @@ def test_training_that_only_skips_stops_and_names_sample_and_level(objective, wh
     data.train = data.train[slice(0, 32)]
     size = OBJECTIVES[objective]["loss"].reference_size
     batch = TrainingStream(data.train, batch_size=32, seed=0, start=0, reference_size=size).batch(4)
-    bad = int(batch["index"][place])
+    bad = int(batch.index[place])
 
     def loss(self, batch, stream):
         values, bias = whole(self, batch, stream), self.flow.denoiser.net.last[-1].bias
-        if bad not in batch["index"] or batch["step"] < 2:
+        if bad not in batch.index or batch.step < 2:
             return values
         if what == "gradient":
             return values + (bias - bias.detach()).sum().abs().sqrt()
-        return torch.where(batch["index"] == bad, math.nan, values)
+        return torch.where(batch.index == bad, math.nan, values)
 
     module = model(data, objective)
     monkeypatch.setattr(PFGM, "_loss", loss)
@@ -214,7 +215,7 @@ def test_training_that_only_skips_stops_and_names_sample_and_level(objective, wh
 @pytest.mark.filterwarnings("ignore:1 of 2 steps were skipped so far")
 def test_a_run_that_is_resumed_keeps_the_count_of_skipped_steps(tmp_path, monkeypatch):
     whole, data, rows = PFGM._loss, digits(), []
-    monkeypatch.setattr(PFGM, "_loss", lambda self, b, s: whole(self, b, s) * (math.nan if b["step"] in (1, 2, 4) else 1))
+    monkeypatch.setattr(PFGM, "_loss", lambda self, b, s: whole(self, b, s) * (math.nan if b.step in (1, 2, 4) else 1))
     options = {"max_epochs": -1, "log_every_n_steps": 1, "limit_val_batches": 0, "enable_progress_bar": False}
     options |= {"accelerator": "cpu", "default_root_dir": tmp_path, "logger": Log(rows)}
     for steps, path, message in ((3, None, "2 of 3 steps"), (6, tmp_path / "checkpoints" / "last.ckpt", "3 of 5 steps")):
@@ -322,7 +323,7 @@ def test_a_run_stopped_between_two_parts_of_a_batch_is_resumed_at_a_step(parts, 
 
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            seen.append((batch["step"], batch["rows"][0] // 8, trainer.global_step))
+            seen.append((batch.step, batch.rows[0] // 8, trainer.global_step))
             trainer.should_stop = len(seen) == 14
 
     for accumulate in parts:
@@ -448,7 +449,7 @@ def test_the_network_runs_in_bfloat16_and_the_rest_does_not(monkeypatch):
     whole = PFGM._loss
     monkeypatch.setattr(PFGM, "_loss", lambda *args: seen.setdefault("loss", whole(*args)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        module.training_step(data.train[slice(8)].batch() | {"step": 0, "rows": (0, 8)}, 0)
+        module.training_step(Batch(data.train.x[:8], {}, 0, (0, 8)), 0)
     assert seen["loss"].dtype == torch.float32
     assert seen["c_noise"] == seen["x"] == torch.float32
     assert seen["out"] == torch.bfloat16

@@ -95,17 +95,17 @@ def test_recommended_values_are_the_published_ones():
     """The range in units of sigma_data, and EDM's P_mean and P_std, given for sigma_data = .5."""
     assert (recommended_sigma_max(0.5), recommended_sigma_min(0.5)) == (40.0, 0.01)
     assert (LogNormal().mean + math.log(0.5), LogNormal().std) == pytest.approx((-1.2, 1.2), abs=0.01)
-    assert DataSummary.of(torch.tensor([[0.0], [4.0]]), scale=2.0, mean=2.0).mean.tolist() == [1.0]
+    assert DataSummary.from_data(torch.tensor([[0.0], [4.0]]), scale=2.0, mean=2.0).mean.tolist() == [1.0]
 
 
 def test_summary_by_hand():
     data = torch.tensor([[0.0, 0.0], [4.0, 0.0], [2.0, 6.0]])
-    summary = DataSummary.of(data, scale=2.0)
+    summary = DataSummary.from_data(data, scale=2.0)
     assert torch.equal(summary.mean, torch.tensor([1.0, 1.0]))  # centred: (-1, -1), (1, -1), (0, 2)
     assert summary.sigma_data == pytest.approx(math.sqrt((2 + 2 + 4) / 6))
     assert summary.norm == pytest.approx((2 * math.sqrt(2) + 2) / 3)
     assert summary.power_std == pytest.approx(math.sqrt((2 * (1 - 4 / 3) ** 2 + (2 - 4 / 3) ** 2) / 3))
-    assert torch.equal(DataSummary.of(data, mean=0.0).mean, torch.zeros(2))
+    assert torch.equal(DataSummary.from_data(data, mean=0.0).mean, torch.zeros(2))
     again = build(summary.spec)
     assert (again.sigma_data, again.shape, again.scale) == (summary.sigma_data, (2,), 2.0)
 
@@ -120,7 +120,7 @@ def test_summary_by_hand():
         (lambda: PoissonFlowNoise(M=0.0), "M = 0"),
         (lambda: PoissonFlowNoise(M=1e5).z_max(1.0, 3), r"M = 100000 .* give another M"),
         (lambda: PoissonFlowNoise(sigma_end=1.0).z_max(0.1, 3), "M = -"),
-        (lambda: DataSummary.of(torch.ones(3, 2)), "all 3 samples are equal"),
+        (lambda: DataSummary.from_data(torch.ones(3, 2)), "all 3 samples are equal"),
     ],
 )
 def test_bad_values_are_named(make, message):
