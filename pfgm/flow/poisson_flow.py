@@ -23,14 +23,14 @@ from pfgm.sampling.guidance import cost
 from pfgm.sampling.latents import Latent, check_points, interpolate
 from pfgm.sampling.likelihood import LogProb, estimate_log_prob
 from pfgm.sampling.progress import DrawProgress
-from pfgm.sampling.sampler import Sampler, SamplerOptions, Samples, Trajectory, check_max_calls, check_start, seed_pairs
-from pfgm.sampling.solvers import SolverOptions
+from pfgm.sampling.sampler import Sampler, Samples, Trajectory, check_max_calls, seed_pairs
+from pfgm.sampling.solvers import SOLVER_FIELDS, SolverConfig, check_start
 from pfgm.theory.data_summary import level_spacing
 from pfgm.theory.kernel import StudentTKernel
 
-
-class Options(SamplerOptions, Conditioning, total=False):
-    """How to draw, and under what."""
+# Names of the options of `PoissonFlow.sample` and of `PoissonFlow.denoise`.
+DENOISE_OPTIONS = tuple(Conditioning.__annotations__)
+SAMPLE_OPTIONS = (*(field.name for field in dataclasses.fields(SolverConfig)), "sigma_max", *DENOISE_OPTIONS)
 
 
 class PoissonFlow(nn.Module):
@@ -128,13 +128,11 @@ class PoissonFlow(nn.Module):
         """Centred model space [B, *shape] -> the user's units."""
         return (x + self.mean.to(x.dtype)) * self.scale
 
-    def sampler(self, **options: Unpack[SamplerOptions]) -> Sampler:
-        """The `Sampler` of this flow; options that are None are left out."""
-        settings: Any = {"start": self.start, "sigma_max": self.sigma_max}
-        settings |= {name: value for name, value in options.items() if value is not None}
-        return Sampler(
-            self.denoiser, self.kernel, shape=self.shape, sigma_min=self.sigma_min, sigma_data=self.sigma_data, **settings
-        )
+    def sampler(self, *, sigma_max: float | None = None, **fields: Any) -> Sampler:
+        """Return the `Sampler` of this flow for the `fields` of a `SolverConfig`; those that are None are left out."""
+        config = SolverConfig.resolve(None, {"start": self.start} | {k: v for k, v in fields.items() if v is not None})
+        levels = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max if sigma_max is None else sigma_max}
+        return Sampler(self.denoiser, self.kernel, shape=self.shape, sigma_data=self.sigma_data, config=config, **levels)
 
     @checked
     def sample(
@@ -147,7 +145,7 @@ class PoissonFlow(nn.Module):
         batch_size: int = 256,
         max_calls: int | None = None,
         progress: bool = False,
-        **options: Unpack[Options],
+        **options: Any,
     ) -> Samples:
         """`n` samples of `seed` (default 0), or one for each of `seeds`, in the user's units: `Samples` with x [n, *shape].
 
@@ -161,7 +159,7 @@ class PoissonFlow(nn.Module):
         return self.draw(pairs, labels=labels, batch_size=batch_size, max_calls=max_calls, progress=progress, **options)
 
     @checked
-    def vary(self, x: Array, level: float, *, seed: int = 0, labels: Any = None, **options: Unpack[Options]) -> Samples:
+    def vary(self, x: Array, level: float, *, seed: int = 0, labels: Any = None, **options: Any) -> Samples:
         """A variation of each of `x` [n, *shape]: noise up to the effective `level` and the flow back (arXiv 2108.01073).
 
         `x` and `level`, between sigma_min and sigma_max, are in the user's units. Near sigma_min x stays what it is, far above
@@ -221,7 +219,9 @@ class PoissonFlow(nn.Module):
                 bar.batch(len(pairs[rows]))
                 around = None if source is None else source[rows]
                 some = given[rows]
-                part = sampler.with_denoiser(some.denoiser()).draw(pairs[rows], some.network_label, max_calls, bar, around)
+                part = sampler.with_denoiser(some.denoiser()).draw(
+                    pairs[rows], conditions(some.network_label), max_calls, bar, around
+                )
                 error = None if part.error is None else part.error * self.scale
                 yield number, dataclasses.replace(part, x=self.to_user(part.x), error=error)
 
@@ -242,7 +242,7 @@ class PoissonFlow(nn.Module):
         for i in range(0, max(1, len(pairs)), batch_size):
             rows = slice(i, i + batch_size)
             some = given[rows]
-            ways.append(sampler.with_denoiser(some.denoiser()).trajectory(pairs[rows], points, some.network_label))
+            ways.append(sampler.with_denoiser(some.denoiser()).trajectory(pairs[rows], points, conditions(some.network_label)))
         x, denoised = (self.to_user(torch.cat([getattr(way, name) for way in ways], 1)) for name in ("x", "denoised"))
         return Trajectory(x, denoised, torch.cat([way.sigma for way in ways], 1) * self.scale, ways[0].level * self.scale)
 
@@ -254,7 +254,7 @@ class PoissonFlow(nn.Module):
         ValueError if x or sigma is not finite, sigma not positive, or labels or conditions do not fit.
         """
         model = self.to_model(x)
-        level, given = per_sample(sigma, model), self._given(len(model), label, {**options}, Conditioning)[0]
+        level, given = per_sample(sigma, model), self._given(len(model), label, {**options}, DENOISE_OPTIONS)[0]
         if not bool(((level > 0) & torch.isfinite(level)).all()):
             raise ValueError(f"sigma = {sigma} must be positive and finite, in the units of x")
         check_finite_samples("x", model)
@@ -271,7 +271,7 @@ class PoissonFlow(nn.Module):
         model = self.to_model(x)
         check_finite_samples("x", model)
         sampler, label = self._accurate(len(x), labels, options)
-        latent = sampler.encode(model, label)
+        latent = sampler.encode(model, conditions(label))
         return dataclasses.replace(latent, level=latent.level * self.scale)
 
     @checked
@@ -287,7 +287,7 @@ class PoissonFlow(nn.Module):
             )
         check_finite_samples("latent.t", latent.t)
         sampler, label = self._accurate(len(latent.t), labels, options)
-        return self.to_user(sampler.decode(dataclasses.replace(latent, level=latent.level / self.scale), label))
+        return self.to_user(sampler.decode(dataclasses.replace(latent, level=latent.level / self.scale), conditions(label)))
 
     @checked
     def interpolate(self, a: Array, b: Array, points: int, *, labels: Any = None, **options: Any) -> Tensor:
@@ -355,12 +355,14 @@ class PoissonFlow(nn.Module):
                 "between them, and its density there is no likelihood; train with data.dequantize = true"
             )
 
-    def _given(self, n: int, labels: Any, options: dict[str, Any], known: Any = Options) -> tuple[Given, dict[str, Any]]:
+    def _given(
+        self, n: int, labels: Any, options: dict[str, Any], known: Sequence[str] = SAMPLE_OPTIONS
+    ) -> tuple[Given, dict[str, Any]]:
         """Checked conditioning of `n` samples, and the options that are the Sampler's. TypeError unless all are `known`."""
         names = Conditioning.__annotations__
-        unknown = sorted(options.keys() - known.__annotations__.keys())
+        unknown = sorted(options.keys() - set(known))
         if unknown:
-            raise TypeError(f"{unknown[0]!r} is no option here; there are {', '.join(known.__annotations__)}")
+            raise TypeError(f"{unknown[0]!r} is no option here; there are {', '.join(known)}")
         conditioning: Any = {name: options[name] for name in names if name in options}
         given = check_conditioning(self, n, labels, conditioning)
         return given, {name: value for name, value in options.items() if name not in names}
@@ -369,13 +371,18 @@ class PoissonFlow(nn.Module):
         given, options = self._given(n, labels, options)
         if options.get("temperature") is not None:
             raise ValueError(f"temperature = {options['temperature']}: only samples are drawn from the prior; leave it out")
-        default = {} if options.keys() & SolverOptions.__annotations__.keys() else {"preset": "reference"}
-        return self.sampler(**(default | options)).with_denoiser(given.denoiser()), given.network_label  # type: ignore[typeddict-item]
+        default = {} if options.keys() & set(SOLVER_FIELDS) else {"preset": "reference"}
+        return self.sampler(**(default | options)).with_denoiser(given.denoiser()), given.network_label
 
     @checked
     def save_pretrained(self, folder: str | Path) -> None:
         """Export to `folder`: config.json (valid JSON, also for D = inf) and model.safetensors; `pfgm.load` reads it."""
         checkpoints.write_export(folder, self.config, self.state_dict())
+
+
+def conditions(label: Tensor | None) -> dict[str, Tensor]:
+    """Return the conditions of a denoiser that are a `label` [n], or none."""
+    return {} if label is None else {"label": label}
 
 
 def own_sigma_data(denoiser: nn.Module, value: float | None) -> float:
