@@ -24,7 +24,7 @@ from pfgm.core.arguments import checked
 from pfgm.core.tensors import check_levels, check_positive
 from pfgm.sampling.coordinates import Angle
 from pfgm.sampling.ode import CountedDenoiser, solve
-from pfgm.sampling.solvers import ADAPTIVE, make_solver
+from pfgm.sampling.solvers import ADAPTIVE, SolverConfig
 from pfgm.theory.kernel import StudentTKernel
 
 EXACT_UP_TO = 32
@@ -76,7 +76,7 @@ def estimate_log_prob(
     `exact` traces cost N vector-Jacobian products a call (default up to 32 dimensions), Hutchinson's estimate `probes`. Each
     `probe` is "rademacher", random signs, or "gaussian", of more variance; those of sample i are a function of (`seed`, i).
     `method`, `rtol` and `atol` are those of an adaptive method of
-    `solvers.make_solver`. `differentiable` keeps the graph through the solver, for gradients with respect to x; the memory
+    `solvers.SolverConfig`. `differentiable` keeps the graph through the solver, for gradients with respect to x; the memory
     grows with the calls. ValueError for arguments out of range, SolverError if solving fails.
     """
     if x.ndim < 2 or not len(x):
@@ -89,10 +89,11 @@ def estimate_log_prob(
         raise ValueError(f"probe = {probe!r} is unknown; choose one of {', '.join(PROBES)}")
     if method not in ADAPTIVE:
         raise ValueError(f"method = {method!r}: give an adaptive method, one of {', '.join(ADAPTIVE)}")
-    solver, path, N = make_solver(method=method, rtol=rtol, atol=atol), Angle(sigma_data), x[0].numel()
+    solver, path, N = SolverConfig(method=method, rtol=rtol, atol=atol).solver, Angle(sigma_data), x[0].numel()
     exact = N <= EXACT_UP_TO if exact is None else exact
     vectors = _basis(x) if exact else _random(x, probes, seed, PROBES[probe])
-    denoise, ones = CountedDenoiser(denoiser, label, dtype=x.dtype), torch.ones(len(x), dtype=torch.float64, device=x.device)
+    ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    denoise = CountedDenoiser(denoiser, {} if label is None else {"label": label}, dtype=x.dtype)
 
     def slope(time: float, state: Tensor) -> Tensor:
         """Of u and of one integral for each probe, or one in all: [B, N + P]."""

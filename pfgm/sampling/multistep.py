@@ -8,15 +8,14 @@ All are exact integrals of the polynomial through the remembered values, on grid
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-Slope = Callable[[Any, Tensor], Tensor]
-"""Of the state [B, ...] at a time: a float or, where each sample has its own, [B]."""
+from pfgm.sampling.methods import ANGLE, LOG_SIGMA, Method, Slope, on_grid, register
 
 
 def adams_bashforth(slope: Slope, state: Tensor, times: Sequence[float], order: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -77,3 +76,9 @@ def _exponential_moments(h: float, number: int) -> list[float]:
     for m in range(1, number):
         integrals.append(m * integrals[-1] - h**m)
     return [-value for value in integrals]
+
+
+register(Method("ab2", 2, ANGLE, on_grid(partial(adams_bashforth, order=2))))
+register(Method("ab3", 3, ANGLE, on_grid(partial(adams_bashforth, order=3)), grid="paced"))
+register(Method("dpmpp_2m", 2, LOG_SIGMA, on_grid(partial(dpm_solver, order=2)), grid="rho"))
+register(Method("dpmpp_3m", 3, LOG_SIGMA, on_grid(partial(dpm_solver, order=3)), grid="rho"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pfgm.core.tensors import expand
-from pfgm.sampling.multistep import Slope
+from pfgm.sampling.methods import Integrator, Problem, Slope, SolverStats, rms
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 2.0
 """Of the step size: the share of the step that would just do, and the most it may change by."""
@@ -111,6 +111,27 @@ def integrate_per_sample(
     raise StepError(f"{max_steps} steps were not enough")
 
 
+def per_sample(pair: ButcherTableau) -> Integrator:
+    """Make an integrator of the method `pair` in which each sample has steps of its own."""
+
+    def integrate(problem: Problem) -> tuple[Tensor, SolverStats]:
+        unit = problem.rescaled()
+        each = integrate_per_sample(
+            unit.slope,
+            unit.state,
+            unit.at,
+            pair,
+            rtol=unit.rtol,
+            atol=unit.atol,
+            first_step=unit.first_step,
+            max_steps=unit.max_steps,
+            on_step=unit.on_step,
+        )
+        return each.states, SolverStats(int(each.accepted.max()), int(each.rejected.max()), each.error)
+
+    return integrate
+
+
 def _step(
     slope: Slope, state: Tensor, time: Tensor, step: Tensor, first: Tensor, pair: ButcherTableau
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,8 +152,3 @@ def _hermite(moment: float, t0: Tensor, t1: Tensor, y0: Tensor, y1: Tensor, k0: 
     h, s = expand(t1 - t0, y0), expand((moment - t0) / (t1 - t0), y0)
     bend = (1 - s) * h * k0 - s * h * k1 + (2 * s - 1) * (y1 - y0)
     return (1 - s) * y0 + s * y1 + s * (1 - s) * bend
-
-
-def rms(error: Tensor) -> Tensor:
-    """Root mean square of each sample, [B]."""
-    return error.flatten(1).square().mean(1).sqrt()
