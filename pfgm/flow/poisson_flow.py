@@ -23,12 +23,12 @@ from pfgm.sampling.progress import DrawProgress
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.latents import Latent, check_points, interpolate
 from pfgm.sampling.likelihood import LogProb, estimate_log_prob
-from pfgm.sampling.sampler import Sampler, Samples, Trajectory, check_max_calls, check_start, seed_pairs
-from pfgm.sampling.solvers import SolverConfig
+from pfgm.sampling.sampler import Sampler, Samples, Trajectory, check_max_calls, seed_pairs
+from pfgm.sampling.solvers import SOLVER_FIELDS, SolverConfig, check_start
 from pfgm.theory.data_summary import DataSummary, level_spacing
 from pfgm.theory.kernel import StudentTKernel
 
-SOLVER_FIELDS = [field.name for field in dataclasses.fields(SolverConfig)]
+CONFIG_FIELDS = [field.name for field in dataclasses.fields(SolverConfig)]
 
 
 class PoissonFlow(nn.Module):
@@ -122,7 +122,7 @@ class PoissonFlow(nn.Module):
 
     def sampler(self, config: SolverConfig | None = None, sigma_max: float | None = None, **fields: Any) -> Sampler:
         """Return the `Sampler` of this flow, in model space, for a `config` or its fields."""
-        config = SolverConfig(**fields) if config is None else config
+        config = SolverConfig.resolve(config, fields)
         return Sampler(
             self.denoiser,
             self.kernel,
@@ -376,21 +376,18 @@ class PoissonFlow(nn.Module):
 
     def _prepare(self, n: int, labels: Any, options: dict[str, Any]) -> tuple[BoundConditions, SolverConfig]:
         """Separate and check the conditions of `n` samples and the solver's settings."""
-        _check_names(options, [*Conditioning.__annotations__, "config", *SOLVER_FIELDS])
+        _check_names(options, [*Conditioning.__annotations__, "config", *CONFIG_FIELDS])
         conditioning: Any = {name: options[name] for name in Conditioning.__annotations__ if name in options}
         bound = check_conditioning(self, n, labels, conditioning)
         fields = {name: value for name, value in options.items() if name not in conditioning and value is not None}
-        config = fields.pop("config", None)
-        if config is not None and fields:
-            raise TypeError(f"config, {', '.join(fields)}: give a config or its fields, not both")
-        return bound, SolverConfig(**fields) if config is None else config
+        return bound, SolverConfig.resolve(fields.pop("config", None), fields)
 
     def _map_sampler(self, n: int, labels: Any, options: dict[str, Any]) -> Sampler:
         """Return the sampler of a map between planes, accurate unless a solver is chosen."""
         bound, config = self._prepare(n, labels, options)
         if config.temperature != 1:
             raise ValueError(f"temperature = {config.temperature}: only samples are drawn from the prior; leave it out")
-        if not options.keys() & {"config", *SOLVER_FIELDS} - {"start", "temperature"}:
+        if all(getattr(config, name) is None for name in SOLVER_FIELDS):
             config = dataclasses.replace(config, preset="reference")
         return self.sampler(config).with_denoiser(bound.denoiser())
 

@@ -171,7 +171,8 @@ class SolverConfig:
         if self.grid is not None and not isinstance(self.grid, str):
             object.__setattr__(self, "grid", tuple(float(level) for level in self.grid))
         object.__setattr__(self, "restart", tuple(tuple(interval) for interval in self.restart))
-        self.solver  # noqa: B018 (reports fields that do not fit together)
+        if self.grid != "optimized":  # which commands replace by the levels that they find or have kept
+            self.solver  # noqa: B018 (reports fields that do not fit together)
         check_positive("temperature", self.temperature)
         self._check_churn()
         self._check_restart()
