@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from pfgm.theory.data_summary import DataSummary
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.faulty import kills

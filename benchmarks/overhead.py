@@ -15,6 +15,7 @@ import torch
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
+from pfgm.theory.data_summary import DataSummary
 
 SIZES = (((1, 8, 8), 32, (1, 2), 1), ((1, 8, 8), 64, (1, 2), 2), ((3, 32, 32), 48, (1, 2), 1))
 SOLVERS = ({"method": "ab3", "steps": 8}, {"method": "adaptive_heun", "rtol": 0.05, "atol": 0.05})

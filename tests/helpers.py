@@ -16,6 +16,7 @@ from pfgm.flow import checkpoints
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
+from pfgm.theory.data_summary import DataSummary, condition_key
 from pfgm.training.checkpointing import LastCheckpoint
 from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
 from pfgm.training.module import PFGM
@@ -98,9 +99,7 @@ def last(run_dir):
 def flow_of(denoiser, shape, *, sigma_min=0.01, sigma_max=40.0, unconditional=False, start="hemisphere", **summary):
     """A flow around `denoiser`, for data of that shape and summary."""
     summary = DataSummary(shape, **{"sigma_data": getattr(denoiser, "sigma_data", 0.5), **summary})
-    return PoissonFlow(
-        denoiser, summary, sigma_min=sigma_min, sigma_max=sigma_max, unconditional=unconditional, start=start
-    )
+    return PoissonFlow(denoiser, summary, sigma_min=sigma_min, sigma_max=sigma_max, unconditional=unconditional, start=start)
 
 
 def conditional(shape=(2,), condition_shape=(3,), **options):

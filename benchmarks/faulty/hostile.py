@@ -16,6 +16,7 @@ from pfgm.flow.posthoc_ema import reconstruct
 from pfgm.flow.tuned_solvers import stored_grid
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
+from pfgm.theory.data_summary import DataSummary
 
 CANARY = "canary"
 """A file that appears in the working folder if code of a file was run."""

@@ -23,6 +23,7 @@ from pfgm.flow import checkpoints
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
+from pfgm.theory.data_summary import DataSummary
 from pfgm.training.module import PFGM
 
 

@@ -29,6 +29,7 @@ from pfgm.sampling.latents import Latent
 from pfgm.sampling.ode import SolverError
 from pfgm.sampling.sampler import Sampler
 from pfgm.theory import field, kernel
+from pfgm.theory.data_summary import DataSummary
 from pfgm.training import noise
 from pfgm.training.ema import EMA, PowerAverages
 from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss

@@ -48,7 +48,7 @@ def encode(
     x = read_inputs(images, flow.shape, flow.summary.value_range, "images").to(flow.device)
     check_array_output(out)
     check_other_file(out, images, under.condition)
-    options = {"labels": under.labels, "condition": read_condition(under.condition, flow), "config": _accurate(solver)}
+    options: Any = {"labels": under.labels, "condition": read_condition(under.condition, flow), "config": _accurate(solver)}
     model.cast(flow)
     latent = flow.encode(x, **options)
     arrays = {"t": latent.t, "level": torch.tensor(latent.level, dtype=torch.float64), "D": torch.tensor(flow.kernel.D)}
@@ -181,7 +181,7 @@ def vary(
         flow.check_level(one)
     check_strip(out, flow.shape)
     check_other_file(out, images, under.condition)
-    options = {"labels": under.labels, "condition": read_condition(under.condition, flow), "config": solver}
+    options: Any = {"labels": under.labels, "condition": read_condition(under.condition, flow), "config": solver}
     model.cast(flow)
     rows = [flow.vary(x, one, seed=seed, **options).x for one in levels]
     write_strip(out, torch.stack([x, *rows]), flow.summary.value_range)

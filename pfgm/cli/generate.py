@@ -202,8 +202,8 @@ def check_outputs(shape: Sequence[int], output: OutputOptions, inputs: Sequence[
         )
     if trajectory is not None and (output.max_calls is not None or not out.suffix):
         raise ValueError(
-            f"trajectory = {trajectory}, out = {out}, max_calls = {output.max_calls}: a trajectory is whole, and beside a file; "
-            "leave max_calls out, and give a file as out"
+            f"trajectory = {trajectory}, out = {out}, max_calls = {output.max_calls}: a trajectory is whole, and beside a "
+            "file; leave max_calls out, and give a file as out"
         )
     if trajectory is not None:
         check_other_file(trajectory, *inputs, name="trajectory")

@@ -17,7 +17,7 @@ from pfgm.data.image_dataset import ImageOptions, collect
 from pfgm.data.toys import TOYS
 from pfgm.files.arrays import check_values, read_samples
 from pfgm.files.images import Resize
-from pfgm.theory.data_summary import DataSummary
+from pfgm.theory.data_summary import DataSummary, condition_key
 
 
 class Digits(DataModule):
@@ -42,7 +42,7 @@ class Digits(DataModule):
 
         data = load_digits()
         x, y = torch.tensor(data.images / 8 - 1, dtype=torch.float32)[:, None], torch.tensor(data.target)
-        train, rest = split(SampleSet(x, y), held_out, seed)
+        train, rest = split(SampleSet(x, {"label": y}), held_out, seed)
         if not labels:
             train, rest = SampleSet(train.x), SampleSet(rest.x)
         super().__init__(
@@ -106,7 +106,9 @@ class Arrays(DataModule):
     ):
         if conditions and degrade is not None:
             raise ValueError("conditions, degrade: give one of them, conditions of the file or conditions of the samples")
-        whole = SampleSet(*read_samples(Path(path), labels, conditions))
+        x, label, condition = read_samples(Path(path), labels, conditions)
+        named = {"label": label, condition_key(() if condition is None else condition.shape[1:]): condition}
+        whole = SampleSet(x, {key: value for key, value in named.items() if value is not None})
         if whole.x.dtype == torch.uint8 and value_range is None:
             value_range = (0.0, 255.0)
         check_values(whole.x, value_range, path)
@@ -114,7 +116,7 @@ class Arrays(DataModule):
         if value_range is not None:
             scale = (value_range[1] - value_range[0]) / 2
         else:
-            scale = 2 * DataSummary.of(train.x, mean=mean).sigma_data
+            scale = 2 * DataSummary.from_data(train.x, mean=mean).sigma_data
         super().__init__(
             train,
             rest,

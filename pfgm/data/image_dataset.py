@@ -204,7 +204,7 @@ def collect(path: str, held_out: float | str, wanted: ImageOptions, seed: int) -
         x, bad = images.load(surveys[0].threads) if in_memory else images.checked(surveys[0].threads)
         damaged += [(images.source, row, why) for row, why in bad.items()]
         good = torch.tensor([row for row in images.rows if row not in bad], dtype=torch.long)
-        parts.append(SampleSet(x, None if label is None else label[good]))
+        parts.append(SampleSet(x, {} if label is None else {"label": label[good]}))
     for source in dict.fromkeys(sources):
         _report(source, {source.names[i]: why for one, i, why in damaged if one is source}, wanted.skip_damaged)
     return parts[0], parts[1], form.bits

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,10 @@ from pfgm.core.configurable import build, to_json
 from pfgm.core.tensors import check_finite_samples, check_levels, per_sample
 from pfgm.flow import checkpoints
 from pfgm.flow.conditioning import BoundConditions, Conditioning, check_conditioning
-from pfgm.sampling.progress import DrawProgress
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.latents import Latent, check_points, interpolate
 from pfgm.sampling.likelihood import LogProb, estimate_log_prob
+from pfgm.sampling.progress import DrawProgress
 from pfgm.sampling.sampler import Sampler, Samples, Trajectory, check_max_calls, seed_pairs
 from pfgm.sampling.solvers import SOLVER_FIELDS, SolverConfig, check_start
 from pfgm.theory.data_summary import DataSummary, level_spacing
@@ -58,7 +58,7 @@ class PoissonFlow(nn.Module):
         sigma_min: float,
         sigma_max: float,
         unconditional: bool = False,
-        start: str = "hemisphere",
+        start: Literal["hemisphere", "hyperplane"] = "hemisphere",
     ):
         super().__init__()
         check_levels(sigma_min, sigma_max)
@@ -170,7 +170,9 @@ class PoissonFlow(nn.Module):
         return _joined([samples for _, samples in self.sample_batches(pairs, **settings, **options)])
 
     @checked
-    def vary(self, x: Array, level: float, *, seed: int = 0, labels: Any = None, batch_size: int = 256, **options: Any) -> Samples:
+    def vary(
+        self, x: Array, level: float, *, seed: int = 0, labels: Any = None, batch_size: int = 256, **options: Any
+    ) -> Samples:
         """Draw a variation of each sample: noise up to an effective level, and the flow back (arXiv 2108.01073).
 
         Near sigma_min a sample stays what it is, far above sigma_data a new one is drawn.

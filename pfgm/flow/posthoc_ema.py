@@ -38,7 +38,7 @@ def decay(gamma: float, step: int) -> float:
 
 
 def overlap(gamma: np.ndarray, step: np.ndarray, other_gamma: np.ndarray, other_step: np.ndarray) -> np.ndarray:
-    """Return ∫ p q dtau of the normalised profiles p = (gamma+1) tau^gamma / step^(gamma+1) and q, for arrays that broadcast."""
+    """Return ∫ p q dtau of the normalised profiles p = (gamma+1) tau^gamma / step^(gamma+1) and q; arrays broadcast."""
     later = np.maximum(step, other_step)
     power = np.where(step < other_step, other_gamma, gamma)
     return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) / later * (np.minimum(step, other_step) / later) ** power

@@ -5,7 +5,7 @@ calls one call makes.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,16 +23,17 @@ def cost(denoiser: Any, sigma: Tensor | None = None) -> int:
 
 
 class ConditionedDenoiser(nn.Module):
-    """Bind conditions to a denoiser.
+    """Bind conditions to a denoiser, or hide some from it.
 
     Args:
         denoiser: A denoiser that takes these conditions.
         conditions: A tensor [B, ...] for each key.
+        drop: Keys that are not passed on when a caller gives them; without its label a network is unconditional.
     """
 
-    def __init__(self, denoiser: nn.Module, conditions: Mapping[str, Tensor]):
+    def __init__(self, denoiser: nn.Module, conditions: Mapping[str, Tensor] | None = None, drop: Sequence[str] = ()):
         super().__init__()
-        self.denoiser, self.conditions = denoiser, dict(conditions)
+        self.denoiser, self.conditions, self.drop = denoiser, dict(conditions or {}), tuple(drop)
         self.dtype = getattr(denoiser, "dtype", None)
 
     def cost(self, sigma: Tensor | None = None) -> int:
@@ -42,7 +43,7 @@ class ConditionedDenoiser(nn.Module):
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
         """Return E[y | x, sigma, conditions], like `x` [B, ...]; floating-point conditions get the dtype of x."""
         bound = {key: value.to(x.dtype) if value.is_floating_point() else value for key, value in self.conditions.items()}
-        return self.denoiser(x, sigma, **bound, **conditions)
+        return self.denoiser(x, sigma, **bound, **{key: value for key, value in conditions.items() if key not in self.drop})
 
 
 class GuidedDenoiser(nn.Module):

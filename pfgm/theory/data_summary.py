@@ -123,6 +123,13 @@ class DataSummary(Configurable, nn.Module):
         arguments = {name: value for name, value in self._arguments.items() if name not in TENSORS}
         return {"class_path": public_path(type(self)), "init_args": to_json(arguments)}
 
+    @property
+    def mean_norm(self) -> float:
+        """The mean norm of a centred sample, in model units. Raise ValueError if it is unknown."""
+        if self.norm is None:
+            raise ValueError("norm = None: PFGM's noise follows from the mean norm of the data; give it to the DataSummary")
+        return self.norm
+
     def replace(self, **changes: Any) -> "DataSummary":
         """Return a copy with some of the plain settings changed."""
         stored = self.spec

@@ -189,10 +189,10 @@ class PoissonFieldLoss(Loss):
         return FieldDenoiser(net, self.gamma, summary.sigma_data, summary.power_std)
 
     def recommended_sigma_max(self, summary: DataSummary) -> float:
-        return self.noise.z_max(_mean_norm(summary), math.prod(summary.shape))
+        return self.noise.z_max(summary.mean_norm, math.prod(summary.shape))
 
     def levels(self, y: Tensor, summary: DataSummary, generator: Generators = None) -> Tensor:
-        return self.noise.perturb(y, _mean_norm(summary), generator)[1]
+        return self.noise.perturb(y, summary.mean_norm, generator)[1]
 
     def forward(
         self,
@@ -206,14 +206,8 @@ class PoissonFieldLoss(Loss):
     ) -> Tensor:
         if charges is None:
             raise ValueError("charges = None: PoissonFieldLoss needs charges [L, ...] that include y")
-        x, z = self.noise.perturb(y, _mean_norm(summary), generator)
+        x, z = self.noise.perturb(y, summary.mean_norm, generator)
         weights = charges.weights(conditions.get("label"), summary.num_classes)
         t_x, t_z = normalized_field(x, z, charges.y, self.gamma, weights, check=False)
         v_x, v_z = denoiser.field(x, z, **conditions)
         return ((v_x - t_x).square().flatten(1).sum(1) + (v_z - t_z).square()) / (y[0].numel() + 1)
-
-
-def _mean_norm(summary: DataSummary) -> float:
-    if summary.norm is None:
-        raise ValueError("summary.norm = None: PFGM's noise follows from the mean norm of the data; give it")
-    return summary.norm

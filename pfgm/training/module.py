@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -27,8 +27,8 @@ from pfgm.training.nonfinite import MAX_SKIPPED, NonFiniteLoss, SkippedSteps
 # What a stored module is made of; other classes of this package, such as data modules, read and write files.
 COMPONENTS = (nn.Module, DataSummary, NoiseLaw, PoissonFlowNoise, Augment)
 REMEDY = (
-    "The last checkpoint precedes these steps and is kept. Unless the data are the reason, resume with --trainer.precision=32, or "
-    "start again in another --run_dir with a lower model.lr or a longer model.warmup_steps"
+    "The last checkpoint precedes these steps and is kept. Unless the data are the reason, resume with --trainer.precision=32, "
+    "or start again in another --run_dir with a lower model.lr or a longer model.warmup_steps"
 )
 
 
@@ -73,7 +73,7 @@ class PFGM(Configurable, pl.LightningModule):
         sigma_max: float | None = None,
         sigma_data: float | None = None,
         data_norm: float | None = None,
-        start: str = "hemisphere",
+        start: Literal["hemisphere", "hyperplane"] = "hemisphere",
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         warmup_steps: int = 100,
@@ -289,7 +289,9 @@ class PFGM(Configurable, pl.LightningModule):
             ValueError: If a class is outside the trusted modules, or weights_only is False.
         """
         if not weights_only:
-            raise ValueError("weights_only = False would run code of the file; leave it out, checkpoints hold all that is needed")
+            raise ValueError(
+                "weights_only = False would run code of the file; leave it out, checkpoints hold all that is needed"
+            )
         checkpoint = checkpoints.read_checkpoint(checkpoint_path)
         stored, weights = checkpoint["hyper_parameters"] | arguments, checkpoint["state_dict"]
         module = checkpoints.restore_module(
@@ -341,7 +343,7 @@ def _check_conditions(summary: DataSummary, loss: Loss, label_dropout: float) ->
 
 
 def _check_augment(net: nn.Module, summary: DataSummary, loss: Loss) -> None:
-    """Raise ValueError unless `net` is told of augmentation, and neither conditions nor charges would have to change with it."""
+    """Raise ValueError unless `net` is told of augmentation, and no conditions or charges would have to change with it."""
     if getattr(net, "augmentation_size", 0) != AUGMENTATION_SIZE or len(summary.shape) != 3:
         raise ValueError(
             f"augment: it changes images {summary.shape} and describes the change to the network in {AUGMENTATION_SIZE} "

@@ -135,7 +135,7 @@ def _dimensions(D: float, s: DataSummary) -> Recommendation:
 
 def _exponent(s: DataSummary) -> float:
     """PFGM's M for these data."""
-    return PoissonFlowNoise().exponent(s.norm, math.prod(s.shape))
+    return PoissonFlowNoise().exponent(s.mean_norm, math.prod(s.shape))
 
 
 def _batch(side: float, n: int, gpu: bool) -> Recommendation:
@@ -157,7 +157,7 @@ def _rate(batch: int, width: int, shape: Sequence[int], D: float) -> Recommendat
 def _sigma_max(measured: DataMeasurements, D: float) -> Recommendation:
     s = measured.summary
     if D == 1:
-        z_max = PoissonFlowNoise().z_max(s.norm, math.prod(s.shape))
+        z_max = PoissonFlowNoise().z_max(s.mean_norm, math.prod(s.shape))
         return Recommendation(figure(z_max), "Where the noise of M ends: sqrt(2/pi) sigma_end (1 + tau)^M.")
     rms, widest = recommended_sigma_max(measured.summary.sigma_data), math.sqrt(5) * measured.widest
     ratio = measured.widest / measured.summary.sigma_data
@@ -176,7 +176,7 @@ def _start(measured: DataMeasurements) -> dict[str, Recommendation]:
 
 def _loss(measured: DataMeasurements, D: float, side: float) -> dict[str, Any]:
     s = measured.summary
-    if D == 1 and s.condition_shape is None:
+    if D == 1 and not s.conditions:
         M = Recommendation(figure(_exponent(s)), f"The published rule, from the mean norm of the data, {s.norm:.4g}, measured.")
         noise = {"class_path": "pfgm.training.PoissonFlowNoise", "init_args": {"M": M}}
         most = max(32, int(4096 * min(1.0, 32 / side) ** 2))

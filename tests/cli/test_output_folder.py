@@ -23,12 +23,12 @@ from pfgm.cli.output_folder import Share
 from pfgm.core.exits import LostProcess
 from pfgm.files import locking
 from pfgm.flow import checkpoints
-from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.training.checkpointing import LastCheckpoint, Stopped
 from pfgm.training.ema import EMA
 from pfgm.training.nonfinite import SkippedSteps
+from tests.helpers import flow_of
 
 
 def test_a_run_on_two_devices_starts_from_one_command(tmp_path):

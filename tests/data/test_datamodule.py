@@ -107,9 +107,13 @@ def test_the_summary_knows_levels_and_conditions():
     assert float(summary.image_mean) == pytest.approx(float(low.mean()), rel=1e-5)
     assert float(summary.image_std) == pytest.approx(float(low.std()), rel=1e-3)
     assert summary.sigma_data**2 - plain.sigma_data**2 == pytest.approx(0.125**2 / 12, rel=0.2)
-    flat = DataSummary.from_data(torch.randn(1437, 2), conditions={"image": torch.full((1437, 1, 4, 4), 0.1, dtype=torch.float64)})
+    flat = DataSummary.from_data(
+        torch.randn(1437, 2), conditions={"image": torch.full((1437, 1, 4, 4), 0.1, dtype=torch.float64)}
+    )
     assert float(flat.image_std) == 1, "whatever rounding makes of it"
-    each = DataSummary.from_data(torch.randn(9, 2), conditions={"vector": torch.stack([torch.arange(9.0), torch.full((9,), 4.0)], 1)})
+    each = DataSummary.from_data(
+        torch.randn(9, 2), conditions={"vector": torch.stack([torch.arange(9.0), torch.full((9,), 4.0)], 1)}
+    )
     assert each.vector_mean.tolist() == [4, 4]
     assert each.vector_std.tolist() == pytest.approx([math.sqrt(60 / 9), 1]), "a constant is left alone"
 

@@ -9,13 +9,13 @@ from scipy import integrate, stats
 from torch import nn
 
 import pfgm
-from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.sampling.guidance import GuidedDenoiser
 from pfgm.sampling.inverse import Mask, Measurement
 from pfgm.theory.analytic import GaussianBlob
-from tests.helpers import FAST, conditional, labelled, make_flow
+from pfgm.theory.data_summary import condition_key
+from tests.helpers import FAST, conditional, flow_of, labelled, make_flow
 
 CALLS = {"preset": "fast"}
 

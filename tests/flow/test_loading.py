@@ -86,7 +86,9 @@ def test_an_export_of_version_0_1_with_two_D_is_refused(tmp_path):
     shutil.copytree(OLD / "export", tmp_path / "export")
     config = json.loads((OLD / "export" / "config.json").read_text())
     config["flow"]["D"] = 8.0
-    content = {name: value for name, value in config.items() if name != "digest"} | {"tensors": load_file(OLD / "export" / "model.safetensors")}
+    content = {name: value for name, value in config.items() if name != "digest"} | {
+        "tensors": load_file(OLD / "export" / "model.safetensors")
+    }
     (tmp_path / "export" / "config.json").write_text(json.dumps(config | {"digest": digest(content)}))
     with pytest.raises(CheckpointError, match=r"D = 8\.0 of the flow is not that of its denoiser"):
         pfgm.load(tmp_path / "export")

@@ -19,12 +19,11 @@ from pfgm.cli import main
 from pfgm.cli.trajectories import _rescaled
 from pfgm.core.configurable import build
 from pfgm.flow import checkpoints
-from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.sampling.likelihood import log_prob
 from pfgm.sampling.sampler import seed_pairs
 from pfgm.theory.analytic import GaussianBlob
-from tests.helpers import FAST, make_flow
+from tests.helpers import FAST, flow_of, make_flow
 
 
 @pytest.mark.parametrize("D", [1, 128.0, math.inf])

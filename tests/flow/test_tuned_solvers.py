@@ -10,13 +10,13 @@ import torch
 
 import pfgm
 from pfgm.cli import main
-from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.flow.tuned_solvers import grid_file, optimize_grid, store_grid, stored_grid
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.sampling.grids import PacedGrid
 from pfgm.theory.analytic import EmpiricalDenoiser
 from pfgm.theory.kernel import StudentTKernel
+from tests.helpers import flow_of
 
 CHARGES = torch.randn(12, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
