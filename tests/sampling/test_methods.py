@@ -69,7 +69,7 @@ def test_a_registered_method_is_available_everywhere(monkeypatch):
     out = make_sampler(denoiser, method="ralston", steps=5).sample(3)
     assert (out.calls, out.accepted, out.error.shape) == (11, 5, (3,))
     assert make_sampler(denoiser, method="ralston", steps=5, s_churn=1.0).sample(3).calls > 11
-    with pytest.raises(ValueError, match="unknown. Choose one of .*ralston"):
+    with pytest.raises(ValueError, match=r"unknown\. Choose one of .*ralston"):
         make_sampler(denoiser, method="none")
 
 
