@@ -16,7 +16,9 @@ from pfgm.flow import checkpoints
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
+from pfgm.sampling.sampler import Sampler
 from pfgm.theory.data_summary import DataSummary, condition_key
+from pfgm.theory.kernel import StudentTKernel
 from pfgm.training.checkpointing import LastCheckpoint
 from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
 from pfgm.training.module import PFGM
@@ -131,3 +133,15 @@ def make_flow(D=128.0, shape=(1, 8, 8), classes=0, std=0.05, **options):
     denoiser = FieldDenoiser(net, 5.0, 0.5, 0.06) if D == 1 else PreconditionedDenoiser(net, D, 0.5, 0.06)
     settings = {"num_classes": classes, "value_range": (-1.0, 1.0)} | options
     return flow_of(denoiser, shape, mean=0.3 * torch.randn(shape), **settings)
+
+
+F64 = torch.float64
+
+
+TIGHT = {"method": "dopri5", "rtol": 1e-8, "atol": 1e-8}
+
+
+def make_sampler(denoiser, kernel=None, shape=(3,), sigma_min=0.01, sigma_max=40.0, **options):
+    """A sampler for points in three dimensions, with D = 1 unless a kernel is given."""
+    kernel = kernel or StudentTKernel(1)
+    return Sampler(denoiser, kernel, shape=shape, sigma_min=sigma_min, sigma_max=sigma_max, **options)

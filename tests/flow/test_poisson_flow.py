@@ -349,7 +349,7 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
         (["--n=0"], "n = 0"),
         (["--seeds=5-1"], "seeds = '5-1'"),
         (["--seeds=1,1", "--out=folder"], "given twice"),
-        (["--preset=fast", "--steps=3"], "leave out either preset or steps"),
+        (["--preset=fast", "--steps=3"], "Leave out either preset or steps"),
         (["--trajectory=samples.png"], "give two names"),
         (["--out=new/x.png", "--method=foo"], "method = 'foo'"),
         (["--labels=[5]"], "labels = 5: this model was trained without labels"),

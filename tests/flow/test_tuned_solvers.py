@@ -136,7 +136,7 @@ def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--method=midpoint", "--steps=3"], "such grids are for ab3, not midpoint"),
-        (["--preset=fast"], "leave out either preset or"),
+        (["--preset=fast"], "Leave out either preset or"),
         ([], "needs a number of steps"),
         (["--steps=3", "--max_calls=0"], "max_calls = 0"),
     ],

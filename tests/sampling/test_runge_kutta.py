@@ -210,7 +210,7 @@ def test_runge_kutta_with_fixed_steps_claims_no_error():
 def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch, independent):
     monkeypatch.setattr(solvers, "MAX_STEPS", 50)
     s = sampler(lambda x, sigma, label=None: torch.rand_like(x), rtol=1e-12, atol=1e-12, independent=independent)
-    with pytest.raises(ode.SolverError, match=r"bosh3 could not meet its tolerance at level \d.* after \d+ calls .*raise rtol"):
+    with pytest.raises(ode.SolverError, match=r"bosh3 could not meet its tolerance at level \d.* after \d+ calls .*Raise rtol"):
         s.sample(2)
 
 
