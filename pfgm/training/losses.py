@@ -17,7 +17,7 @@ from pfgm.core.tensors import expand
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
 from pfgm.theory.data_summary import DataSummary
 from pfgm.theory.field import normalized_field, posterior_mean
-from pfgm.training.noise import LogNormal, NoiseLaw, PoissonFlowNoise, recommended_sigma_max
+from pfgm.training.noise import NoiseLaw, PoissonFlowNoise, ScaledLogNormal, recommended_sigma_max
 
 
 class Loss(Configurable, nn.Module, ABC):
@@ -79,7 +79,7 @@ class DenoisingLoss(Loss):
 
     def __init__(self, noise: NoiseLaw | None = None, reference_size: int = 0, log_variance: bool = False):
         super().__init__()
-        self.noise, self.reference_size = noise or LogNormal(), check_reference_size(reference_size, 0)
+        self.noise, self.reference_size = noise or ScaledLogNormal(), check_reference_size(reference_size, 0)
         self.log_variance = LogVariance() if log_variance else None
 
     def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> PreconditionedDenoiser:

@@ -189,7 +189,7 @@ def _loss(measured: DataMeasurements, D: float, side: float) -> dict[str, Any]:
     reason += f", and log({side:.0f}/64) for the size (arXiv 2301.11093)." if shift else ", at any size up to 64 x 64."
     wide = "P_std of EDM" + (", and half of that shift, so that small noise is met as often as there." if shift else ".")
     law = {"mean": Recommendation(figure(shift - 0.5), reason), "std": Recommendation(figure(1.2 + shift / 2), wide)}
-    noise = {"class_path": "pfgm.training.LogNormal", "init_args": law}
+    noise = {"class_path": "pfgm.training.ScaledLogNormal", "init_args": law}
     return {"class_path": "pfgm.training.DenoisingLoss", "init_args": {"noise": noise}}
 
 
