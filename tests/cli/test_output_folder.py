@@ -27,8 +27,6 @@ from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.training.checkpointing import LastCheckpoint, Stopped
-from pfgm.training.ema import EMA
-from pfgm.training.nonfinite import SkippedSteps
 
 
 def test_a_run_on_two_devices_starts_from_one_command(tmp_path):
@@ -357,19 +355,6 @@ def test_jobs_of_slurm_are_left_to_its_batch_script(tmp_path, monkeypatch):
     assert not plugins[0].auto_requeue
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(monkeypatch):
-    bad_elsewhere = [0, 1, 0]
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda x, how: x.copy_(torch.maximum(x, torch.tensor(bad_elsewhere.pop(0))))
-    )
-    skips, optimizer = SkippedSteps(), torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], fused=True)
-    states = []
-    for loss in (1.0, 1.0, float("nan")):
-        skips.add(torch.tensor(loss), torch.tensor(1.0), optimizer, world=2)
-        states.append((*skips.state, float(optimizer.found_inf)))
-    assert states == [(0, 0, 0.0), (1, 1, 1.0), (2, 2, 1.0)]
-
-
 def test_devices_on_the_cpu_are_processes_of_which_there_are_enough_cores():
     for devices in (1, "2", "auto"):
         train.check_processes(devices, cores=2)
@@ -382,13 +367,3 @@ def test_devices_on_the_cpu_are_processes_of_which_there_are_enough_cores():
 def test_weights_that_are_shared_out_are_refused(strategy, tmp_path):
     with pytest.raises(ValueError, match=rf"trainer\.strategy = .*{strategy}: .* neither averaged .* give ddp"):
         train.main([*kills.command(tmp_path, "denoising", 5), f"--trainer.strategy={strategy}"])
-
-
-def test_the_average_refuses_sharded_weights_in_python():
-    from pytorch_lightning.strategies import FSDPStrategy
-
-    class Trainer:
-        strategy = object.__new__(FSDPStrategy)
-
-    with pytest.raises(ValueError, match="FSDPStrategy: weights that are shared out over devices cannot be averaged"):
-        EMA().setup(Trainer(), None, "fit")
