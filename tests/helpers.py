@@ -1,6 +1,8 @@
 """Small models, data sets and runs that several tests use."""
 
+import contextlib
 import json
+import resource
 import zipfile
 from pathlib import Path
 
@@ -124,3 +126,14 @@ def make_flow(D=128.0, shape=(1, 8, 8), classes=0, std=0.05, **options):
     denoiser = FieldDenoiser(net, 5.0, 0.5, 0.06) if D == 1 else PreconditionedDenoiser(net, D, 0.5, 0.06)
     settings = {"sigma_min": 0.01, "sigma_max": 40.0, "num_classes": classes, "value_range": (-1.0, 1.0)} | options
     return PoissonFlow(denoiser, shape=shape, mean=0.3 * torch.randn(shape), **settings)
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Let no file of this process grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,10 +1,7 @@
 """Damaged and missing files, full disks: what was there stays, and what is damaged is named."""
 
-import contextlib
-import csv
 import os
 import random
-import resource
 import shutil
 
 import pytest
@@ -19,8 +16,8 @@ from pfgm.files.untrusted import load_torch
 from pfgm.flow import checkpoints
 from pfgm.flow.integrity import DamagedError, verify_digest
 from pfgm.training import run_directory
-from pfgm.training.csv_logger import MetricsLogger, read_rows
 from pfgm.training.module import PFGM
+from tests.helpers import full_disk
 
 
 @pytest.mark.parametrize("harm", damage.HARMS)
@@ -166,17 +163,6 @@ def test_exports_that_cannot_be_read_now_are_not_called_damaged(tmp_path, monkey
         pfgm.load(tmp_path / "a")
 
 
-@contextlib.contextmanager
-def full_disk(size):
-    """No file of this process can grow beyond `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_what_was_there_and_says_so(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     path = run_directory.checkpoint_path(tmp_path / "run")
@@ -227,36 +213,3 @@ def test_content_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch)
         temporary.write_text("new")
         inode = temporary.stat().st_ino
     assert done == [inode, "replaced", tmp_path.stat().st_ino]
-
-
-def test_the_log_keeps_its_rows_on_a_full_disk_and_drops_torn_ones(tmp_path):
-    log = MetricsLogger(tmp_path)
-    log.log_metrics({"train_loss": 0.5}, 1)
-    before = log.path.read_bytes()
-    with full_disk(len(before) + 5), pytest.raises(OSError, match=r"metrics\.csv cannot be written: .*make room"):
-        log.log_metrics({"train_loss": 0.25}, 2)
-    assert log.path.read_bytes() == before
-    log.path.write_bytes(before + bytes(200_000) + b"\n2,0.2\n3,abc,,,,\n4,0.125,,,,\n5,0.1,,,,,,7\n\0\0\0")
-    with pytest.warns(UserWarning, match="5 of 7 rows are damaged and left out"):
-        MetricsLogger(tmp_path).log_metrics({"train_loss": 0.0625}, 9)
-    with log.path.open(newline="") as file:
-        assert [(row["step"], row["train_loss"]) for row in csv.DictReader(file)] == [
-            ("1", "0.5"),
-            ("4", "0.125"),
-            ("9", "0.0625"),
-        ]
-
-
-@pytest.mark.parametrize("header", ["qtep,train_loss,lr", "1,0.5,0.1"])
-def test_a_log_whose_header_is_lost_is_kept_aside(header, tmp_path):
-    (tmp_path / "metrics.csv").write_text(f"{header}\n1,0.5,0.1\n2,0.25,0.1\n")
-    with pytest.warns(UserWarning, match="damaged"):
-        MetricsLogger(tmp_path).log_metrics({"train_loss": 0.125}, 3)
-    assert (tmp_path / "metrics.damaged.csv").read_text().endswith("2,0.25,0.1\n")
-    assert (tmp_path / "metrics.csv").read_text().splitlines()[1:] == ["3,0.125,,,,"]
-
-
-def test_short_rows_are_left_out(tmp_path):
-    (tmp_path / "metrics.csv").write_text("train_loss,step\n0.5,1\n0.25\n")
-    with pytest.warns(UserWarning, match="1 of 2 rows"):
-        assert read_rows(tmp_path / "metrics.csv")[1] == [{"train_loss": "0.5", "step": "1"}]

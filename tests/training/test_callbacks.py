@@ -10,7 +10,7 @@ from torch import nn
 from pfgm.data import DataModule
 from pfgm.data.batches import SampleSet
 from pfgm.nn import TimeMLP
-from pfgm.training.callbacks import Speed
+from pfgm.training.callbacks import SampleGrid, Speed
 from pfgm.training.ema import EMA
 from pfgm.training.module import PFGM
 from tests.helpers import digits, model, train_steps
@@ -42,3 +42,8 @@ def test_channels_last_is_refused_for_vectors(tmp_path):
     data = DataModule(SampleSet(torch.randn(40, 3)), SampleSet(torch.randn(9, 3)), batch_size=8, seed=0)
     with pytest.raises(ValueError, match=r"speed.channels_last = True: .* samples of shape \(3,\)"):
         train_steps(data, PFGM(TimeMLP((3,), width=8), data.summary), 1, Speed(channels_last=True), folder=tmp_path)
+
+
+def test_a_negative_number_of_samples_is_refused():
+    with pytest.raises(ValueError, match="n = -1: "):
+        SampleGrid(-1)
