@@ -1,6 +1,8 @@
 """Small models, data sets and runs that several tests use."""
 
+import contextlib
 import json
+import resource
 import zipfile
 from pathlib import Path
 
@@ -145,3 +147,14 @@ def make_sampler(denoiser, kernel=None, shape=(3,), sigma_min=0.01, sigma_max=40
     """A sampler for points in three dimensions, with D = 1 unless a kernel is given."""
     kernel = kernel or StudentTKernel(1)
     return Sampler(denoiser, kernel, shape=shape, sigma_min=sigma_min, sigma_max=sigma_max, **options)
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Let no file of this process grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

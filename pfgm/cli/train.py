@@ -32,7 +32,7 @@ from pfgm.training.evaluation_callback import Evaluation
 from pfgm.training.losses import DenoisingLoss, Loss
 from pfgm.training.module import PFGM
 from pfgm.training.nonfinite import NonFiniteLoss
-from pfgm.training.run_directory import check_same_run, initialize
+from pfgm.training.run_directory import check_same_run, load_initial_weights
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -117,7 +117,7 @@ class TrainCLI(LightningCLI):
         first = self.trainer.is_global_zero
         with locking.lock_folder(run_dir) if first else nullcontext():
             if first:
-                run_directory.clear(run_dir)
+                run_directory.remove_partial_files(run_dir)
             start = self._start(model, datamodule, run_dir, first)
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=start, weights_only=True)
 
@@ -125,9 +125,9 @@ class TrainCLI(LightningCLI):
         """The checkpoint to resume, None for a new run."""
         source, found = self._get(self.config, "init_from"), run_directory.latest_checkpoint(run_dir, mend)
         if found is None:
-            run_directory.check_no_other_files(run_dir)
+            run_directory.check_no_run_files(run_dir)
             if source is not None:
-                initialize(model, source)
+                load_initial_weights(model, source)
             return None
         path, checkpoint = found
         if source is not None:

@@ -19,7 +19,7 @@ from pfgm.core.tensors import expand
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
 from pfgm.theory.data_summary import DataSummary
 from pfgm.theory.field import normalized_field, posterior_mean
-from pfgm.training.noise import LogNormal, NoiseLaw, PoissonFlowNoise, recommended_sigma_max
+from pfgm.training.noise import NoiseLaw, PoissonFlowNoise, ScaledLogNormal, recommended_sigma_max
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class DenoisingLoss(Loss):
     from E[y | x, sigma]; where the noise is small against the data, 1/varsigma² raises D by 2.
 
     Args:
-        noise: Law of sigma; `LogNormal` by default.
+        noise: Law of sigma; `ScaledLogNormal` by default.
         reference_size: With L > 0 the target is the posterior mean over L charges that include y, which has the same minimiser
             and less variance (stable target field, arXiv 2302.00670).
         log_variance: Whether training divides the loss by e^u and adds u, for a u(sigma) that is learned along: it tends to the
@@ -111,7 +111,7 @@ class DenoisingLoss(Loss):
         super().__init__()
         if reference_size < 0:
             raise ValueError(f"reference_size = {reference_size} must be at least 0")
-        self.noise, self.reference_size = noise or LogNormal(), reference_size
+        self.noise, self.reference_size = noise or ScaledLogNormal(), reference_size
         self.log_variance = LogVariance() if log_variance else None
 
     def make_denoiser(self, net: nn.Module, D: float, summary: DataSummary) -> PreconditionedDenoiser:

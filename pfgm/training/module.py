@@ -186,10 +186,11 @@ class PFGM(Configurable, pl.LightningModule):
         self.log_dict(values, logger=False)
         for logger in self.loggers:
             logger.log_metrics(values, self.global_step)
-        if self._skips.told < values["skipped"] and self.trainer.precision != "16-mixed":
-            self._skips.told = int(values["skipped"])
+        if self._skips.reported < values["skipped"] and self.trainer.precision != "16-mixed":
+            self._skips.reported = int(values["skipped"])
             pl.utilities.rank_zero_warn(
-                f"{self._skips.told} of {self.global_step + 1} steps were skipped so far: their loss or gradient was not finite"
+                f"{self._skips.reported} of {self.global_step + 1} steps were skipped so far: "
+                "their loss or gradient was not finite"
             )
 
     @property

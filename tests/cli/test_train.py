@@ -19,11 +19,9 @@ from pfgm.cli import train
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.batches import Batch, HeldOutBatches, SampleSet, TrainingStream, stream_indices
-from pfgm.flow.loading import PREFIX
 from pfgm.nn import TimeMLP, UNet
 from pfgm.theory.data_summary import DataSummary
-from pfgm.training.ema import EMA
-from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
+from pfgm.training.losses import DenoisingLoss
 from pfgm.training.module import PFGM
 from pfgm.training.nonfinite import NonFiniteLoss
 from tests.helpers import ROOT, SMALL, TOY, fit, last
@@ -148,37 +146,6 @@ def test_a_new_process_draws_the_same_samples(tmp_path):
     assert torch.allclose(loaded, here, atol=1e-6)
 
 
-def test_checkpoints_hold_the_average_and_the_raw_weights(tmp_path):
-    """The average is written out by hand from the raw weights of each step."""
-    raws = []
-
-    class Record(pl.Callback):
-        def on_train_batch_end(self, trainer, module, *args):
-            raws.append({k: v.clone() for k, v in module.state_dict().items()})
-
-    data = Toy(size=200, batch_size=16)
-    model = PFGM(TimeMLP((2,), 0, 1, width=8, depth=1), data.summary, PoissonFieldLoss(0.5, 100), D=1, lr=0.05, warmup_steps=0)
-    from pfgm.training.checkpointing import LastCheckpoint
-
-    callbacks = [EMA(half_life=40, warmup=0.5), Record(), LastCheckpoint()]
-    settings = {"max_epochs": -1, "max_steps": 6, "logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    pl.Trainer(**settings, callbacks=callbacks, default_root_dir=tmp_path, accelerator="cpu", enable_model_summary=False).fit(
-        model, data
-    )
-    average = dict(raws[0])
-    for n, raw in enumerate(raws[1:], 1):
-        decay = 0.5 ** (16 / min(40, 0.5 * 16 * n))
-        average = {k: decay * average[k] + (1 - decay) * v for k, v in raw.items()}
-    checkpoint, name = last(tmp_path), f"{PREFIX}denoiser.net.last.weight"
-    assert torch.allclose(checkpoint["state_dict"][name], average[name], atol=1e-6)
-    assert torch.equal(checkpoint["current_model_state"][name], raws[-1][name])
-    assert not torch.allclose(average[name], raws[-1][name], atol=1e-4)
-    path = tmp_path / "checkpoints" / "last.ckpt"
-    assert torch.equal(pfgm.load(path).denoiser.net.last.weight, checkpoint["state_dict"][name])
-    assert torch.equal(pfgm.load(path, ema=False).denoiser.net.last.weight, raws[-1][name])
-    assert torch.equal(model.flow.denoiser.net.last.weight, checkpoint["state_dict"][name]), "fitting leaves the average"
-
-
 class Spy(DenoisingLoss):
     """Remembers what it is given."""
 
@@ -241,15 +208,6 @@ def test_held_out_batches_and_steps_have_their_own_randomness():
     batches = [stream.batch(step) for step in (0, 13)]
     a, b = (set(v["reference"].flatten().tolist()) - set(v["x"].flatten().tolist()) for v in batches)
     assert len(a & b) < 40
-
-
-def test_the_average_halves_in_its_half_life():
-    """After the warm-up, `half_life` images halve a weight, in steps of any size; before, a share of the images seen does."""
-    ema = EMA(half_life=1000, warmup=0.1)
-    for images in (1, 10, 250):
-        assert math.prod(ema.decay(50_000 + i, images) for i in range(0, 1000, images)) == pytest.approx(0.5)
-    assert ema.decay(4000, 40) ** 10 == pytest.approx(0.5)
-    assert ema.decay(0, 64) == EMA(half_life=0).decay(10**6, 64) == 0
 
 
 def test_resuming_with_other_settings_is_refused_and_names_them(tmp_path):

@@ -1,6 +1,5 @@
 """The training step: the same gradient in any parts, nothing waited for, nothing not finite let into the weights."""
 
-import functools
 import itertools
 import math
 import re
@@ -19,7 +18,6 @@ from pfgm.data.degradations import AddNoise
 from pfgm.nn import TimeMLP
 from pfgm.theory.field import normalized_field, poisson_field, posterior_mean
 from pfgm.theory.kernel import StudentTKernel
-from pfgm.training.callbacks import Speed
 from pfgm.training.checkpointing import LastCheckpoint
 from pfgm.training.ema import EMA, PowerAverages
 from pfgm.training.module import PFGM
@@ -337,39 +335,6 @@ def test_a_run_stopped_between_two_parts_of_a_batch_is_resumed_at_a_step(parts, 
     assert seen == first + rest
 
 
-def test_averages_count_optimizer_steps(tmp_path):
-    """Those of a step in four parts are those of one large batch, whose gradient is the same."""
-    found = []
-    for parts in (1, 4):
-        averages, data = PowerAverages(every_n_steps=100), digits(batch_size=32 // parts)
-        options = {"accumulate_grad_batches": parts, "precision": "64-true"}
-        train_steps(data, model(data), 5, EMA(), averages, folder=tmp_path, **options)
-        assert averages.step == 5
-        found.append(averages.averages)
-    for width, part in found[0].items():
-        for name, value in part.items():
-            assert torch.allclose(value, found[1][width][name], rtol=1e-6, atol=1e-9), name
-
-
-def test_averages_of_a_bfloat16_model_are_in_float32(tmp_path):
-    """In bfloat16 small steps of an average would be rounded away."""
-    seen, averages = [], PowerAverages(every_n_steps=100)
-
-    class Look(pl.Callback):
-        def on_train_batch_end(self, trainer, module, *args):
-            seen.append(
-                (
-                    module.flow.denoiser.net.first.weight.dtype,
-                    {p.dtype for p in trainer.callbacks[0]._average_model.parameters()},
-                )
-            )
-
-    data = digits()
-    train_steps(data, model(data), 2, EMA(), averages, Look(), folder=tmp_path, precision="bf16-true")
-    assert seen[-1] == (torch.bfloat16, {torch.float32})
-    assert {p.dtype for part in averages.averages.values() for p in part.values()} == {torch.float32}
-
-
 def test_dropout_is_a_function_of_the_step(tmp_path):
     """A run that is stopped and resumed drops the same units as one that is not."""
     data, weights = digits(), []
@@ -453,27 +418,3 @@ def test_the_network_runs_in_bfloat16_and_the_rest_does_not(monkeypatch):
     assert seen["loss"].dtype == torch.float32
     assert seen["c_noise"] == seen["x"] == torch.float32
     assert seen["out"] == torch.bfloat16
-
-
-def test_a_compiled_run_is_the_same_run(tmp_path, monkeypatch):
-    """Compiled and in channels_last: the same weights, under the same names, laid out otherwise; validated uncompiled."""
-    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
-    data, weights, stances = digits(batch_size=8), [], []
-
-    class Stance(pl.Callback):
-        def on_validation_epoch_start(self, trainer, module):
-            stances.append(torch._dynamo.eval_frame._stance.stance)
-
-    for speed in (Speed(), Speed(compile=True, channels_last=True)):
-        module = model(data)
-        names = list(module.state_dict())
-        options = {"limit_val_batches": 1, "val_check_interval": 1, "num_sanity_val_steps": 0, "check_val_every_n_epoch": None}
-        weights.append(train_steps(data, module, 3, speed, EMA(half_life=0), Stance(), folder=tmp_path, **options))
-        assert list(module.state_dict()) == names
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*weights, strict=True))
-    assert stances[0] == "default"
-    assert stances[-1] == "force_eager"
-    assert module.flow.denoiser.net.first.weight.is_contiguous(memory_format=torch.channels_last)
-    flat = DataModule(SampleSet(torch.randn(40, 3)), SampleSet(torch.randn(9, 3)), batch_size=8, seed=0)
-    with pytest.raises(ValueError, match=r"speed.channels_last = True: .* not for samples of shape \(3,\)"):
-        train_steps(flat, PFGM(TimeMLP((3,), width=8), flat.summary), 1, Speed(channels_last=True), folder=tmp_path)
