@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from pfgm.cli.arguments import PARSER_MODE, check_device, read_config
+from pfgm.cli.arguments import PARSER_MODE, read_config
+from pfgm.cli.options import choose_device
 from pfgm.cli.outputs import check_writable
 from pfgm.data.datamodule import DataModule
 from pfgm.data.datasets import Arrays, ImageDataModule
@@ -59,7 +60,7 @@ def features(
     check_writable(out.parent, "out", out)
     if not plots.is_image(data.shape) or data.summary.value_range is None:
         raise ValueError(f"data: features need images, not samples of shape {data.shape}. Pass a data set of images.")
-    torch_device = check_device(device)
+    torch_device = choose_device(device)
     settings: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "width": width, "lr": lr, "seed": seed}
     net = fit_classifier(data.train, data.summary.value_range, device=torch_device, **settings)
     correct = accuracy(net, data.held_out, data.summary.value_range, seed, torch_device)

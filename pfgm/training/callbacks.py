@@ -84,16 +84,17 @@ class SampleGrid(Callback):
         if trainer.sanity_checking or not self.n or not (plots.is_image(flow.shape) or flow.shape == (2,)):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        labels = torch.arange(self.n) % flow.num_classes if flow.num_classes else None
-        condition = None if flow.condition_shape is None else _held_out_conditions(trainer, self.n)
-        if flow.condition_shape is not None and condition is None:
+        classes = flow.summary.num_classes
+        labels = torch.arange(self.n) % classes if classes else None
+        condition = _held_out_conditions(trainer, self.n) if flow.summary.conditions else None
+        if flow.summary.conditions and condition is None:
             return
         try:
             x = flow.sample(self.n, labels=labels, condition=condition).x
         except SolverError as error:
             pl.utilities.rank_zero_warn(f"no sample grid at step {trainer.global_step}: {error}")
             return
-        plots.save_samples(folder / f"{trainer.global_step:08d}.png", x, flow.value_range)
+        plots.save_samples(folder / f"{trainer.global_step:08d}.png", x, flow.summary.value_range)
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -103,12 +104,13 @@ class SampleGrid(Callback):
             plots.save_loss_curve(log.with_name("loss.png"), log)
 
 
-def _held_out_conditions(trainer: pl.Trainer, n: int) -> Tensor | None:
+def _held_out_conditions(trainer: pl.Trainer, n: int) -> dict[str, Tensor] | None:
     """Return the conditions [n, ...] of held-out samples, or None without a data module of this package."""
     data: Any = getattr(trainer, "datamodule", None)
     if not isinstance(data, DataModule):
         return None
-    return data.prepared(data.held_out[torch.arange(n) % len(data.held_out)]).condition
+    prepared = data.prepared(data.held_out[torch.arange(n) % len(data.held_out)])
+    return {key: value for key, value in prepared.conditions.items() if key != "label"}
 
 
 class StepProgressBar(TQDMProgressBar):

@@ -65,7 +65,7 @@ class EMA(WeightAveraging):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Update the average after each optimizer step."""
-        step, images = trainer.global_step, batch["rows"][1]
+        step, images = trainer.global_step, batch.rows[1]
         if step > self._latest_update_step:
             assert self._average_model is not None
             averages: list[Tensor] = [*self._average_model.module.parameters()]

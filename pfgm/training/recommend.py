@@ -150,7 +150,7 @@ def _dimensions(D: float, s: DataSummary) -> Recommendation:
 
 
 def _exponent(s: DataSummary) -> float:
-    return PoissonFlowNoise().exponent(s.norm, math.prod(s.shape))
+    return PoissonFlowNoise().exponent(s.mean_norm, math.prod(s.shape))
 
 
 def _batch_size(side: float, n: int, gpu: bool) -> Recommendation:
@@ -176,7 +176,7 @@ def _learning_rate(batch_size: int, width: int, shape: Sequence[int], D: float) 
 def _sigma_max(measured: DataMeasurements, D: float) -> Recommendation:
     s = measured.summary
     if D == 1:
-        z_max = PoissonFlowNoise().z_max(s.norm, math.prod(s.shape))
+        z_max = PoissonFlowNoise().z_max(s.mean_norm, math.prod(s.shape))
         return Recommendation(three_digits(z_max), "The largest noise of training: sqrt(2/pi) sigma_end (1 + tau)^M.")
     by_rms, by_direction = recommended_sigma_max(s.sigma_data), math.sqrt(5) * measured.principal_std
     reason = (
@@ -197,7 +197,7 @@ def _start(measured: DataMeasurements) -> dict[str, Recommendation]:
 
 def _loss(measured: DataMeasurements, D: float, side: float) -> dict[str, Any]:
     s = measured.summary
-    if D == 1 and s.condition_shape is None:
+    if D == 1 and not s.conditions:
         reason = f"The published rule for the measured mean norm of the data, {s.norm:.4g}."
         M = Recommendation(three_digits(_exponent(s)), reason)
         charges = Recommendation(
