@@ -32,8 +32,8 @@ class ConditionedDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[y | x, sigma, condition], like `x` [B, ...]."""
-        given = () if self.condition is None else (self.condition.to(x.dtype),)
-        return self.denoiser(x, sigma, label if self.takes_label else None, *given)
+        given = {} if self.condition is None else {"condition": self.condition.to(x.dtype)}
+        return self.denoiser(x, sigma, label=label if self.takes_label else None, **given)
 
 
 class GuidedDenoiser(nn.Module):
@@ -60,10 +60,10 @@ class GuidedDenoiser(nn.Module):
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """The guided denoised point, like `x` [B, ...]."""
         level = per_sample(sigma, x)
-        denoised, guided = self.denoiser(x, sigma, label), self._guided(level)
+        denoised, guided = self.denoiser(x, sigma, label=label), self._guided(level)
         if not bool(guided.any()):
             return denoised
-        reference = self.reference(x, sigma, label)
+        reference = self.reference(x, sigma, label=label)
         weight = torch.where(guided, self.strength.to(x.device), 1.0)
         return reference + expand(weight, denoised) * (denoised - reference)
 
@@ -105,7 +105,7 @@ class ClassifierGuidedDenoiser(nn.Module):
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """The guided denoised point, like `x` [B, ...]; `label` goes to the denoiser."""
         level, N = per_sample(sigma, x), x[0].numel()
-        denoised = self.denoiser(x, sigma, label)
+        denoised = self.denoiser(x, sigma, label=label)
         variance = _variance(x, denoised, level, N, self.D)
         low, high = self.interval
         weight = torch.where((level >= low) & (level <= high), self.strength.to(x.device), 0.0) * variance

@@ -89,7 +89,7 @@ class MeasuredDenoiser(nn.Module):
         variance = expand(per_sample(sigma, x).square(), x)
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            denoised = self.denoiser(point, sigma, label)
+            denoised = self.denoiser(point, sigma, label=label)
             measured = self.operator(denoised)
         if not measured.requires_grad or not bool(torch.isfinite(measured).all()):
             raise ValueError("operator: it gives NaN or infinity, or torch cannot differentiate it")

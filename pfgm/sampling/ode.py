@@ -7,7 +7,7 @@ The state is float64; see `pfgm.sampling.coordinates` for its forms and `pfgm.sa
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,12 @@ class CountedDenoiser:
     def __init__(
         self,
         denoiser: Callable[..., Tensor],
-        label: Tensor | None = None,
+        conditions: Mapping[str, Tensor],
         *,
         dtype: torch.dtype,
         on_call: Callable[[int, float], None] | None = None,
     ):
-        self.denoiser, self.label, self.on_call = denoiser, label, on_call
+        self.denoiser, self.conditions, self.on_call = denoiser, conditions, on_call
         self.calls, self.level, self.max_calls = 0, math.nan, math.inf
         self.dtype = input_dtype(denoiser, dtype)
 
@@ -57,7 +57,7 @@ class CountedDenoiser:
         if self.calls + price > self.max_calls:
             raise OutOfCalls
         point = x.to(self.dtype)
-        denoised = self.denoiser(point, sigma) if self.label is None else self.denoiser(point, sigma, self.label)
+        denoised = self.denoiser(point, sigma, **self.conditions)
         if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
             got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
             raise SolverError(

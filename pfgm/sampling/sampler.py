@@ -284,7 +284,7 @@ class Sampler:
         label = None if labels is None else torch.as_tensor(labels, dtype=torch.long, device=self._device)
         if label is not None and label.shape != (n,):
             raise ValueError(f"labels has shape {tuple(label.shape)}; give one label for each of the {n} samples")
-        return CountedDenoiser(self.denoiser, label, dtype=dtype, on_call=on_call)
+        return CountedDenoiser(self.denoiser, {} if label is None else {"label": label}, dtype=dtype, on_call=on_call)
 
     @property
     def _device(self) -> torch.device:

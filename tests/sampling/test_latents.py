@@ -41,9 +41,9 @@ def test_equal_ends_stay_and_keep_their_dtype():
 @pytest.mark.parametrize(
     ("change", "points", "message"),
     [
-        ({}, 1, "points = 1 must be at least 2"),
-        ({"level": 2.0}, 3, "levels 1, 2 on plane, plane have no way between them"),
-        ({"surface": "hemisphere"}, 3, "on plane, hemisphere"),
+        ({}, 1, "points = 1: must be an integer from 2"),
+        ({"level": 2.0}, 3, "levels 1, 2, surfaces plane, plane must agree"),
+        ({"surface": "hemisphere"}, 3, "surfaces plane, hemisphere must agree"),
         ({"t": torch.ones(1, 3)}, 3, r"shapes \(1, 2\), \(1, 3\)"),
         ({"t": torch.zeros(1, 2)}, 3, "t = 0 has no direction"),
         ({"t": -torch.ones(1, 2)}, 3, "opposite to each other"),

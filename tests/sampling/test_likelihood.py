@@ -140,9 +140,9 @@ def test_one_network_evaluation_a_call():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"probes": 0}, "probes = 0 must be at least 1"),
-        ({"probe": "sphere"}, "probe = 'sphere' is unknown; choose one of rademacher, gaussian"),
-        ({"method": "ab3"}, "method = 'ab3': give an adaptive method"),
+        ({"probes": 0}, "probes = 0: must be at least 1"),
+        ({"probe": "sphere"}, "probe = 'sphere' is unknown. Choose one of rademacher, gaussian"),
+        ({"method": "ab3"}, "method = 'ab3' is not adaptive"),
         ({"sigma_max": 0.01}, "sigma_min = 0.1, sigma_max = 0.01"),
         ({"sigma_data": -1.0}, "sigma_data = -1"),
         ({"rtol": 0.0}, "rtol = 0"),

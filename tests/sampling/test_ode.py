@@ -173,9 +173,9 @@ def test_grids_of_ones_own_fit_the_way_in_both_directions():
     s = sampler(CauchyBlob(0.3), method="midpoint", grid=[5.0, 2.0, 1.0, 0.5, 0.2])
     up = sampler(CauchyBlob(0.3), **TIGHT).integrate(x, 0.01, 5.0)
     assert torch.allclose(s.integrate(x, 0.01, 5.0), up, rtol=0.05), "one more step to the end"
-    with pytest.raises(ValueError, match="grid begins at 5; this way begins at 40"):
+    with pytest.raises(ValueError, match="grid begins at 5, but the highest level here is 40"):
         s.sample(2)
-    with pytest.raises(ValueError, match=r"grid ends at 0\.2; this way ends at 0.3"):
+    with pytest.raises(ValueError, match=r"grid ends at 0\.2, but the lowest level here is 0\.3"):
         s.integrate(x, 5.0, 0.3)
 
 
@@ -418,9 +418,9 @@ def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch):
         ({"preset": "best"}, "preset = 'best' is unknown; choose one of fast, balanced, reference"),
         ({"preset": "fast", "steps": 3}, "leave out either preset or steps"),
         ({"grid": "cosine", "steps": 3}, "grid = 'cosine' is unknown"),
-        ({"grid": [40.0, 1.0], "steps": 3}, "steps = 3: the given grid of 2 levels"),
+        ({"grid": [40.0, 1.0], "steps": 3}, "steps = 3: the grid of 2 levels"),
         ({"grid": [40.0]}, "at least two levels"),
-        ({"grid": [40.0, 50.0]}, "falling"),
+        ({"grid": [40.0, 50.0]}, "decreasing"),
         ({"grid": [40.0, 0.0]}, "positive"),
         ({"grid": [math.inf, 1.0]}, "finite"),
         ({"grid": "rho", "method": "dopri5"}, "chooses its own steps"),
