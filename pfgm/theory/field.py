@@ -118,7 +118,7 @@ def normalized_field(
 
 
 def field_from_displacement(displacement: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Compute the normalised field (v_x like `displacement`, v_z [B]) from `displacement` = x - denoised [B, ...] and `z` [B]."""
+    """Compute the normalised field, v_x [B, ...] and v_z [B], from `displacement` = x - denoised [B, ...] and `z` [B]."""
     R = torch.hypot(norm(displacement), z.double())
     factor = -math.sqrt(displacement[0].numel()) / (R + gamma)
     return expand(factor, displacement) * displacement, (factor * z).to(displacement.dtype)
@@ -211,8 +211,6 @@ def _check(x: Tensor, scale: Tensor, charges: Tensor, name: str, values: bool) -
     if len(charges) == 0:
         raise ValueError("charges is empty. Pass at least one data point [1, ...].")
     if x.shape[1:] != charges.shape[1:]:
-        raise ValueError(
-            f"x has samples of shape {tuple(x.shape[1:])}, charges of {tuple(charges.shape[1:])}. They must agree."
-        )
+        raise ValueError(f"x, charges: sample shapes {tuple(x.shape[1:])} and {tuple(charges.shape[1:])} must agree.")
     if values and not bool((scale > 0).all()):
         raise ValueError(f"{name} = {float(scale.min())}: must be > 0.")
