@@ -22,7 +22,7 @@ from pfgm.flow.conditioning import BoundConditions, Conditioning, check_conditio
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.latents import Latent, check_points, interpolate
 from pfgm.sampling.likelihood import LogProb, estimate_log_prob
-from pfgm.sampling.progress import DrawProgress
+from pfgm.sampling.progress import SamplingProgress
 from pfgm.sampling.sampler import Sampler, Samples, Trajectory, check_max_calls, seed_pairs
 from pfgm.sampling.solvers import SOLVER_FIELDS, SolverConfig, check_start
 from pfgm.theory.data_summary import DataSummary, level_spacing
@@ -223,7 +223,7 @@ class PoissonFlow(nn.Module):
         check_max_calls(max_calls, cost(bound.denoiser()))
         numbers = range(max(1, -(-len(pairs) // batch_size))) if only is None else only
         chunks = {k: slice(k * batch_size, (k + 1) * batch_size) for k in numbers}
-        with DrawProgress(sum(len(pairs[rows]) for rows in chunks.values()), sampler, progress) as bar:
+        with SamplingProgress(sum(len(pairs[rows]) for rows in chunks.values()), sampler, progress) as bar:
             for number, rows in chunks.items():
                 bar.batch(len(pairs[rows]))
                 one = sampler.with_denoiser(bound[rows].denoiser())

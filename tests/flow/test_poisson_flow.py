@@ -364,7 +364,7 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
         (["--trajectory=x.jpg"], r"trajectory = x\.jpg"),
         (["--trajectory=/proc/none/x.png"], "trajectory = /proc/none/x.png cannot be written"),
         (["--out=new/x.png", "--grid=[9,1]"], "grid begins at 9"),
-        (["--steps=1000000"], "steps = 1000000: the fixed method ab3 needs a number of steps from 1 to 100000"),
+        (["--steps=1000000"], "steps = 1000000: ab3 takes fixed steps. Choose a number from 1 to 100000"),
         (["--max_calls=3", "--trajectory=x.png"], "a trajectory is whole"),
         (["--max_calls=0"], "max_calls = 0 must be at least 1"),
         (["--s_churn=5"], "s_churn = 5.0: noise before each step needs fixed steps"),

@@ -13,7 +13,6 @@ from pfgm.cli import main
 from pfgm.flow.tuned_solvers import grid_file, optimize_grid, store_grid, stored_grid
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
-from pfgm.sampling.grids import PacedGrid
 from pfgm.theory.analytic import EmpiricalDenoiser
 from pfgm.theory.kernel import StudentTKernel
 from tests.helpers import flow_of
@@ -73,24 +72,6 @@ def test_conditional_flows_have_grids_too():
 def test_bad_numbers_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         optimize_grid(flow(), *arguments)
-
-
-def test_the_paced_grid():
-    from pfgm.sampling.coordinates import Angle, LogSigma
-
-    path, grid = Angle(0.5), PacedGrid(6)
-    last = grid.last(path, 40.0, 0.01)
-    times = [path.time(level) for level in grid.levels(path, 40.0, last)]
-    steps = [a - b for a, b in itertools.pairwise(times)]
-    unit = steps[2]
-    assert [*steps, times[-1]] == pytest.approx([1.1 * unit, 0.8 * unit, unit, unit, unit, 0.8 * unit, 0.3 * unit])
-    assert PacedGrid(400).last(path, 40.0, 0.01) == 0.01
-    assert grid.last(LogSigma(), 40.0, 0.01) == 0.01
-    up = grid.levels(path, 0.01, 40.0)
-    assert up[0] == 0.01
-    assert up[-1] == 40.0
-    assert all(a < b for a, b in itertools.pairwise(up))
-    assert [len(PacedGrid(n).levels(path, 40.0, 0.01)) for n in (1, 2, 3)] == [2, 3, 4]
 
 
 def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):

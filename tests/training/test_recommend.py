@@ -194,7 +194,7 @@ def test_unusable_data_is_named(tmp_path):
     with pytest.raises(ValueError, match="all 8 samples are equal"):
         prepare.prepare(["advise", str(tmp_path / "x.npy")])
     np.save(tmp_path / "y.npy", np.random.default_rng(0).normal(size=(9, 4)))
-    with pytest.raises(ValueError, match=r"D = 0.2 is out of range"):
+    with pytest.raises(ValueError, match=r"D = 0.2: out of range"):
         prepare.prepare(["advise", str(tmp_path / "y.npy"), "--D=.2"])
 
 
