@@ -15,6 +15,7 @@ from pfgm.data import Digits
 from pfgm.flow import checkpoints
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
+from pfgm.nn.network import condition_shapes
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
 from pfgm.training.checkpointing import LastCheckpoint
 from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
@@ -61,7 +62,9 @@ def model(data, objective="PFGM++", **options):
     torch.manual_seed(0)
     settings = OBJECTIVES[objective]
     extra = settings["loss"].extra_channels
-    net = UNet(data.shape, data.num_classes, extra, data.condition_shape, width=8, blocks=1, **options.pop("net", {}))
+    net = UNet(
+        data.shape, data.num_classes, extra, condition_shapes(data.condition_shape), width=8, blocks=1, **options.pop("net", {})
+    )
     return PFGM(net, data.summary, **settings, **{"lr": 1e-3, "warmup_steps": 0, **options})
 
 
@@ -98,7 +101,7 @@ def last(run_dir):
 def conditional(shape=(2,), condition_shape=(3,), **options):
     """A flow with random weights that takes conditions."""
     torch.manual_seed(1)
-    net = (UNet if len(shape) == 3 else TimeMLP)(shape, 0, 0, condition_shape, width=8)
+    net = (UNet if len(shape) == 3 else TimeMLP)(shape, 0, 0, condition_shapes(condition_shape), width=8)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2)
     settings = {"sigma_min": 0.01, "sigma_max": 40.0, "condition_shape": condition_shape} | options

@@ -25,6 +25,7 @@ from pfgm.core.arguments import ArgumentTypeError, check_types, is_real
 from pfgm.data.datamodule import DataModule
 from pfgm.files import locking
 from pfgm.flow import checkpoints
+from pfgm.nn.network import condition_shapes
 from pfgm.training import run_directory
 from pfgm.training.callbacks import SampleGrid, SaveConfig, Speed, StepProgressBar
 from pfgm.training.checkpointing import LastCheckpoint, Stopped
@@ -104,7 +105,8 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.summary", "model.data", apply_on="instantiate")
         parser.link_arguments("data.shape", "model.net.init_args.shape", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.net.init_args.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.condition_shape", "model.net.init_args.condition_shape", apply_on="instantiate")
+        shapes = "model.net.init_args.condition_shapes"
+        parser.link_arguments("data.condition_shape", shapes, condition_shapes, apply_on="instantiate")
         parser.link_arguments("model.loss", "model.net.init_args.extra_channels", _extra_channels, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

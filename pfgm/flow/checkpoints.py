@@ -17,6 +17,7 @@ from pfgm.core.configurable import renamed
 from pfgm.files.atomic import atomic_write, atomic_write_all, save_torch
 from pfgm.files.untrusted import UNREADABLE, RefusedError, check_network, check_safetensors, load_torch, read_text
 from pfgm.flow.integrity import DamagedError, append_digest, digest, verify_digest
+from pfgm.nn.network import upgrade_networks
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -86,7 +87,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} holds a {type(checkpoint).__name__}, not a checkpoint of this package; give a .ckpt written by train.py"
         )
     check_format(checkpoint, path)
-    return checkpoint | {name: renamed(checkpoint[name]) for name in (KEY, "hyper_parameters")}
+    return checkpoint | {name: _upgraded(checkpoint[name]) for name in (KEY, "hyper_parameters")}
+
+
+def _upgraded(value: Any) -> Any:
+    """Return stored plain data of version 0.1 with today's class paths and network arguments."""
+    return upgrade_networks(renamed(value))
 
 
 def _is_of_today(error: Exception) -> bool:
@@ -147,7 +153,7 @@ def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(
             f"{folder} has been altered: its content does not have the digest in config.json; use another copy"
         )
-    return renamed(config["flow"]), state
+    return _upgraded(config["flow"]), state
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

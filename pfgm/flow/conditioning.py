@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from pfgm.nn.network import condition_key
 from pfgm.sampling.guidance import ClassifierGuidedDenoiser, ConditionedDenoiser, GuidedDenoiser, Interval, check_interval
 from pfgm.sampling.inverse import MeasuredDenoiser, Measurement
 from pfgm.sampling.ode import input_dtype
@@ -61,10 +62,14 @@ class Given:
         """The labels that the flow's own network gets."""
         return self.label if self.flow.num_classes else None
 
+    @property
+    def _named(self) -> dict[str, Tensor]:
+        return {} if self.condition is None else {condition_key(self.condition.ndim - 1): self.condition}
+
     def denoiser(self) -> nn.Module:
         """The flow's denoiser under all this: denoise(x, sigma, label) in model space."""
         flow, scale = self.flow, self.flow.scale
-        plain = flow.denoiser if self.condition is None else ConditionedDenoiser(flow.denoiser, self.condition)
+        plain = flow.denoiser if self.condition is None else ConditionedDenoiser(flow.denoiser, self._named)
         denoiser: nn.Module = plain
         if self.classifier is not None and self.label is not None:
             asked, strength = self.classifier, 1.0 if self.guidance is None else self.guidance
@@ -84,8 +89,8 @@ class Given:
     def _reference(self) -> nn.Module:
         """What guidance leads away from: the guide under the same conditions, or the flow without labels."""
         if self.guide is None:
-            return ConditionedDenoiser(self.flow.denoiser, self.condition, takes_label=False)
-        condition = None if self.guide.condition_shape is None else self.condition
+            return ConditionedDenoiser(self.flow.denoiser, self._named, takes_label=False)
+        condition = None if self.guide.condition_shape is None else self._named
         return ConditionedDenoiser(self.guide.denoiser, condition, takes_label=self.guide.num_classes > 0)
 
 

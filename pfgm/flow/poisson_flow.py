@@ -259,7 +259,7 @@ class PoissonFlow(nn.Module):
             raise ValueError(f"sigma = {sigma} must be positive and finite, in the units of x")
         check_finite_samples("x", model)
         own = given.network_label
-        return self.to_user(given.denoiser()(model, level / self.scale, *(() if own is None else (own,))))
+        return self.to_user(given.denoiser()(model, level / self.scale, **({} if own is None else {"label": own})))
 
     @checked
     def encode(self, x: Array, *, labels: Any = None, **options: Any) -> Latent:

@@ -6,8 +6,8 @@ package's network. This room imports `pfgm.core`, `pfgm.files` and `pfgm.theory`
 
 from pfgm.nn.diffusers import DiffusersUNet
 from pfgm.nn.mlp import TimeMLP
-from pfgm.nn.network import Network
+from pfgm.nn.network import Denoiser, Network
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
 from pfgm.nn.unet import UNet
 
-__all__ = ["DiffusersUNet", "FieldDenoiser", "Network", "PreconditionedDenoiser", "TimeMLP", "UNet"]
+__all__ = ["Denoiser", "DiffusersUNet", "FieldDenoiser", "Network", "PreconditionedDenoiser", "TimeMLP", "UNet"]

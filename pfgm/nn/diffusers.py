@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from pfgm.nn.blocks import pad, zero_init
-from pfgm.nn.network import Network
+from pfgm.nn.network import Network, check_conditions
 
 
 class DiffusersUNet(Network):
@@ -22,7 +22,7 @@ class DiffusersUNet(Network):
         shape: Sequence[int],
         num_classes: int = 0,
         extra_channels: int = 0,
-        condition_shape: Sequence[int] | None = None,
+        condition_shapes: Mapping[str, Sequence[int]] | None = None,
         *,
         options: Mapping[str, Any] | None = None,
     ):
@@ -33,8 +33,7 @@ class DiffusersUNet(Network):
             raise ImportError("DiffusersUNet needs diffusers: pip install 'pfgm[diffusers]'") from error
         if len(shape) != 3:
             raise ValueError(f"shape = {tuple(shape)}: DiffusersUNet needs images (channels, height, width)")
-        if condition_shape is not None:
-            raise ValueError(f"condition_shape = {tuple(condition_shape)}: DiffusersUNet takes no conditions; use pfgm.nn.UNet")
+        check_conditions(condition_shapes, known=())
         classes = {"num_class_embeds": num_classes + 1} if num_classes else {}
         given = {"in_channels": shape[0], "out_channels": shape[0] + extra_channels, "sample_size": tuple(shape[1:])} | classes
         self.num_classes = num_classes
@@ -46,7 +45,7 @@ class DiffusersUNet(Network):
         self.multiple = 2 ** (len(self.model.config.block_out_channels) - 1)
         zero_init(self.model.conv_out)
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, *, label: Tensor | None = None) -> Tensor:
         height, width = x.shape[2:]
         if self.num_classes and label is None:
             label = c_noise.new_full(c_noise.shape, self.num_classes).long()

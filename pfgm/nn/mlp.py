@@ -1,12 +1,12 @@
 """TimeMLP: the network for vectors and small arrays."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pfgm.nn.network import Embedding, Network, check_event, check_sizes
+from pfgm.nn.network import Embedding, Network, check_conditions, check_event, check_sizes
 
 
 class TimeMLP(Network):
@@ -20,7 +20,7 @@ class TimeMLP(Network):
         shape: Sequence[int],
         num_classes: int = 0,
         extra_channels: int = 0,
-        condition_shape: Sequence[int] | None = None,
+        condition_shapes: Mapping[str, Sequence[int]] | None = None,
         *,
         width: int = 256,
         depth: int = 4,
@@ -30,15 +30,24 @@ class TimeMLP(Network):
         check_sizes(width=width, depth=depth)
         self.out_shape = (shape[0] + extra_channels, *shape[1:])
         self.embedding = Embedding(width, num_classes)
-        self.first = nn.Linear(math.prod(shape) + (math.prod(condition_shape) if condition_shape else 0), width)
+        conditions = sum(math.prod(size) for size in check_conditions(condition_shapes).values())
+        self.first = nn.Linear(math.prod(shape) + conditions, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.last = nn.Linear(width, math.prod(self.out_shape))
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        *,
+        label: Tensor | None = None,
+        image: Tensor | None = None,
+        vector: Tensor | None = None,
+    ) -> Tensor:
         embedding = self.embedding(c_noise, label)
-        h = self.first(x.flatten(1) if condition is None else torch.cat([x.flatten(1), condition.flatten(1)], dim=1))
+        h = self.first(torch.cat([part.flatten(1) for part in (x, image, vector) if part is not None], dim=1))
         for block in self.blocks:
             h = block(h, embedding)
         return self.last(nn.functional.silu(h)).reshape(len(x), *self.out_shape)

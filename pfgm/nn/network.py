@@ -1,39 +1,102 @@
-"""What every network shares: the contract, and the embedding of noise level and label."""
+"""What samplers expect of denoisers and denoisers of networks, and the embedding that networks share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pfgm.core.configurable import Configurable
 
+CONDITIONS = ("image", "vector")  # what `condition_shapes` of a network may name
+ConditionShapes = Mapping[str, Sequence[int]]
+
+
+class Denoiser(Protocol):
+    """Estimates clean samples; solvers, guidance and likelihoods use only this interface.
+
+    `denoise(x, sigma, **conditions)` returns E[y | x, sigma, conditions], like `x` [B, ...], for noise levels `sigma` (float
+    or [B]). Conditions are tensors with B rows, passed by keyword and handed on unread: usually `label`, `image`, `vector`.
+    """
+
+    def __call__(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor: ...
+
 
 class Network(Configurable, nn.Module):
-    """Base of networks: remembers its constructor arguments, so that a checkpoint can make it again.
+    """Base class of networks. It records the constructor arguments, from which a checkpoint rebuilds the network.
 
-    The contract is `net(x, c_noise, label=None)`: `x` [B, C, ...] of about unit variance, `c_noise` [B] (log of the noise
-    level, over 4), `label` [B] in 0..num_classes-1, or num_classes or None for no label -> [B, C + extra_channels, ...].
-    Networks of models with conditions get a fourth argument, `condition` [B, *condition_shape] of about unit variance; those
-    with an `augmentation_size` take `augmentation` [B, augmentation_size], how samples were augmented (None: not at all).
-    Constructors take `shape` = (C, ...), `num_classes` (0: no labels), `extra_channels` (further outputs; PFGM's v_z needs
-    one) and `condition_shape` (None: no conditions).
+    Subclasses implement `net(x, c_noise, *, label=None, image=None, vector=None, augmentation=None)` and may leave out keywords
+    that they do not use:
+
+    - x: noisy samples [B, C, ...] of about unit variance.
+    - c_noise: noise levels [B], log(sigma) / 4.
+    - label: classes [B] in 0..num_classes - 1, or num_classes for no label. None means no label for the whole batch.
+    - image: condition [B, C', ...] with as many dimensions as x, of any size and about unit variance.
+    - vector: condition [B, K] of about unit variance.
+    - augmentation: how each sample was augmented, [B, augmentation_size]; None means not at all.
+
+    They return [B, C + extra_channels, ...].
+
+    Args of subclasses:
+        shape: shape of a sample, (C, ...).
+        num_classes: number of classes, 0 for a network without labels.
+        extra_channels: output channels beyond C. PFGM's v_z needs one.
+        condition_shapes: shapes of the conditions "image" and "vector", without the batch dimension, if there are any.
     """
 
 
+def condition_key(ndim: int) -> str:
+    """Return the name of a condition with `ndim` dimensions, without that of the batch."""
+    return "vector" if ndim == 1 else "image"
+
+
+def condition_shapes(shape: Sequence[int] | None) -> dict[str, list[int]] | None:
+    """Return the `condition_shapes` of a network for a data set whose only condition has this shape, or none (None)."""
+    return None if shape is None else {condition_key(len(shape)): list(shape)}  # as in JSON
+
+
+def upgrade_networks(value: Any) -> Any:
+    """Return nested plain data with `condition_shape` of stored networks, as in version 0.1, as `condition_shapes`."""
+    if isinstance(value, list):
+        return [upgrade_networks(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if {"extra_channels", "condition_shape"} <= set(value):  # the arguments of a network; summaries have one of these
+        value = {key: item for key, item in value.items() if key != "condition_shape"} | {
+            "condition_shapes": condition_shapes(value["condition_shape"])
+        }
+    return {key: upgrade_networks(item) for key, item in value.items()}
+
+
 def check_sizes(**sizes: int) -> None:
-    """ValueError naming the first of `sizes` that is not a whole number >= 1."""
+    """Raise ValueError naming the first of `sizes` that is not an integer >= 1."""
     for name, size in sizes.items():
         if not (isinstance(size, int) and size >= 1):
-            raise ValueError(f"{name} = {size} must be a whole number >= 1")
+            raise ValueError(f"{name} = {size}: must be an integer >= 1")
 
 
 def check_event(shape: Sequence[int], num_classes: int, extra_channels: int) -> None:
-    """ValueError unless a network can be for samples of `shape`, so many classes and further outputs."""
+    """Raise ValueError unless these can be arguments of a network."""
     if not len(shape) or not all(isinstance(size, int) and size >= 1 for size in shape):
-        raise ValueError(f"shape = {tuple(shape)}: give whole numbers >= 1, (C, ...)")
+        raise ValueError(f"shape = {tuple(shape)}: must be integers >= 1, (C, ...)")
     if not 0 <= num_classes < 2**31 or not 0 <= extra_channels < 2**31:
-        raise ValueError(f"num_classes = {num_classes}, extra_channels = {extra_channels}: give whole numbers >= 0")
+        raise ValueError(f"num_classes = {num_classes}, extra_channels = {extra_channels}: must be integers >= 0")
+
+
+def check_conditions(shapes: ConditionShapes | None, known: Sequence[str] = CONDITIONS) -> dict[str, tuple[int, ...]]:
+    """Return `condition_shapes` as a dictionary of tuples.
+
+    Raises:
+        ValueError: if it names conditions other than `known`, or a shape has sizes below 1.
+    """
+    shapes = dict(shapes or {})
+    for name, shape in shapes.items():
+        if name not in known:
+            raise ValueError(f"condition_shapes: no condition {name!r} here; this network takes {', '.join(known) or 'none'}")
+        if not len(shape) or not all(isinstance(size, int) and size >= 1 for size in shape):
+            raise ValueError(f"condition_shapes = {shapes}: the shape of {name!r} must be integers >= 1")
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 class Embedding(nn.Module):
@@ -41,7 +104,7 @@ class Embedding(nn.Module):
 
     Sines and cosines of c_noise = log(sigma)/4 at geometric frequencies, so that each factor of sigma is resolved alike, from
     the smallest noise to the horizon; with `fourier_scale`, at frequencies of |N(0, fourier_scale²)| instead (NCSN++, arXiv
-    2011.13456). `num_classes` > 0 adds a learned vector for each label and one for "no label", the last, `condition_size` > 0
+    2011.13456). `num_classes` > 0 adds a learned vector for each label and one for "no label", the last, `vector_size` > 0
     a linear map of a condition vector, `augmentation_size` > 0 one of a vector that is zero for a sample as it is.
     """
 
@@ -50,7 +113,7 @@ class Embedding(nn.Module):
         width: int,
         num_classes: int = 0,
         features: int = 32,
-        condition_size: int = 0,
+        vector_size: int = 0,
         *,
         augmentation_size: int = 0,
         fourier_scale: float | None = None,
@@ -65,7 +128,7 @@ class Embedding(nn.Module):
         self.features, self.fourier_scale = features, fourier_scale
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.labels = nn.Embedding(num_classes + 1, features) if num_classes else None
-        self.condition = nn.Linear(condition_size, features) if condition_size else None
+        self.condition = nn.Linear(vector_size, features) if vector_size else None
         self.augmentation = nn.Linear(augmentation_size, features, bias=False) if augmentation_size else None
 
     def frequencies(self, device: torch.device) -> Tensor:
@@ -81,7 +144,7 @@ class Embedding(nn.Module):
         self,
         c_noise: Tensor,
         label: Tensor | None = None,
-        condition: Tensor | None = None,
+        vector: Tensor | None = None,
         augmentation: Tensor | None = None,
     ) -> Tensor:
         phase = c_noise[:, None] * self.frequencies(c_noise.device)
@@ -90,7 +153,7 @@ class Embedding(nn.Module):
             none = self.labels.num_embeddings - 1
             features = features + self.labels(torch.full_like(c_noise, none, dtype=torch.long) if label is None else label)
         if self.condition is not None:
-            features = features + self.condition(condition)
+            features = features + self.condition(vector)
         if self.augmentation is not None and augmentation is not None:
             features = features + self.augmentation(augmentation.to(features.dtype))
         return self.mlp(features)

@@ -6,7 +6,7 @@ at least, and run the network in the dtype of its parameters. All in centred mod
 """
 
 import math
-from typing import Protocol
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,6 @@ from pfgm.theory.kernel import StudentTKernel
 
 Statistics = tuple[float, float]
 """sigma_data and power_std of `DataSummary`."""
-
-
-class Denoiser(Protocol):
-    """Anything that maps `x` [B, ...], `sigma` (float or [B]) and an optional `label` [B] to E[y | x, sigma], like x.
-
-    One that needs more, such as a condition, is bound to it first (`pfgm.sampling.guidance`).
-    """
-
-    def __call__(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor: ...
 
 
 class PreconditionedDenoiser(Configurable, nn.Module):
@@ -46,21 +37,14 @@ class PreconditionedDenoiser(Configurable, nn.Module):
         """The dtype in which samples should come: that of the parameters, float32 at least."""
         return torch.promote_types(_parameter_dtype(self.net), torch.float32)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        return self.denoise(x, sigma, label, condition)[0]
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor | None) -> Tensor:
+        return self.denoise(x, sigma, **conditions)[0]
 
-    def denoise(
-        self,
-        x: Tensor,
-        sigma: float | Tensor,
-        label: Tensor | None = None,
-        condition: Tensor | None = None,
-        augmentation: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def denoise(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor | None) -> tuple[Tensor, Tensor]:
         """The denoised point and c_out [B], which is the size of y - c_skip x to expect, for the loss."""
         level = noise_level(x, per_sample(sigma, x), self.kernel, self.statistics)
         skip, out = preconditioning(level, self.sigma_data)
-        F = _call(self.net, x, level, self.sigma_data, 0, label, condition, augmentation)
+        F = _call(self.net, x, level, self.sigma_data, 0, conditions)
         return expand(skip, x) * x + expand(out, x) * F, out
 
 
@@ -80,18 +64,18 @@ class FieldDenoiser(Configurable, nn.Module):
 
     dtype = PreconditionedDenoiser.dtype
 
-    def field(self, x: Tensor, z: float | Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def field(self, x: Tensor, z: float | Tensor, **conditions: Tensor | None) -> tuple[Tensor, Tensor]:
         """The predicted v_x, like `x` [B, C, ...], and v_z [B]."""
         height, N, C = per_sample(z, x, "z"), x[0].numel(), x.shape[1]
         level = noise_level(x, height, self.kernel, self.statistics)
         skip, out = preconditioning(level, self.sigma_data)
         factor = -math.sqrt(N) / (math.sqrt(N + 1) * level + self.gamma)
-        F = _call(self.net, x, level, self.sigma_data, 1, label)
+        F = _call(self.net, x, level, self.sigma_data, 1, conditions)
         v_x = expand(factor * (1 - skip), x) * x - expand(factor * out, x) * F[:, :C]
         return v_x, (factor * height * (1 + out / level * F[:, C:].flatten(1).mean(1))).to(x.dtype)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        v_x, v_z = self.field(x, sigma, label)
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor | None) -> Tensor:
+        v_x, v_z = self.field(x, sigma, **conditions)
         return denoised_from_field(x, sigma, v_x, v_z, self.gamma)
 
 
@@ -147,16 +131,15 @@ def _call(
     level: Tensor,
     sigma_data: float,
     extra: int,
-    label: Tensor | None,
-    condition: Tensor | None = None,
-    augmentation: Tensor | None = None,
+    conditions: Mapping[str, Tensor | None],
 ) -> Tensor:
     """The raw network at c_in x and c_noise = log(level)/4, in the dtype of its parameters; returned in that of x."""
     dtype = _parameter_dtype(net)
     c_in = (level.square() + sigma_data**2).rsqrt()
-    given = (label,) if condition is None else (label, condition.to(dtype))
-    named = {} if augmentation is None else {"augmentation": augmentation}
-    F = net((expand(c_in, x) * x).to(dtype), (level.log() / 4).to(torch.float32), *given, **named)
+    given = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in conditions.items() if value is not None
+    }
+    F = net((expand(c_in, x) * x).to(dtype), (level.log() / 4).to(torch.float32), **given)
     expected = (len(x), x.shape[1] + extra, *x.shape[2:])
     if F.shape != expected:
         raise ValueError(

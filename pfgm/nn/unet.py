@@ -1,7 +1,7 @@
 """UNet: the network for signals, images and volumes of any size and number of channels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfgm.nn.blocks import Attention, Block, Resample, ResampleAndConvolve, convolution, group_norm, pad, zero_init
-from pfgm.nn.network import Embedding, Network, check_event, check_sizes
+from pfgm.nn.network import Embedding, Network, check_conditions, check_event, check_sizes
 
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -41,7 +41,7 @@ class UNet(Network):
         shape: Sequence[int],
         num_classes: int = 0,
         extra_channels: int = 0,
-        condition_shape: Sequence[int] | None = None,
+        condition_shapes: Mapping[str, Sequence[int]] | None = None,
         *,
         width: int = 32,
         multipliers: Sequence[int] = (1, 2),
@@ -60,14 +60,13 @@ class UNet(Network):
         glorot: bool = False,
     ):
         super().__init__()
-        _check_shapes(shape, condition_shape)
+        conditions = check_conditions(condition_shapes)
+        _check_shapes(shape, conditions)
         check_event(shape, num_classes, extra_channels)
         check_sizes(width=width, blocks=blocks, multipliers=min(multipliers, default=0), head_channels=head_channels)
         _check_options(len(multipliers), dropout, attention_levels, resample_filter)
         self.dims, self.augmentation_size, self.multiple = len(shape) - 1, augmentation_size, 2 ** (len(multipliers) - 1)
-        given = condition_shape or (0,)
-        self.image_condition = len(given) == len(shape)
-        vector, channels_in = (0, shape[0] + given[0]) if self.image_condition else (given[0], shape[0])
+        channels_in, vector = shape[0] + conditions.get("image", (0,))[0], conditions.get("vector", (0,))[0]
         self.embedding = Embedding(
             4 * width, num_classes, noise_features, vector, augmentation_size=augmentation_size, fourier_scale=fourier_scale
         )
@@ -115,15 +114,17 @@ class UNet(Network):
         self,
         x: Tensor,
         c_noise: Tensor,
+        *,
         label: Tensor | None = None,
-        condition: Tensor | None = None,
+        image: Tensor | None = None,
+        vector: Tensor | None = None,
         augmentation: Tensor | None = None,
     ) -> Tensor:
         size = x.shape[2:]
-        if self.image_condition and condition is not None:
-            resized = F.interpolate(condition, size, mode=INTERPOLATION[self.dims], align_corners=False)
+        if image is not None:
+            resized = F.interpolate(image, size, mode=INTERPOLATION[self.dims], align_corners=False)
             x = torch.cat([x, resized], dim=1)
-        embedding = self.embedding(c_noise, label, None if self.image_condition else condition, augmentation)
+        embedding = self.embedding(c_noise, label, vector, augmentation)
         padded = source = pad(x, self.multiple)
         h = self.first(padded)
         skips = [h]
@@ -143,16 +144,15 @@ class UNet(Network):
         return isinstance(getattr(self.up[i], "resample", None), Resample)
 
 
-def _check_shapes(shape: Sequence[int], condition_shape: Sequence[int] | None) -> None:
+def _check_shapes(shape: Sequence[int], conditions: Mapping[str, Sequence[int]]) -> None:
     if len(shape) - 1 not in INTERPOLATION:
         raise ValueError(
             f"shape = {tuple(shape)}: UNet needs (channels, length), (channels, height, width) or (channels, depth, height, "
             "width); use TimeMLP for vectors"
         )
-    if condition_shape is not None and len(condition_shape) not in (1, len(shape)):
-        raise ValueError(
-            f"condition_shape = {tuple(condition_shape)}: give as many dimensions as shape = {tuple(shape)} has, or one"
-        )
+    for name, dims in (("image", len(shape)), ("vector", 1)):
+        if len(conditions.get(name, ())) not in (0, dims):
+            raise ValueError(f"condition_shapes = {dict(conditions)}: {name!r} must have {dims} dimensions")
 
 
 def _check_options(levels: int, dropout: float, attention_levels: Sequence[int], taps: Sequence[float]) -> None:

@@ -5,7 +5,7 @@ network calls one call makes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,17 +23,18 @@ def cost(denoiser: Any, sigma: Tensor | None = None) -> int:
 
 
 class ConditionedDenoiser(nn.Module):
-    """`denoiser`(x, sigma, label, condition) with its `condition` [B, ...] fixed; without `takes_label` it gets no label."""
+    """Call `denoiser` with fixed `conditions` besides those of the call; without `takes_label` it gets no label."""
 
-    def __init__(self, denoiser: nn.Module, condition: Tensor | None = None, takes_label: bool = True):
+    def __init__(self, denoiser: nn.Module, conditions: Mapping[str, Tensor] | None = None, takes_label: bool = True):
         super().__init__()
-        self.denoiser, self.condition, self.takes_label = denoiser, condition, takes_label
+        self.denoiser, self.conditions, self.takes_label = denoiser, conditions or {}, takes_label
         self.dtype = getattr(denoiser, "dtype", None)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        """E[y | x, sigma, condition], like `x` [B, ...]."""
-        given = () if self.condition is None else (self.condition.to(x.dtype),)
-        return self.denoiser(x, sigma, label if self.takes_label else None, *given)
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
+        """Return E[y | x, sigma, conditions], like `x` [B, ...]."""
+        asked = {name: value for name, value in conditions.items() if self.takes_label or name != "label"}
+        fixed = {name: value.to(x.dtype) for name, value in self.conditions.items()}
+        return self.denoiser(x, sigma, **asked, **fixed)
 
 
 class GuidedDenoiser(nn.Module):
@@ -57,13 +58,13 @@ class GuidedDenoiser(nn.Module):
         own = cost(self.denoiser, sigma)
         return own + cost(self.reference, sigma) if sigma is None or bool(self._guided(sigma).any()) else own
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
         """The guided denoised point, like `x` [B, ...]."""
         level = per_sample(sigma, x)
-        denoised, guided = self.denoiser(x, sigma, label), self._guided(level)
+        denoised, guided = self.denoiser(x, sigma, **conditions), self._guided(level)
         if not bool(guided.any()):
             return denoised
-        reference = self.reference(x, sigma, label)
+        reference = self.reference(x, sigma, **conditions)
         weight = torch.where(guided, self.strength.to(x.device), 1.0)
         return reference + expand(weight, denoised) * (denoised - reference)
 
@@ -102,10 +103,10 @@ class ClassifierGuidedDenoiser(nn.Module):
         """That of the denoiser; the classifier is not counted."""
         return cost(self.denoiser, sigma)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        """The guided denoised point, like `x` [B, ...]; `label` goes to the denoiser."""
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
+        """The guided denoised point, like `x` [B, ...]; `conditions` go to the denoiser."""
         level, N = per_sample(sigma, x), x[0].numel()
-        denoised = self.denoiser(x, sigma, label)
+        denoised = self.denoiser(x, sigma, **conditions)
         variance = _variance(x, denoised, level, N, self.D)
         low, high = self.interval
         weight = torch.where((level >= low) & (level <= high), self.strength.to(x.device), 0.0) * variance

@@ -82,14 +82,14 @@ class MeasuredDenoiser(nn.Module):
         """That of the denoiser; its vector-Jacobian products are not counted."""
         return cost(self.denoiser, sigma)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
         """The denoised point given the measurements, like `x` [B, ...]."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("measurement: the denoiser under it has no derivative here, and so no likelihood; leave it out")
         variance = expand(per_sample(sigma, x).square(), x)
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            denoised = self.denoiser(point, sigma, label)
+            denoised = self.denoiser(point, sigma, **conditions)
             measured = self.operator(denoised)
         if not measured.requires_grad or not bool(torch.isfinite(measured).all()):
             raise ValueError("operator: it gives NaN or infinity, or torch cannot differentiate it")

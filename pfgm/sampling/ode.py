@@ -57,7 +57,7 @@ class CountedDenoiser:
         if self.calls + price > self.max_calls:
             raise OutOfCalls
         point = x.to(self.dtype)
-        denoised = self.denoiser(point, sigma) if self.label is None else self.denoiser(point, sigma, self.label)
+        denoised = self.denoiser(point, sigma) if self.label is None else self.denoiser(point, sigma, label=self.label)
         if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
             got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
             raise SolverError(

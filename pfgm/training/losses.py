@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pfgm.core.configurable import Configurable
 from pfgm.core.rng import Generators
 from pfgm.core.tensors import expand
+from pfgm.nn.network import condition_key
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
 from pfgm.theory.data_summary import DataSummary
 from pfgm.theory.field import normalized_field, posterior_mean
@@ -110,7 +111,7 @@ class DenoisingLoss(Loss):
         if reference is not None:
             weights = own_class(label, reference_label, data.num_classes)
             target = posterior_mean(x, sigma, reference, denoiser.kernel.D, weights, check=False)
-        denoised, scale = denoiser.denoise(x, sigma, label, condition, augmentation)
+        denoised, scale = denoiser.denoise(x, sigma, **named(label, condition, augmentation))
         value = ((denoised - target) / expand(scale, x)).square().flatten(1).mean(1)
         if self.log_variance is None or not self.training:
             return value
@@ -177,8 +178,15 @@ class PoissonFieldLoss(Loss):
         x, z = self.noise.perturb(y, data.norm, generator)
         weights = own_class(label, reference_label, data.num_classes)
         t_x, t_z = normalized_field(x, z, reference, self.gamma, weights, check=False)
-        v_x, v_z = denoiser.field(x, z, label)
+        v_x, v_z = denoiser.field(x, z, **named(label))
         return ((v_x - t_x).square().flatten(1).sum(1) + (v_z - t_z).square()) / (y[0].numel() + 1)
+
+
+def named(label: Tensor | None, condition: Tensor | None = None, augmentation: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the keyword conditions of a denoiser."""
+    key = "image" if condition is None else condition_key(condition.ndim - 1)
+    given = {"label": label, key: condition, "augmentation": augmentation}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def own_class(label: Tensor | None, reference_label: Tensor | None, none: int) -> Tensor | None:

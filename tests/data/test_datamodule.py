@@ -215,7 +215,7 @@ def test_without_a_label_the_target_comes_from_all_charges():
 )
 def test_settings_that_do_not_go_together_are_refused(options, message):
     data = DataSummary.of(torch.randn(50, 2), condition=torch.randn(50, 3))
-    net = TimeMLP((2,), 0, int(options.get("D") == 1), (3,), width=8)
+    net = TimeMLP((2,), 0, int(options.get("D") == 1), {"vector": (3,)}, width=8)
     with pytest.raises(ValueError, match=message):
         PFGM(net, data, **options)
 
@@ -226,7 +226,7 @@ def test_runs_of_versions_without_an_argument_resume(tmp_path):
     fit(tmp_path, "--trainer.max_steps=1", "--model.label_dropout=0", base=base)
     old = last(tmp_path)
     del old["hyper_parameters"]["label_dropout"], old["hyper_parameters"]["data"]["init_args"]["levels"]
-    del old[checkpoints.KEY]["data"]["init_args"]["dequantize"], old["hyper_parameters"]["net"]["init_args"]["condition_shape"]
+    del old[checkpoints.KEY]["data"]["init_args"]["dequantize"], old["hyper_parameters"]["net"]["init_args"]["condition_shapes"]
     checkpoints.describe(old, old[checkpoints.KEY]["flow"], old[checkpoints.KEY]["data"])
     torch.save(old, tmp_path / "checkpoints" / "last.ckpt")
     for change, message in (

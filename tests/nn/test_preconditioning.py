@@ -189,14 +189,14 @@ class Clairvoyant(nn.Module):
         super().__init__()
         self.kernel = StudentTKernel(D)
 
-    def forward(self, x, sigma, label):
+    def forward(self, x, sigma, *, label):
         return (2.0 * label - 1)[:, None].to(x.dtype)
 
-    def denoise(self, x, sigma, label, condition=None, augmentation=None):
-        return self(x, sigma, label), torch.ones(len(x), dtype=F64)
+    def denoise(self, x, sigma, *, label):
+        return self(x, sigma, label=label), torch.ones(len(x), dtype=F64)
 
-    def field(self, x, z, label):
-        return field_from_displacement(x - self(x, z, label), z, 0.5)
+    def field(self, x, z, *, label):
+        return field_from_displacement(x - self(x, z, label=label), z, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_labels_reach_the_network_in_training_and_in_denoising(objective):
     y, label, data = torch.randn(6, 3, dtype=F64), torch.arange(6), summary(0.5, (3,))
     denoiser = objective.make_denoiser(Listener(None), 1.0, data)
     objective(denoiser, y, label, data=data, reference=y, reference_label=label, generator=rng.generator(0))
-    denoiser(y, 1.0, label)
+    denoiser(y, 1.0, label=label)
     assert len(seen) == 2
     assert all(torch.equal(label, one) for one in seen)
 

@@ -51,10 +51,10 @@ def test_networks_keep_the_contract(network, shape, options, classes, extra):
     net = network(shape, classes, extra, **options)
     x, c_noise, label = torch.randn(3, *shape), torch.tensor([-1.5, 0.0, 1.0]), torch.tensor([0, 1, 3]) if classes else None
     given = {"augmentation": torch.randn(3, 9)} if "augmentation_size" in options else {}
-    out = net(x, c_noise, label, **given)
+    out = net(x, c_noise, label=label, **given)
     assert out.shape == (3, shape[0] + extra, *shape[1:])
     assert torch.equal(out, torch.zeros_like(out))
-    randomized(net)(x, c_noise, label, **given).square().sum().backward()
+    randomized(net)(x, c_noise, label=label, **given).square().sum().backward()
     assert all(p.grad is not None and bool((p.grad != 0).any()) for p in net.parameters())
 
 
@@ -65,16 +65,16 @@ def test_networks_tell_noise_levels_and_labels_apart(options):
     small = net(x, torch.log(torch.tensor([0.001, 0.002, 0.004, 0.008])) / 4)
     gaps = (small[1:] - small[:-1]).flatten(1).norm(dim=1)
     assert float(gaps.min()) > 0.01 * float(small.flatten(1).norm(dim=1).mean()), "small noise levels are resolved"
-    labels = [net(x[:1], torch.zeros(1), label) for label in (None, torch.tensor([0]), torch.tensor([2]))]
+    labels = [net(x[:1], torch.zeros(1), label=label) for label in (None, torch.tensor([0]), torch.tensor([2]))]
     assert not torch.allclose(labels[0], labels[1])
     assert not torch.allclose(labels[1], labels[2])
-    assert torch.equal(labels[0], net(x[:1], torch.zeros(1), torch.tensor([3]))), "no label is the last label"
+    assert torch.equal(labels[0], net(x[:1], torch.zeros(1), label=torch.tensor([3]))), "no label is the last label"
 
 
 def test_diffusers_networks_tell_noise_levels_and_labels_apart():
     net = randomized(DiffusersUNet((1, 8, 8), 3, options=SMALL)).requires_grad_(False)
     x = torch.randn(1, 1, 8, 8)
-    outs = [net(x, torch.full((1,), c), torch.tensor([k])) for c, k in ((-1.5, 0), (-1.4, 0), (-1.4, 1), (-1.4, 3))]
+    outs = [net(x, torch.full((1,), c), label=torch.tensor([k])) for c, k in ((-1.5, 0), (-1.4, 0), (-1.4, 1), (-1.4, 3))]
     assert all(not torch.allclose(a, b, atol=1e-3) for a, b in itertools.pairwise(outs))
     assert torch.equal(outs[3], net(x, torch.full((1,), -1.4)))
 
@@ -267,7 +267,7 @@ def test_the_network_is_its_description(options):
     groups = math.gcd(8, 2)
     h = F.silu(F.group_norm(h, groups, net.last[0].weight, net.last[0].bias, eps=1e-6))
     out = F.conv2d(h, net.last[2].weight, net.last[2].bias, padding=1)[:, :, :7, :13]
-    assert torch.allclose(net(x, c_noise, label), out, rtol=1e-4, atol=1e-4 * float(out.abs().max()))
+    assert torch.allclose(net(x, c_noise, label=label), out, rtol=1e-4, atol=1e-4 * float(out.abs().max()))
 
 
 def test_groups_have_four_channels_at_least():
@@ -325,10 +325,10 @@ def test_compiled_networks_are_the_same_function(backend):
     """The same outputs, gradients and names of parameters, without a break in the graph."""
     net = randomized(UNet((1, 7, 9), 2, width=8, blocks=1, attention=False, **NCSNPP))
     x, c_noise, label = torch.randn(2, 1, 7, 9), torch.tensor([-1.0, 0.5]), torch.tensor([0, 2])
-    eager, names = net(x, c_noise, label), list(net.state_dict())
+    eager, names = net(x, c_noise, label=label), list(net.state_dict())
     gradient = torch.autograd.grad(eager.square().sum(), list(net.parameters()))
     net.compile(backend=backend, fullgraph=True)
-    compiled = net(x, c_noise, label)
+    compiled = net(x, c_noise, label=label)
     assert float((compiled - eager).detach().abs().max() / eager.detach().abs().max()) < 1e-5
     for a, b in zip(torch.autograd.grad(compiled.square().sum(), list(net.parameters())), gradient, strict=True):
         assert float((a - b).abs().max() / b.abs().max()) < 1e-3
@@ -368,13 +368,13 @@ def test_wrong_arguments_of_networks_are_named():
         ({"head_channels": 0}, "head_channels = 0"),
         ({"dropout": 1.0}, "dropout = 1.0"),
         ({"multipliers": ()}, "multipliers = 0"),
-        ({"condition_shape": (3, 4)}, r"condition_shape = \(3, 4\)"),
+        ({"condition_shapes": {"image": (3, 4)}}, "condition_shapes = .*'image' must have 3 dimensions"),
     ]:
         with pytest.raises(ValueError, match=message):
             UNet(**{"shape": (1, 8, 8), **arguments})
     for arguments, message in [
         ({"shape": (5,)}, r"shape = \(5,\): DiffusersUNet"),
-        ({"condition_shape": (3,)}, r"condition_shape = \(3,\)"),
+        ({"condition_shapes": {"vector": (3,)}}, "condition_shapes: no condition 'vector' here; this network takes none"),
         ({"options": {"wide": 3}}, "options = .*UNet2DModel refuses them: .*wide"),
     ]:
         with pytest.raises(ValueError, match=message):

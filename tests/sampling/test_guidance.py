@@ -110,15 +110,15 @@ class Remembering(nn.Module):
         super().__init__()
         self.value, self.asked = value, []
 
-    def forward(self, x, sigma, label=None, condition=None):
-        self.asked.append((sigma, label, condition))
+    def forward(self, x, sigma, label=None, vector=None):
+        self.asked.append((sigma, label, vector))
         return torch.full_like(x, self.value) if label is None else label[:, None] + torch.zeros_like(x)
 
 
 def test_guidance_extrapolates_away_from_the_reference():
     x, label, one = torch.zeros(4, 2), torch.tensor([5, 6, 7, 8]), Remembering(3.0)
     guided = GuidedDenoiser(one, ConditionedDenoiser(one, takes_label=False), torch.tensor([1.0, 0.0, 2.0, 4.0]))
-    assert guided(x, 1.0, label)[:, 0].tolist() == [5, 3, 3 + 2 * 4, 3 + 4 * 5]
+    assert guided(x, 1.0, label=label)[:, 0].tolist() == [5, 3, 3 + 2 * 4, 3 + 4 * 5]
     assert [asked[1] is None for asked in one.asked] == [False, True]
     assert cost(guided) == cost(guided, torch.ones(4)) == 2
 
@@ -127,12 +127,12 @@ def test_the_reference_is_asked_only_where_it_counts():
     x, label = torch.zeros(3, 2), torch.tensor([5, 6, 7])
     own, reference = Remembering(0.0), Remembering(3.0)
     guided = GuidedDenoiser(own, ConditionedDenoiser(reference, takes_label=False), 2.0, (0.5, 1.0))
-    assert guided(x, torch.tensor([0.4, 0.5, 1.1]), label)[:, 0].tolist() == [5, 3 + 2 * 3, 7]
-    assert guided(x, torch.tensor([0.4, 1.0, 1.1]), label)[:, 0].tolist() == [5, 3 + 2 * 3, 7], "both ends belong to it"
+    assert guided(x, torch.tensor([0.4, 0.5, 1.1]), label=label)[:, 0].tolist() == [5, 3 + 2 * 3, 7]
+    assert guided(x, torch.tensor([0.4, 1.0, 1.1]), label=label)[:, 0].tolist() == [5, 3 + 2 * 3, 7], "both ends belong to it"
     own.asked.clear()
     reference.asked.clear()
     outside = torch.tensor([0.4, 0.49, 1.1])
-    assert guided(x, outside, label)[:, 0].tolist() == [5, 6, 7]
+    assert guided(x, outside, label=label)[:, 0].tolist() == [5, 6, 7]
     assert (len(own.asked), len(reference.asked)) == (1, 0)
     assert (cost(guided), cost(guided, outside), cost(guided, torch.tensor([0.4, 0.5]))) == (2, 1, 2)
     assert cost(GuidedDenoiser(own, reference, 1.0), outside) == 1
@@ -165,10 +165,10 @@ def test_guidance_makes_samples_of_the_class_more_typical():
 
 def test_a_bound_condition_reaches_the_network_in_the_dtype_of_its_samples():
     one, condition = Remembering(3.0), torch.ones(2, 7)
-    bound = ConditionedDenoiser(one, condition)
+    bound = ConditionedDenoiser(one, {"vector": condition})
     bound(torch.zeros(2, 2, dtype=F64), 1.0)
     assert torch.equal(one.asked[0][2], condition.double())
-    bound(torch.zeros(2, 2), 1.0, torch.tensor([1, 2]))
+    bound(torch.zeros(2, 2), 1.0, label=torch.tensor([1, 2]))
     assert one.asked[1][1].tolist() == [1, 2]
 
 
