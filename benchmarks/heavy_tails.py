@@ -87,7 +87,7 @@ class Variant(PreconditionedDenoiser):
         super().__init__(net, D, sigma_data, power_std)
         self.data, self.levels = (sigma_data, power_std, max_rms), LEVELS[levels]
 
-    def denoise(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def denoise(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor | None) -> tuple[Tensor, Tensor]:
         """As PreconditionedDenoiser.denoise."""
         level, weight = (estimate(x, per_sample(sigma, x), self.kernel, self.data) for estimate in self.levels)
         skip, out = preconditioning(level, self.sigma_data)

@@ -8,7 +8,7 @@ learned, and followed back from a large hemisphere, by an ODE solver, down to ne
     r        norm of the augmented part     sigma      r / sqrt(D), the noise level; everything is indexed by it
     z        r for D = 1 (= sigma)          level      the effective noise level varsigma, constant on hemispheres
 
-`denoise(x, sigma, label=None)` -> E[y | x, sigma] is the one interface of networks, exact denoisers and combinations. Below
+`denoise(x, sigma, **conditions)` -> E[y | x, sigma] is the one interface of networks, exact denoisers and combinations. Below
 `PoissonFlow` all is in centred model space, model = user / scale - mean.
 """
 

@@ -60,7 +60,7 @@ def upgrade_description(value: Any) -> Any:
     found = {key: upgrade_description(item) for key, item in renamed(value).items()}
     if "condition_shape" in found:
         shape, network = found.pop("condition_shape"), "sigma_data" not in found
-        found["condition_shapes" if network else "conditions"] = _conditions(shape) or (None if network else {})
+        found["condition_shapes" if network else "conditions"] = _conditions(shape)
     return found
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,29 +44,6 @@ class Network(Configurable, nn.Module):
         extra_channels: output channels beyond C. PFGM's v_z needs one.
         condition_shapes: shapes of the conditions "image" and "vector", without the batch dimension, if there are any.
     """
-
-
-def condition_key(ndim: int) -> str:
-    """Return the name of a condition with `ndim` dimensions, without that of the batch."""
-    return "vector" if ndim == 1 else "image"
-
-
-def condition_shapes(shape: Sequence[int] | None) -> dict[str, list[int]] | None:
-    """Return the `condition_shapes` of a network for a data set whose only condition has this shape, or none (None)."""
-    return None if shape is None else {condition_key(len(shape)): list(shape)}  # as in JSON
-
-
-def upgrade_networks(value: Any) -> Any:
-    """Return nested plain data with `condition_shape` of stored networks, as in version 0.1, as `condition_shapes`."""
-    if isinstance(value, list):
-        return [upgrade_networks(item) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    if {"extra_channels", "condition_shape"} <= set(value):  # the arguments of a network; summaries have one of these
-        value = {key: item for key, item in value.items() if key != "condition_shape"} | {
-            "condition_shapes": condition_shapes(value["condition_shape"])
-        }
-    return {key: upgrade_networks(item) for key, item in value.items()}
 
 
 def check_sizes(**sizes: int) -> None:

@@ -166,8 +166,8 @@ def test_conditions_survive_an_export(tmp_path):
 
 
 def test_unet_refuses_conditions_that_are_neither_image_nor_vector():
-    with pytest.raises(ValueError, match=r"condition_shape = \(3, 4\): give as many dimensions"):
-        UNet((1, 8, 8), condition_shape=(3, 4))
+    with pytest.raises(ValueError, match=r"condition_shapes = .*'image' must have 3 dimensions"):
+        UNet((1, 8, 8), condition_shapes={"image": (3, 4)})
 
 
 def test_measurements_are_in_the_users_units():
@@ -321,7 +321,7 @@ def test_labels_conditions_guidance_and_measurements_work_together():
     label = torch.tensor([0, 1, 2, 0])
 
     def by_hand(model, label):
-        return model.denoiser(x, torch.full((4,), 0.7), **({} if label is None else {"label": label}), vector=c)
+        return model.denoiser(x, torch.full((4,), 0.7), label=label, vector=c)
 
     own, none, weak = by_hand(flow, label), by_hand(flow, None), by_hand(guide, label)
     given = {"condition": c, "guidance": 2.0}

@@ -404,8 +404,8 @@ def test_the_network_runs_in_bfloat16_and_the_rest_does_not(monkeypatch):
     seen = {}
 
     class Net(TimeMLP):
-        def forward(self, x, c_noise, label=None):
-            out = super().forward(x, c_noise, label)
+        def forward(self, x, c_noise, *, label=None):
+            out = super().forward(x, c_noise, label=label)
             seen.update(x=x.dtype, c_noise=c_noise.dtype, out=out.dtype)
             return out
 
