@@ -107,7 +107,7 @@ def look_at(path: str, size: int | None, labels: bool | str, skip_damaged: bool)
         if size is not None:
             raise ValueError(f"size = {size}: {path} holds no images; leave it out") from None
         return Arrays(Path(path), labels=labels)
-    forms = ImageSurvey.of(source).forms.values()
+    forms = ImageSurvey.of(source).formats.values()
     if size is None and len({(form.height, form.width) for form in forms}) > 1:
         middle = statistics.median(min(form.height, form.width) for form in forms)
         size = min(64, 2 ** int(math.log2(middle)))

@@ -1,11 +1,15 @@
 """The base of all data modules: samples with their units, split into training and held-out data, and batches of them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_info as rank_zero_info  # for the data sets
+from pytorch_lightning.utilities import rank_zero_warn as rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,7 +28,8 @@ class DataModule(Configurable, pl.LightningDataModule):
     pictures map to black and white. Discrete data has so many `levels`, low and high among them (0: continuous); with
     `dequantize` uniform noise fills the gaps between them in training, without which it has no likelihood. `degrade` makes
     conditions of the samples themselves; `flip` mirrors images left to right in training, each with probability 1/2. So many
-    `workers` read samples that are not in memory. ValueError for data that is empty, not finite or of different shapes.
+    `workers` read samples that are not in memory. With `load`, `train` and `held_out` only show shapes and labels, and what it
+    returns replaces them at first use. ValueError for data that is empty, not finite or of different shapes.
     """
 
     PLACES: ClassVar[tuple[str, ...]] = ()
@@ -45,20 +50,15 @@ class DataModule(Configurable, pl.LightningDataModule):
         degrade: Degradation | None = None,
         flip: bool = False,
         workers: int = 0,
+        load: Callable[[], tuple[SampleSet, SampleSet]] | None = None,
     ):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size} must be at least 1")
-        for name, part in (("training", train), ("held-out", held_out)):
-            if len(part) == 0 or part.x.ndim < 2:
-                raise ValueError(f"the {name} data has shape {tuple(part.x.shape)}; it needs at least one sample, [n, ...]")
+        _count_classes(train, held_out)
         if dequantize and not levels:
             raise ValueError("dequantize = True: this data is continuous, it has no levels; leave dequantize out")
-        self.train, self.held_out, self.batch_size, self.seed = train, held_out, batch_size, seed
-        labels = [part.label for part in (train, held_out) if part.label is not None]
-        num_classes = int(torch.cat(labels).max()) + 1 if labels else 0
-        if num_classes > len(train):
-            raise ValueError(f"labels go up to {num_classes - 1} for {len(train)} samples; number the classes from 0")
+        self.batch_size, self.seed = batch_size, seed
         if degrade is not None:
             degrade.shape(tuple(train.x.shape[1:]))
         if flip and train.x.ndim != 4:
@@ -68,17 +68,38 @@ class DataModule(Configurable, pl.LightningDataModule):
         self.preparation = Preparation(degrade, level_spacing(value_range, levels) if dequantize else 0.0)
         self.augmentation = replace(self.preparation, flip=flip)
         self.workers = workers
-        prepared = self.prepared(some(train, seed))
-        self.summary = DataSummary.of(
-            prepared.x,
-            condition=prepared.condition,
-            scale=scale,
-            value_range=value_range,
-            num_classes=num_classes,
-            mean=mean,
-            levels=levels,
-            dequantized=dequantize,
-        )
+        units = {"scale": scale, "value_range": value_range, "mean": mean, "levels": levels, "dequantized": dequantize}
+        self._units: dict[str, Any] = units
+        self._load = load
+        if load is None:
+            self.train, self.held_out = train, held_out
+            self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read samples that are not in memory yet, and summarise them. Later calls do nothing."""
+        self.summary  # noqa: B018
+
+    @cached_property
+    def _loaded(self) -> tuple[SampleSet, SampleSet]:
+        assert self._load is not None
+        return self._load()
+
+    @cached_property
+    def train(self) -> SampleSet:
+        """Training samples, read when they are first asked for."""
+        return self._loaded[0]
+
+    @cached_property
+    def held_out(self) -> SampleSet:
+        """Held-out samples, read when they are first asked for."""
+        return self._loaded[1]
+
+    @cached_property
+    def summary(self) -> DataSummary:
+        """Shape, units and statistics of the training data."""
+        num_classes = _count_classes(self.train, self.held_out)
+        prepared = self.prepared(some(self.train, self.seed))
+        return DataSummary.of(prepared.x, condition=prepared.condition, num_classes=num_classes, **self._units)
 
     def prepared(self, part: SampleSet) -> SampleSet:
         """All of `part` with its conditions, and noise if dequantised, the same each time."""
@@ -138,6 +159,18 @@ class DataModule(Configurable, pl.LightningDataModule):
         return self._loader(held_out)
 
     test_dataloader = val_dataloader
+
+
+def _count_classes(train: SampleSet, held_out: SampleSet) -> int:
+    """Return the number of classes, 0 without labels. ValueError for empty data or classes that are not numbered from 0."""
+    for name, part in (("training", train), ("held-out", held_out)):
+        if len(part) == 0 or part.x.ndim < 2:
+            raise ValueError(f"the {name} data has shape {tuple(part.x.shape)}; it needs at least one sample, [n, ...]")
+    labels = [part.label for part in (train, held_out) if part.label is not None]
+    num_classes = int(torch.cat(labels).max()) + 1 if labels else 0
+    if num_classes > len(train):
+        raise ValueError(f"labels go up to {num_classes - 1} for {len(train)} samples; number the classes from 0")
+    return num_classes
 
 
 SUMMARY_BYTES = 2**31
