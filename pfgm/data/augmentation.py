@@ -35,9 +35,10 @@ class Augment(Configurable):
 
     Images are mirrored with probability 1/2. Each of five other changes has `probability`: upside down (half of the time),
     scaling by 2^(.2 n), rotation by any angle, stretching by 2^(.2 n) along one direction and 2^(-.2 n) across it, and
-    shifts by .125 n of the size both ways, with standard normal n. Borders are reflected. Pixels are interpolated bicubically, where EDM
-    resamples through a wavelet at twice the resolution. The label of a stretch n along the direction a is n (cos 2a, sin 2a),
-    which is unique; EDM's n (cos a, sin a) also describes -n along a + pi.
+    shifts by .125 n of the size both ways, with standard normal n. Borders are reflected.
+
+    EDM resamples through a wavelet at twice the resolution; this class interpolates bicubically. The label of a stretch n along
+    the direction a is n (cos 2a, sin 2a), which is unique; EDM's n (cos a, sin a) also describes -n along a + pi.
 
     Source: EDM (arXiv 2206.00364, appendix F.2).
 
@@ -65,7 +66,7 @@ class Augment(Configurable):
         """
         mirrored, upside_down, scale, angle, stretch, direction, *shift = self.sample(x, generator)
         warped = torch.stack([scale, angle, stretch, *shift]).ne(0).any(0)
-        # The inverse map, from positions in the new image to positions in `x`, relative to the middle: stretch, then the others.
+        # The map from positions in the new image to positions in `x`, both relative to the middle: stretch, then the others.
         axes = rotation(direction) @ diagonal(torch.exp2(-0.2 * stretch), torch.exp2(0.2 * stretch)) @ rotation(-direction)
         matrix = axes @ rotation(-angle) @ diagonal(torch.exp2(-0.2 * scale), torch.exp2(-0.2 * scale))
         right, down = (-0.125 * size * s for size, s in zip((x.shape[3], x.shape[2]), shift, strict=True))

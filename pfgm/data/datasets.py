@@ -248,8 +248,8 @@ class ImageDataModule(DataModule):
             workers=min(8, os.cpu_count() or 1) if workers is None else workers,
             load=self._decode,
         )
-        if not skip_damaged and any(survey.damaged for survey in self._images.surveys):
-            self.setup()  # an error in any case: it names those with undamaged headers too
+        if self._images.has_flaws and not skip_damaged:
+            self.setup()  # raises, and names the images with intact headers too
 
     def _decode(self) -> tuple[SampleSet, SampleSet]:
         train, held_out, warnings = self._images.load()

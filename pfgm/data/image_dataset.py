@@ -226,6 +226,14 @@ class ImageSplit:
         """Depth of the images, 8 or 16."""
         return self.train.x.format.bits
 
+    @property
+    def has_flaws(self) -> bool:
+        """Whether the headers show images that cannot be used."""
+        height, width = self.train.x.crop or (0, 0)
+        formats = [one for survey in self.surveys for one in survey.formats.values()]
+        small = any(one.height < height or one.width < width for one in formats)
+        return small or any(survey.damaged for survey in self.surveys)
+
     def load(self) -> tuple[SampleSet, SampleSet, list[str]]:
         """Decode all images once, and keep them in memory if they fit.
 

@@ -131,7 +131,7 @@ class Folder(_FileTree):
 class Zip(_FileTree):
     """All images in a zip archive, which stays packed."""
 
-    usage = "a .zip of images"
+    usage = "a .zip of them"
 
     @classmethod
     def accepts(cls, path: str) -> bool:
@@ -301,7 +301,7 @@ class HuggingFace(_EncodedFiles):
         return None if self.label is None else list(self.data[self.label])
 
 
-SOURCES: tuple[type[Source], ...] = (Torchvision, HuggingFace, Folder, Zip, ArrayFile)
+SOURCES: tuple[type[Source], ...] = (Folder, Zip, ArrayFile, Torchvision, HuggingFace)
 
 
 def open_source(path: str, root: str | None = None, argument: str = "path") -> Source:
@@ -322,11 +322,11 @@ def open_source(path: str, root: str | None = None, argument: str = "path") -> S
     if not kinds:
         *others, last = (kind.usage for kind in SOURCES)
         raise FileNotFoundError(
-            f"{argument} = {path}: does not exist, or is of another kind. Give {', '.join(others)} or {last}"
+            f"{argument} = {path}: no such folder or file, or of another kind. Give {', '.join(others)} or {last}"
         )
     source = kinds[0](path, argument, root)
     if not len(source.names):
-        raise ValueError(f"{source}: no images ({', '.join(SUFFIXES)}), but {source.ignored} other files")
+        raise ValueError(f"{source}: no images among {source.ignored} files. Their names must end in {', '.join(SUFFIXES)}")
     return source
 
 
