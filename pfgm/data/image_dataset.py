@@ -75,7 +75,7 @@ def _pair(value: Sides) -> tuple[int, int] | None:
 
 @dataclass
 class ImageSurvey:
-    """The format of each usable image of a source, and why each of the `damaged` ones cannot be used, by number."""
+    """The `formats` of the usable images of a source, by number, and why the `damaged` ones cannot be used."""
 
     source: Source
     formats: dict[int, ImageFormat]
@@ -91,14 +91,11 @@ class ImageSurvey:
         return cls(source, formats, damaged)
 
     def common_format(self, size: tuple[int, int] | None, channels: int | None) -> ImageFormat:
-        """Choose one format for all images: RGB if one has colour, 8 bits if one has 8.
+        """Choose one format for all images, RGB if one has colour and 8 bits if one has 8, or raise ValueError.
 
         Args:
-            size: (height, width); default: that of all images.
+            size: (height, width); default: that of all images, which must have one size.
             channels: 1 or 3; default: the largest number.
-
-        Raises:
-            ValueError: If the images have several sizes and `size` is None.
         """
         formats = self.formats.values()
         sizes = Counter((one.height, one.width) for one in formats)
@@ -179,35 +176,27 @@ class ImageSet:
         array = fit(self.source.read(row), self.format, self.resize, self.crop)
         return torch.from_numpy(array.astype("uint8" if self.format.bits == 8 else "int32")).permute(2, 0, 1)
 
-    def load(self, threads: int = 1) -> tuple[Tensor, dict[int, str]]:
-        """Decode all images into memory.
+    def decode(self, keep: bool, threads: int = 1) -> tuple["Tensor | ImageSet", dict[int, str]]:
+        """Decode all images once, to find the damaged ones.
 
         Args:
+            keep: Whether to keep the images in memory.
             threads: Number of threads that decode.
 
         Returns:
-            The readable images, and why each of the others cannot be used, by its number in the source.
+            The readable images, as a tensor if they are kept, and why each of the others cannot be used, by its number.
         """
         damaged: dict[int, str] = {}
+        if not keep:
+            readable = [
+                row for row, _ in _each(lambda row: self.read(row).shape, self.rows, damaged, "checking images", threads)
+            ]
+            return ImageSet(self.source, readable, self.format, self.resize, self.crop), damaged
         x = torch.empty(self.shape, dtype=self.dtype)
         positions = {row: k for k, row in enumerate(self.rows)}
         for row, image in _each(self.read, self.rows, damaged, "reading images", threads):
             x[positions[row]] = image
-        good = torch.tensor([row not in damaged for row in self.rows])
-        return x[good] if damaged else x, damaged
-
-    def check(self, threads: int = 1) -> tuple["ImageSet", dict[int, str]]:
-        """Decode all images once without keeping them.
-
-        Args:
-            threads: Number of threads that decode.
-
-        Returns:
-            The set of the readable images, and why each of the others cannot be used, by its number in the source.
-        """
-        damaged: dict[int, str] = {}
-        good = [row for row, _ in _each(lambda row: self.read(row).shape, self.rows, damaged, "checking images", threads)]
-        return ImageSet(self.source, good, self.format, self.resize, self.crop), damaged
+        return x[[row not in damaged for row in self.rows]] if damaged else x, damaged
 
 
 @dataclass(frozen=True)
@@ -248,10 +237,10 @@ class ImageSplit:
         parts = []
         for samples in (self.train, self.held_out):
             images = samples.x
-            x, bad = images.load(threads) if self.in_memory else images.check(threads)
+            x, bad = images.decode(self.in_memory, threads)
             damaged[images.source] |= bad
-            good = torch.tensor([row not in bad for row in images.rows])
-            parts.append(SampleSet(x, None if samples.label is None else samples.label[good]))
+            readable = torch.tensor([row not in bad for row in images.rows])
+            parts.append(SampleSet(x, None if samples.label is None else samples.label[readable]))
         warnings = [self._damage(source, bad) for source, bad in damaged.items() if bad]
         return parts[0], parts[1], warnings
 

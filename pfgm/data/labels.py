@@ -96,7 +96,7 @@ def stored_labels(files: Sequence[str], names: Sequence[str], read: Callable[[st
     """
     tables = [name for name in files if PurePosixPath(name).name == "dataset.json"]
     if not tables:
-        return folder_labels(names)
+        return _folder_labels(names)
     table = min(tables, key=lambda name: len(PurePosixPath(name).parts))
     try:
         text = read(table)
@@ -105,24 +105,11 @@ def stored_labels(files: Sequence[str], names: Sequence[str], read: Callable[[st
     except (ImageError, RefusedError, OSError) as error:
         raise ValueError(f"{argument}: {table} cannot be read ({error}). Remove it, or write it again") from error
     parent = PurePosixPath(table).parent
-    return edm_labels(text, names, f"{argument}/{table}", "" if parent == PurePosixPath() else f"{parent}/")
+    return _edm_labels(text, names, f"{argument}/{table}", "" if parent == PurePosixPath() else f"{parent}/")
 
 
-def edm_labels(text: bytes, names: Sequence[str], argument: str, folder: str = "") -> Labels | None:
-    """Parse EDM's dataset.json, {"labels": [[name, class], ...]}, with null instead of the list for no labels.
-
-    Args:
-        text: The content of the file.
-        names: The names of the images.
-        argument: The file as messages call it.
-        folder: The folder of the file, "" or ending in /, to which the names in it are relative.
-
-    Returns:
-        The class of each image, or None.
-
-    Raises:
-        ValueError: For anything else.
-    """
+def _edm_labels(text: bytes, names: Sequence[str], argument: str, folder: str) -> Labels | None:
+    """Parse EDM's dataset.json in `folder`: {"labels": [[name, class], ...]}, with null instead of the list for no labels."""
     try:
         pairs = json.loads(text)["labels"]
         rows = None if pairs is None else [(f"{folder}{name}", label) for name, label in pairs]
@@ -135,11 +122,8 @@ def edm_labels(text: bytes, names: Sequence[str], argument: str, folder: str = "
     return _in_order(rows, names, argument)
 
 
-def folder_labels(names: Sequence[str]) -> Labels | None:
-    """Return the first folder in the name of each image, or None unless all have one.
-
-    Folders that all names begin with are skipped while more follow.
-    """
+def _folder_labels(names: Sequence[str]) -> Labels | None:
+    """Return the first folder of each name, after those that all have in common if more follow, or None unless all have one."""
     paths = [PurePosixPath(name).parts for name in names]
     while all(len(path) > 2 for path in paths) and len({path[0] for path in paths}) == 1:
         paths = [path[1:] for path in paths]

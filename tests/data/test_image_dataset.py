@@ -26,7 +26,7 @@ def test_all_images_get_the_least_depth_and_the_most_channels(tmp_path, monkeypa
     kept = [ImageDataModule(tmp_path, size=8, memory=memory).train.x for memory in (both, both * 8.5 / 9)]
     assert [isinstance(x, torch.Tensor) for x in kept] == [True, False], "training and held-out images"
     monkeypatch.setattr("pfgm.data.image_dataset.CHUNK", 2)
-    assert torch.equal(kept[1].load(threads=3)[0], kept[0])
+    assert torch.equal(kept[1].decode(True, threads=3)[0], kept[0])
     (tmp_path / "0.png").unlink()
     deep = ImageDataModule(tmp_path, size=8)
     assert (deep.train.x.dtype, deep.summary.levels, deep.summary.scale) == (torch.int32, 65536, 32767.5)

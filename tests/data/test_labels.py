@@ -22,25 +22,40 @@ def test_whole_numbers_keep_their_values_and_names_are_numbered_in_order():
     assert labels.number_classes([14, 0])[0].tolist() == [1, 0]
 
 
+def stored(names, **tables):
+    """Labels of images with the given names and tables, as Python values, by the folder of each table."""
+    texts = {f"{folder}/dataset.json".removeprefix("./"): json.dumps(table).encode() for folder, table in tables.items()}
+    return labels.stored_labels([*names, *texts], names, texts.__getitem__, "x")
+
+
 def test_the_outermost_table_counts_and_its_names_are_relative_to_it():
     names = ["top/a/0.png", "top/b/1.png"]
-    text = json.dumps({"labels": [["a/0.png", 4], ["b/1.png", 2]]}).encode()
-    read = labels.stored_labels([*names, "top/dataset.json", "top/a/dataset.json"], names, {"top/dataset.json": text}.get, "x")
-    assert read == [4, 2]
+    outer, inner = {"labels": [["a/0.png", 4], ["b/1.png", 2]]}, {"labels": [["0.png", 7]]}
+    assert stored(names, **{"top/a": inner, "top": outer}) == [4, 2]
+    assert stored(names, **{".": {"labels": None}}) is None, "though there are folders"
 
 
 def test_folders_below_those_in_common_are_classes():
-    names = ["top/a/0.png", "top/b/1.png"]
-    assert labels.folder_labels(names) == ["a", "b"]
-    assert labels.folder_labels(["a/x/0.png", "b/y/1.png"]) == ["a", "b"], "the first level"
-    assert labels.folder_labels(["a/0.png", "a/1.png"]) == ["a", "a"], "one class"
+    assert stored(["top/a/0.png", "top/b/1.png"]) == ["a", "b"]
+    assert stored(["a/x/0.png", "b/y/1.png"]) == ["a", "b"], "the first level"
+    assert stored(["a/0.png", "a/1.png"]) == ["a", "a"], "one class"
+    assert stored(["a/0.png", "1.png"]) is None
 
 
-def test_contradictions_and_other_types_in_a_table_of_edm_are_named():
-    with pytest.raises(ValueError, match=r"x: two labels for a/0.png, 4 and 5. Keep one"):
-        labels.edm_labels(b'{"labels": [["a/0.png", 4], ["a/0.png", 5]]}', ["a/0.png"], "x")
-    with pytest.raises(ValueError, match="labels must be whole numbers"):
-        labels.edm_labels(b'{"labels": [["a/0.png", true]]}', ["a/0.png"], "x")
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"labels": [["a/0.png", 4], ["a/0.png", 5]]}, r"x/dataset.json: two labels for a/0.png, 4 and 5\. Keep one"),
+        ({"labels": [["a/0.png", True]]}, "labels must be whole numbers"),
+        ({"labels": [["a/0.png", "cat"]]}, "labels must be whole numbers"),
+        ({"labels": [["0.png", 1]]}, "no label for 1 of 1 images, such as a/0.png"),
+        ({"labels": [["a/0.png"]]}, "not in EDM's format"),
+        ([1, 2], "not in EDM's format"),
+    ],
+)
+def test_faults_in_a_table_of_edm_are_named(table, message):
+    with pytest.raises(ValueError, match=message):
+        stored(["a/0.png"], **{".": table})
 
 
 def test_a_csv_file_may_have_a_header_quotes_and_a_byte_order_mark(tmp_path):
