@@ -188,10 +188,8 @@ class ImageSet:
         """
         damaged: dict[int, str] = {}
         if not keep:
-            readable = [
-                row for row, _ in _each(lambda row: self.read(row).shape, self.rows, damaged, "checking images", threads)
-            ]
-            return ImageSet(self.source, readable, self.format, self.resize, self.crop), damaged
+            shapes = _each(lambda row: self.read(row).shape, self.rows, damaged, "checking images", threads)
+            return ImageSet(self.source, [row for row, _ in shapes], self.format, self.resize, self.crop), damaged
         x = torch.empty(self.shape, dtype=self.dtype)
         positions = {row: k for k, row in enumerate(self.rows)}
         for row, image in _each(self.read, self.rows, damaged, "reading images", threads):

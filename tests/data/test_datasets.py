@@ -109,6 +109,7 @@ def odd_folder(folder):
     place.write_bytes(whole[: len(whole) // 2])
 
 
+@pytest.mark.process
 def test_an_odd_folder_trains_after_one_clear_message(tmp_path, capsys):
     folder = tmp_path / "photos"
     odd_folder(folder)
@@ -136,6 +137,7 @@ def test_an_odd_folder_trains_after_one_clear_message(tmp_path, capsys):
     assert last(tmp_path / "run")["global_step"] == 3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("reference_size", [0, 10])
 def test_images_read_from_the_disk_by_workers_make_the_same_batches(reference_size, tmp_path):
     archive = str(pack(write_set(tmp_path / "images"), tmp_path / "images.zip"))
@@ -159,6 +161,7 @@ def test_images_read_from_the_disk_by_workers_make_the_same_batches(reference_si
         del workers
 
 
+@pytest.mark.process
 def test_sets_read_from_the_disk_train_and_are_tested(tmp_path):
     archive = pack(write_set(tmp_path / "images"), tmp_path / "images.zip")
     base = ["--config", str(ROOT / "configs" / "folder.yaml"), *SMALL, "--model.net.init_args.width=8", "--data.batch_size=4"]
