@@ -51,6 +51,15 @@ def pack(folder, path, table=None):
     return path
 
 
+def contents(data):
+    """(brightness, label) of each image of a data module whose images have one brightness each, sorted."""
+    parts = [data.train, data.held_out]
+    x = torch.cat([part.x[:] for part in parts]).flatten(1)
+    assert bool((x == x[:, :1]).all())
+    label = torch.cat([part.label for part in parts]) if data.num_classes else torch.full((len(x),), -1)
+    return sorted(zip(x[:, 0].tolist(), label.tolist(), strict=True))
+
+
 OBJECTIVES = {
     "PFGM": {"loss": PoissonFieldLoss(0.5, 100), "D": 1.0},
     "PFGM++": {"loss": DenoisingLoss(), "D": 128.0},

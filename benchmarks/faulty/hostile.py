@@ -57,7 +57,7 @@ def condition(path: Path) -> Any:
 
 def images(path: Path) -> Any:
     """As data."""
-    return ImageDataModule(str(path), size=4, channels=3)
+    return ImageDataModule(str(path), size=4, channels=3).held_out
 
 
 def picture(path: Path) -> Any:
@@ -67,7 +67,7 @@ def picture(path: Path) -> Any:
 
 def labelled(path: Path) -> Any:
     """As data with labels."""
-    return ImageDataModule(str(path), size=4, labels=True)
+    return ImageDataModule(str(path), size=4, labels=True).held_out
 
 
 def table(path: Path) -> Any:

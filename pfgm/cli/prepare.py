@@ -110,7 +110,7 @@ def _open_data(path: str, size: int | None, labels: bool | str, skip_damaged: bo
         if size is not None:
             raise ValueError(f"size = {size}: {path} contains no images. Leave size out.") from None
         return Arrays(Path(path), labels=labels)
-    forms = ImageSurvey.of(source).forms.values()
+    forms = ImageSurvey.of(source).formats.values()
     if size is None and len({(form.height, form.width) for form in forms}) > 1:
         middle = statistics.median(min(form.height, form.width) for form in forms)
         size = min(64, 2 ** int(math.log2(middle)))

@@ -1,12 +1,15 @@
 """The base of all data modules: training and held-out samples with their units, and batches of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_info as rank_zero_info  # for the data sets
+from pytorch_lightning.utilities import rank_zero_warn as rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -34,6 +37,7 @@ class DataModule(Configurable, pl.LightningDataModule):
         flip: Whether images are mirrored left to right in training, each with probability 1/2.
         workers: Processes that read samples which are not in memory.
         class_names: The name of each class.
+        load: Reads training and held-out samples at first use; `train` and `held_out` then only show shapes and labels.
 
     Raises:
         ValueError: If data are empty, or settings do not fit them.
@@ -58,17 +62,15 @@ class DataModule(Configurable, pl.LightningDataModule):
         flip: bool = False,
         workers: int = 0,
         class_names: Sequence[str] = (),
+        load: Callable[[], tuple[SampleSet, SampleSet]] | None = None,
     ):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size} must be at least 1")
-        for name, part in (("training", train), ("held-out", held_out)):
-            if len(part) == 0 or part.x.ndim < 2:
-                raise ValueError(f"the {name} data has shape {tuple(part.x.shape)}; it needs at least one sample, [n, ...]")
+        _count_classes(train, held_out)
         if dequantize and not levels:
             raise ValueError("dequantize = True: this data is continuous, it has no levels; leave dequantize out")
-        self.train, self.held_out, self.batch_size, self.seed = train, held_out, batch_size, seed
-        num_classes = _count_classes(train, held_out)
+        self.batch_size, self.seed = batch_size, seed
         if degrade is not None:
             degrade.shape(tuple(train.x.shape[1:]))
         if flip and train.x.ndim != 4:
@@ -78,18 +80,38 @@ class DataModule(Configurable, pl.LightningDataModule):
         self.preparation = Preparation(degrade, level_spacing(value_range, levels) if dequantize else 0.0)
         self.augmentation = replace(self.preparation, flip=flip)
         self.workers = workers
-        prepared = self.prepared(subsample(train, seed))
-        self.summary = DataSummary.from_data(
-            prepared.x,
-            conditions=prepared.conditions,
-            scale=scale,
-            mean=mean,
-            value_range=value_range,
-            num_classes=num_classes,
-            class_names=class_names,
-            levels=levels,
-            dequantized=dequantize,
-        )
+        self._units: dict[str, Any] = {"scale": scale, "mean": mean, "value_range": value_range, "class_names": class_names}
+        self._units |= {"levels": levels, "dequantized": dequantize}
+        self._load = load
+        if load is None:
+            self.train, self.held_out = train, held_out
+            self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read samples that are not in memory yet, and summarise them. Later calls do nothing."""
+        self.summary  # noqa: B018
+
+    @cached_property
+    def _loaded(self) -> tuple[SampleSet, SampleSet]:
+        assert self._load is not None
+        return self._load()
+
+    @cached_property
+    def train(self) -> SampleSet:
+        """The training samples, read when they are first asked for."""
+        return self._loaded[0]
+
+    @cached_property
+    def held_out(self) -> SampleSet:
+        """The held-out samples, read when they are first asked for."""
+        return self._loaded[1]
+
+    @cached_property
+    def summary(self) -> DataSummary:
+        """The shape, units and statistics of the training data."""
+        num_classes = _count_classes(self.train, self.held_out)
+        prepared = self.prepared(subsample(self.train, self.seed))
+        return DataSummary.from_data(prepared.x, conditions=prepared.conditions, num_classes=num_classes, **self._units)
 
     def prepared(self, samples: SampleSet) -> SampleSet:
         """Return all of `samples` with their conditions, and noise if dequantised, the same each time."""
@@ -155,6 +177,10 @@ SUMMARY_BYTES = 2**31  # larger data are summarised from random samples of this 
 
 
 def _count_classes(train: SampleSet, held_out: SampleSet) -> int:
+    """Return the number of classes; 0 without labels. Raise ValueError for empty data or classes not numbered from 0."""
+    for name, samples in (("training", train), ("held-out", held_out)):
+        if len(samples) == 0 or samples.x.ndim < 2:
+            raise ValueError(f"the {name} data has shape {tuple(samples.x.shape)}; it needs at least one sample, [n, ...]")
     labels = [samples.label for samples in (train, held_out) if samples.label is not None]
     num_classes = int(torch.cat(labels).max()) + 1 if labels else 0
     if num_classes > len(train):

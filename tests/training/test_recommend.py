@@ -188,7 +188,7 @@ def test_three_images_are_enough_for_advice(tmp_path, capsys):
 
 
 def test_unusable_data_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="path = nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match="path = nowhere: no such folder"):
         prepare.prepare(["advise", "nowhere"])
     np.save(tmp_path / "x.npy", np.zeros((9, 4)))
     with pytest.raises(ValueError, match="all 8 samples are equal"):
