@@ -128,7 +128,7 @@ class LastCheckpoint(Checkpoint):
 
     def _ask(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT:
-            signal.signal(number, exits.end)
+            signal.signal(number, exits.exit_for_signal)
         self.signal = number
 
     def _asked(self, trainer: pl.Trainer) -> int:
