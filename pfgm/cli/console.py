@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pfgm.core.exits import LOST, LostProcess, end, exit_with
+from pfgm.core.exits import LOST, LostProcess, exit_for_signal, exit_with
 from pfgm.sampling.ode import SolverError
 
 pass
@@ -55,12 +55,12 @@ def run(
         return
     main = threading.current_thread() is threading.main_thread()
     heard = [number for number in (signal.SIGTERM, signal.SIGINT) if main and signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, end) for number in heard}
+    before = {number: signal.signal(number, exit_for_signal) for number in heard}
     try:
         command(words)
         _flush(program)
     except KeyboardInterrupt:  # of a thread, or of a library
-        end(signal.SIGINT)
+        exit_for_signal(signal.SIGINT)
     except Exception as error:
         exit_with(*_last_words(program, error, errors))
     finally:

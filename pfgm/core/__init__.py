@@ -1,5 +1,5 @@
 """Foundations that know nothing of charges, networks or files.
 
-Random numbers as functions of counters, objects that remember their constructor arguments, checks of tensors and arguments,
-exit codes. This room imports nothing else of the package.
+This room holds random numbers as functions of counters, objects that record their constructor arguments, checks of tensors and
+arguments, and exit codes. It imports nothing else of the package.
 """

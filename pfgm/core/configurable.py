@@ -1,8 +1,8 @@
-"""Objects that remember how they were made.
+"""Objects that record their constructor arguments.
 
-A checkpoint stores of every network, loss and noise law its `spec`, {"class_path": ..., "init_args": {...}}, which is plain
-JSON. Loading makes the object again from it and needs neither arguments nor pickle. Class paths are followed only into this
-package and into modules that the caller names in `trust`.
+A checkpoint stores the `spec` of every network, loss and noise law: {"class_path": ..., "init_args": {...}} in plain JSON.
+Loading builds the object from its spec and needs neither arguments nor pickle. It follows class paths only into this package
+and into modules that the caller names in `trust`.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from pfgm.core.arguments import ArgumentTypeError, check_types
 
 PACKAGE = __name__.partition(".")[0]
 
-# Class paths of version 0.1, and what the classes are called now: checkpoints, exports and configurations keep loading.
+# Class paths of version 0.1 and their present names, so that its checkpoints, exports and configurations keep loading.
 ALIASES = {
     "pfgm.augment.Augment": "pfgm.data.Augment",
     "pfgm.degrade.AddNoise": "pfgm.data.AddNoise",
@@ -40,13 +40,19 @@ ALIASES = {
 
 
 class Configurable:
-    """Mixin: instances know their `spec`, the class path and the arguments they were made with."""
+    """Record the constructor arguments of instances, and check their types.
+
+    A subclass stores nothing itself. Its constructor arguments must be plain data, paths, arrays or other `Configurable`s.
+
+    Raises:
+        ArgumentTypeError: On construction, if an argument does not fit its annotation.
+    """
 
     _arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Configurable":
         self = super().__new__(cls)
-        # bind_partial: copying calls __new__ without arguments and restores `_arguments` with the other attributes.
+        # bind_partial, since copy() calls __new__ without arguments and restores `_arguments` with the other attributes.
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
         check_types(cls.__init__, bound.arguments)
         bound.apply_defaults()
@@ -55,12 +61,16 @@ class Configurable:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """{"class_path": ..., "init_args": ...} as strict JSON data; TypeError for an argument that has no such form."""
+        """Class path and constructor arguments as strict JSON data, {"class_path": ..., "init_args": {...}}.
+
+        Raises:
+            ArgumentTypeError: If an argument has no JSON form.
+        """
         return {"class_path": public_path(type(self)), "init_args": to_json(self._arguments)}
 
 
 def public_path(class_: type) -> str:
-    """Return the path by which `class_` is imported: that of the room which exports it, or of its own module."""
+    """Return the path to import `class_` from: the sub-package that exports it if there is one, else its module."""
     package, _, inside = class_.__module__.partition(".")
     if package == PACKAGE and inside:
         room = f"{PACKAGE}.{inside.partition('.')[0]}"
@@ -70,14 +80,22 @@ def public_path(class_: type) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """`value` as strict JSON data: inf becomes "inf", a Recorded its spec. ArgumentTypeError for what has no such form."""
+    """Convert `value` to strict JSON data.
+
+    Args:
+        value: Plain data, a path, a tensor or array, a `Configurable`, or nested mappings and sequences of these. Infinity
+            becomes the string "inf", a `Configurable` its spec.
+
+    Raises:
+        ArgumentTypeError: If a part of `value` has no JSON form.
+    """
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "tolist"):  # of numpy or torch
+    if hasattr(value, "tolist"):  # NumPy or torch
         return to_json(value.tolist())
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
@@ -86,25 +104,31 @@ def to_json(value: Any) -> Any:
     if hasattr(value, "spec"):
         return value.spec
     raise ArgumentTypeError(
-        f"cannot store {type(value).__name__} in a checkpoint: a network from elsewhere should inherit from pfgm.nn.Network"
+        f"cannot store {type(value).__name__} in a checkpoint. Networks of other packages should inherit from pfgm.nn.Network."
     )
 
 
 def renamed(value: Any) -> Any:
-    """Return nested plain data with every class path of version 0.1 replaced by today's."""
+    """Return nested plain data with the class paths of version 0.1 replaced by the present ones."""
     if isinstance(value, Mapping):
-        return {key: ALIASES.get(item, item) if _is_path(key, item) else renamed(item) for key, item in value.items()}
+        return {
+            key: ALIASES.get(item, item) if key == "class_path" and isinstance(item, str) else renamed(item)
+            for key, item in value.items()
+        }
     return [renamed(item) for item in value] if isinstance(value, list) else value
 
 
-def _is_path(key: Any, value: Any) -> bool:
-    return key == "class_path" and isinstance(value, str)
-
-
 def with_defaults(old: Any, now: Any) -> Any:
-    """The spec `old` with the arguments that `now` has and it does not know at their defaults, in nested specs too.
+    """Complete the spec of an earlier version with the arguments that were added since, at their defaults.
 
-    What an earlier version did is what its missing arguments do by default.
+    A default keeps the behaviour of the versions that did not have the argument.
+
+    Args:
+        old: A spec, or plain data, which is returned as it is.
+        now: The spec of the same object in this version. Specs nested in both are completed too.
+
+    Returns:
+        `old` with the arguments that only `now` has, if both are specs of one class.
     """
     if not (_is_spec(old) and _is_spec(now) and old["class_path"] == now["class_path"]):
         return old
@@ -124,15 +148,22 @@ Kind = type | tuple[type, ...]
 
 
 def build(spec: Mapping[str, Any], trust: Sequence[str] = (), kind: Kind = object) -> Any:
-    """The object of a subclass of `kind` that `spec` describes; nested specs, of that kind as well, are built first.
+    """Build the object that `spec` describes, after those of its nested specs.
 
-    ValueError if the class is neither in this package nor in one of the modules `trust`, or cannot be made from its arguments;
-    TypeError if `spec` is none.
+    Args:
+        spec: {"class_path": ..., "init_args": {...}}. Class paths of version 0.1 are accepted.
+        trust: Modules outside this package whose classes may be imported. Their code runs.
+        kind: The class or classes that the object, and those of nested specs, must be a subclass of.
+
+    Raises:
+        TypeError: If `spec` is not a spec.
+        ValueError: If a class is neither in this package nor in `trust`, does not exist, is not of `kind`, or does not accept
+            its arguments.
     """
     if not _is_spec(spec) or not isinstance(spec["class_path"], str) or not isinstance(spec["init_args"], Mapping):
-        raise TypeError(f"{str(spec)[:100]} is no description of an object; it needs a class_path and init_args")
+        raise TypeError(f"spec = {str(spec)[:100]}: expected a mapping with class_path and init_args")
     class_ = _find_class(ALIASES.get(spec["class_path"], spec["class_path"]), trust, kind)
-    arguments = {name: _build_nested(value, trust, kind) for name, value in spec["init_args"].items()}
+    arguments = {name: build(value, trust, kind) if _is_spec(value) else value for name, value in spec["init_args"].items()}
     try:
         return class_(**arguments)
     except TypeError as error:
@@ -141,26 +172,22 @@ def build(spec: Mapping[str, Any], trust: Sequence[str] = (), kind: Kind = objec
         ) from error
 
 
-def _build_nested(value: Any, trust: Sequence[str], kind: Kind) -> Any:
-    return build(value, trust, kind) if _is_spec(value) else value
-
-
 def _find_class(class_path: str, trust: Sequence[str], kind: Kind) -> type:
     module_name, _, name = class_path.rpartition(".")
     own = module_name.partition(".")[0] == PACKAGE
     if not own and not any(module_name == t or module_name.startswith(t + ".") for t in trust):
         raise ValueError(
-            f"class_path {class_path!r} is outside {PACKAGE}; "
-            f"if you trust the file's author and that code, pass trust=[{module_name!r}]"
+            f"class_path = {class_path!r} is outside {PACKAGE}. "
+            f"If you trust the file's author and that code, pass trust=[{module_name!r}]."
         )
     try:
         class_ = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"class_path {class_path!r} does not exist here: {error}") from error
+        raise ValueError(f"class_path = {class_path!r} cannot be imported: {error}") from error
     if not (
         isinstance(class_, type)
         and issubclass(class_, Configurable if own else (Configurable, nn.Module))
         and issubclass(class_, kind)
     ):
-        raise ValueError(f"class_path {class_path!r} is not a class that a checkpoint may name")
+        raise ValueError(f"class_path = {class_path!r} is not a class that a checkpoint may name")
     return class_

@@ -1,18 +1,20 @@
-"""Exit codes, and how a process ends for a signal."""
+"""Exit codes, and ending the process with one."""
 
 import signal
 import sys
 
-LOST = 75
-"""The exit code for `LostProcess`: EX_TEMPFAIL of sysexits.h."""
+LOST = 75  # exit code for `LostProcess`: EX_TEMPFAIL of sysexits.h
 
 
 class LostProcess(RuntimeError):
-    """A process that this one works with has ended before it."""
+    """Another process of the same run has ended before this one."""
 
 
-def end(number: int, frame: object = None) -> None:
-    """End the process for a signal, with its exit code; Lightning has one of its own for KeyboardInterrupt."""
+def exit_for_signal(number: int, frame: object = None) -> None:
+    """End the process with exit code 128 + `number`. The arguments are those of a signal handler.
+
+    Lightning's own handlers would end a run with an exit code of their own for KeyboardInterrupt.
+    """
     exit_with(
         f"stopped by {signal.Signals(number).name}; files are whole, and the same command continues a run or a folder",
         128 + number,
@@ -20,5 +22,6 @@ def end(number: int, frame: object = None) -> None:
 
 
 def exit_with(text: str, code: int) -> None:
+    """Print `text` to stderr and end the process with exit code `code`."""
     print(text, file=sys.stderr)
     sys.exit(code)

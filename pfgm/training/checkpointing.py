@@ -134,7 +134,7 @@ class LastCheckpoint(Checkpoint):
 
     def _handle(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT:
-            signal.signal(number, exits.end)
+            signal.signal(number, exits.exit_for_signal)
         self.signal = number
 
     def _agreed_signal(self, trainer: pl.Trainer) -> int:

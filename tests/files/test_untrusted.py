@@ -10,7 +10,6 @@ import torch
 from benchmarks.faulty import hostile, hostile_data, hostile_models
 from benchmarks.faulty.hostile import labelled, zipped
 from pfgm.cli.arguments import read_mask
-from pfgm.core.configurable import build
 from pfgm.files import untrusted
 from pfgm.files.arrays import load_arrays, read_inputs
 from pfgm.files.images import ImageError, read_pixels
@@ -36,7 +35,7 @@ REASONS = {
     "array file: old format before an archive": "is a zip archive in something else",
     "array file: an archive before an archive": "is a zip archive in something else",
     "export: a function of ours": "is not a class that a checkpoint may name",
-    "export: another package": "is outside pfgm; if you trust",
+    "export: another package": r"is outside pfgm\. If you trust",
     "export: a wide network": "the weights do not match the network",
     "export: a deep network": "describes a network of more parts than it has weights",
     "export: a huge shape": "the weights do not match the network",
@@ -95,14 +94,6 @@ def test_nothing_but_weights_is_read(tmp_path, monkeypatch):
         monkeypatch.setattr(torch, "load", lambda path, value=value, **options: [value])
         with pytest.raises(RefusedError, match=r"no tensor or plain value|larger than what is stored"):
             load_torch(tmp_path / "a.pt", "a.pt")
-
-
-@pytest.mark.parametrize("path", ["pfgm_evil.nn.Net", "benchmarks.faulty.payload.Net", "pfgm.nn.blocks.Resample"])
-def test_class_paths_end_at_a_dot_and_name_what_is_made_to_be_stored(path):
-    """A module that is trusted trusts no other whose name begins so, and parts of networks are no networks."""
-    message = "is not a class that" if path.startswith("pfgm.") else "is outside pfgm"
-    with pytest.raises(ValueError, match=message):
-        build({"class_path": path, "init_args": {}}, trust=["benchmarks.faulty.pay", "bench"], kind=torch.nn.Module)
 
 
 def test_one_image_alone_is_checked_too(tmp_path):

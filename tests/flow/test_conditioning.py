@@ -80,9 +80,9 @@ def test_a_classifier_is_asked_in_the_users_units():
     ("make", "options", "message"),
     [
         (labelled, {"guidance": 2.0}, r"classifier-free guidance needs labels \(none given\)"),
-        (labelled, {"labels": "abc"}, "labels = 'abc': give a whole number"),
-        (labelled, {"labels": True}, "labels = True: give a whole number"),
-        (labelled, {"labels": [1, None, 2]}, r"labels = \[1, None, 2\]: give a whole number"),
+        (labelled, {"labels": "abc"}, "labels = 'abc': expected a 64-bit integer"),
+        (labelled, {"labels": True}, "labels = True: expected a 64-bit integer"),
+        (labelled, {"labels": [1, None, 2]}, r"labels = \[1, None, 2\]: expected a 64-bit integer"),
         (labelled, {"labels": 1, "guidance": 1j}, "guidance: complex numbers"),
         (labelled, {"labels": 1, "guidance": 2.0, "guidance_interval": (None, 2)}, r"guidance_interval = \(None, 2\)"),
         (labelled, {"labels": 1, "guidance": 2.0, "guide": "path"}, "guide = 'path': give a flow"),
@@ -242,7 +242,7 @@ def test_numpy_arrays_are_welcome_and_unknown_names_are_not():
             call()
     with pytest.raises(ValueError, match=r"x has samples of shape \(8, 8\)"):
         discrete().bits_per_dim(torch.zeros(1, 8, 8))
-    with pytest.raises(ValueError, match=r"latent = Tensor \(2, 1, 8, 8\) torch\.float32: give a Latent"):
+    with pytest.raises(ValueError, match=r"latent = Tensor \(2, 1, 8, 8\) torch\.float32: expected a Latent"):
         flow.decode(x)
     with pytest.raises(ValueError, match="a, b: 2 and 1 samples"):
         flow.interpolate(x, x[:1], 3)

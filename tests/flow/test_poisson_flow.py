@@ -342,7 +342,7 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--n=-1"], "n has the value -1"),
+        (["--n=-1"], "n = -1: expected"),
         (["--seeds=3-x"], "seeds = '3-x'"),
         (["--n=2", "--seeds=1"], "either"),
         (["--seed=2", "--seeds=1"], "either"),

@@ -157,7 +157,7 @@ def test_no_run_follows_one_that_ran_out_of_calls(most):
         ({"restart": [(0.011, 0.02, 1)]}, r"restart has \[0\.011, 0\.02, 1\]"),
         ({"restart": [(2.0, 1.0, 1)]}, "restart has"),
         ({"restart": [(1.0, 2.0, 0)]}, "restart has"),
-        ({"restart": [(1.0, 2.0)]}, r"restart = \[\(1\.0, 2\.0\)\]: give"),
+        ({"restart": [(1.0, 2.0)]}, r"restart = \[\(1\.0, 2\.0\)\]: expected"),
         ({"restart": [(1.0, 2.0, 1)], "s_churn": 1.0, "method": "euler", "steps": 3}, "give one of them"),
     ],
 )

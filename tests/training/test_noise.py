@@ -80,7 +80,7 @@ def test_a_custom_noise_law_trains_resumes_and_loads_from_a_trusted_module(tmp_p
     for steps in (2, 4):
         module = train.main([*words, f"--trainer.max_steps={steps}"]).model
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    with pytest.raises(ValueError, match=r"class_path 'my_laws\.Triangular' is outside pfgm.*trust=\['my_laws'\]"):
+    with pytest.raises(ValueError, match=r"class_path = 'my_laws\.Triangular' is outside pfgm.*trust=\['my_laws'\]"):
         PFGM.load_from_checkpoint(checkpoint)
     loaded = PFGM.load_from_checkpoint(checkpoint, trust=["my_laws"])
     assert type(loaded.loss.noise).__name__ == "Triangular"
