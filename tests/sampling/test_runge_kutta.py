@@ -236,9 +236,7 @@ def test_max_calls_denoises_the_last_state(options, most):
     assert bool(torch.isfinite(out.x).all())
     ratio = ((1 + t.square().sum(1)) / 4).sqrt()[:, None]
     start = 40 / ratio * t * 0.3 / (0.3 + 40 / ratio)
-    assert torch.allclose(out.x.double(), start, rtol=1e-5 if most == 1 else 0.3), (
-        "every state of a trajectory is denoised to the same point"
-    )
+    assert torch.allclose(out.x.double(), start, rtol=1e-5 if most == 1 else 0.3), "denoising ends the trajectory"
     assert out.error is None
     assert out.accepted < whole.accepted
     if options.get("method") != "heun2":

@@ -65,6 +65,7 @@ def test_flux_through_a_circle_is_two_pi_per_unit_charge():
     charges, weights = torch.tensor([[0.3], [9.0]], dtype=F64), torch.tensor([0.25, 0.75])
     upper = normal[:, 1] > 1e-9
     E_x, E_r = poisson_field(2 * normal[upper][:, :1], 2 * normal[upper][:, 1], charges, 1, weights)
+    # twice the upper half-plane, then the two points on the axis
     flux = 2 * (2 * math.pi * 2 / 4000) * (E_x[:, 0] * normal[upper][:, 0] + E_r * normal[upper][:, 1]).sum()
     on_axis = (
         2
