@@ -30,16 +30,15 @@ def test_unequal_charges_get_their_shares(D):
 def test_prior_lies_on_the_hemisphere_and_has_the_kernels_directions(D):
     kernel, n = StudentTKernel(D), 4000
     s = make_sampler(PointCharge(torch.zeros(8)), kernel, (8,))
-    latent = s.prior(seed_pairs(n))
-    x, ratio = s._lift(latent)
-    sigma = 40.0 / ratio
+    start = s.trajectory(seed_pairs(n), 2)
+    x, sigma = start.x[0], start.sigma[0]
     assert torch.allclose(kernel.effective_level(norm(x), sigma, 8), torch.full((n,), 40.0, dtype=F64))
     law = stats.betaprime(4, D / 2, scale=D).cdf if math.isfinite(D) else stats.chi2(8).cdf
     assert stats.kstest((norm(x) / sigma).square().numpy(), law).pvalue > 1e-3
     plane = make_sampler(PointCharge(torch.zeros(8)), kernel, (8,), start="hyperplane")
-    x, ratio = plane._lift(plane.prior(seed_pairs(n)))
-    assert torch.equal(ratio, torch.ones(n, dtype=F64))
-    assert stats.kstest((norm(x) / 40).square().numpy(), law).pvalue > 1e-3
+    start = plane.trajectory(seed_pairs(n), 2)
+    assert torch.equal(start.sigma[0], torch.full((n,), 40.0, dtype=F64))
+    assert stats.kstest((norm(start.x[0]) / 40).square().numpy(), law).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("D", [1, 128])
@@ -172,7 +171,7 @@ def test_sample_is_decode_of_the_prior_and_a_final_denoising():
     denoiser = EmpiricalDenoiser(torch.randn(20, 3, dtype=F64), 1.0)
     s = make_sampler(denoiser, method="midpoint", steps=20, grid="rho")
     latent = s.prior(seed_pairs(4))
-    _, ratio = s._lift(latent)
+    ratio = ((1 + latent.t.square().sum(1)) / 4).sqrt()
     decoded = s.decode(latent)
     assert torch.allclose(denoiser(decoded, 0.01 / ratio), s.sample(4).x.double(), atol=1e-4)
     way = s.trajectory(seed_pairs(4), 5)
