@@ -17,7 +17,7 @@ from tests.helpers import F64, TIGHT, make_sampler
 
 @pytest.mark.parametrize("D", [1.0, 8.0, math.inf])
 def test_unequal_charges_get_their_shares(D):
-    """Landing fractions of charges .2, .5, .3, started on the hemisphere: three standard errors."""
+    """Compare landing fractions with the charges .2, .5, .3 to three standard errors, started on the hemisphere."""
     y, p, n = torch.tensor([[-0.7, 0.1], [0.0, -0.4], [0.5, 0.6]], dtype=F64), torch.tensor([0.2, 0.5, 0.3], dtype=F64), 3000
     y = y - p @ y
     s = make_sampler(EmpiricalDenoiser(y, D, p), StudentTKernel(D), (2,), 0.01, 100.0, method="dopri5", rtol=1e-3, atol=1e-3)
@@ -43,7 +43,7 @@ def test_prior_lies_on_the_hemisphere_and_has_the_kernels_directions(D):
 
 @pytest.mark.parametrize("D", [1, 128])
 def test_hemisphere_start_of_a_blob_gives_the_blob(D):
-    """N = 1, 64: the shared clock, the ratio and the final denoising must all agree for the spread to be right."""
+    """The spread is right only if the shared clock, the ratio and the final denoising agree."""
     for N in (1, 64):
         charges = 0.5 * torch.randn(200, N, generator=rng.generator(3), dtype=F64)
         charges = charges - charges.mean(0)
@@ -66,10 +66,12 @@ def test_samples_of_a_blob_are_its_flow_and_a_final_denoising_at_each_own_sigma(
     assert torch.allclose(run.sample(20, seed=3).x.double(), (sigma_0 * s / (s + sigma_0))[:, None] * t, rtol=1e-5, atol=1e-6)
     decoded = run.decode(run.prior(pairs))
     assert torch.allclose(decoded, (sigma_0 * (s + sigma) / (s + sigma_0))[:, None] * t, rtol=1e-5, atol=1e-6)
-    way = run.trajectory(pairs, 4)
-    assert torch.allclose(way.sigma[-1], sigma)
-    assert torch.allclose(way.x, ((s + way.sigma) * (sigma_0 / (s + sigma_0)))[..., None] * t, rtol=1e-5, atol=1e-6)
-    assert torch.allclose(way.denoised, way.x * (s / (s + way.sigma))[..., None], rtol=1e-5, atol=1e-6)
+    trajectory = run.trajectory(pairs, 4)
+    assert torch.allclose(trajectory.sigma[-1], sigma)
+    assert torch.allclose(
+        trajectory.x, ((s + trajectory.sigma) * (sigma_0 / (s + sigma_0)))[..., None] * t, rtol=1e-5, atol=1e-6
+    )
+    assert torch.allclose(trajectory.denoised, trajectory.x * (s / (s + trajectory.sigma))[..., None], rtol=1e-5, atol=1e-6)
 
 
 def test_seeds_give_the_first_sample_of_each():
@@ -80,7 +82,7 @@ def test_seeds_give_the_first_sample_of_each():
 
 @pytest.mark.parametrize("options", [{}, {"method": "midpoint", "steps": 5}, {"method": "edm_heun", "steps": 5}])
 def test_samples_scale_with_the_units(options):
-    """All that has a unit times 7: the samples of a coarse grid are times 7."""
+    """Multiply everything that has a unit by 7: the samples of a coarse grid are 7 times as large."""
 
     def draw(c):
         settings = {"sigma_min": 0.02 * c, "sigma_max": 20.0 * c, "sigma_data": 0.5 * c}
@@ -174,10 +176,10 @@ def test_sample_is_decode_of_the_prior_and_a_final_denoising():
     ratio = ((1 + latent.t.square().sum(1)) / 4).sqrt()
     decoded = s.decode(latent)
     assert torch.allclose(denoiser(decoded, 0.01 / ratio), s.sample(4).x.double(), atol=1e-4)
-    way = s.trajectory(seed_pairs(4), 5)
-    assert torch.allclose(way.x[-1], decoded, atol=1e-4)
-    assert torch.allclose(way.sigma[-1] * ratio, torch.full((4,), 0.01, dtype=F64))
-    assert torch.allclose(way.sigma[0] * ratio, torch.full((4,), 40.0, dtype=F64))
+    trajectory = s.trajectory(seed_pairs(4), 5)
+    assert torch.allclose(trajectory.x[-1], decoded, atol=1e-4)
+    assert torch.allclose(trajectory.sigma[-1] * ratio, torch.full((4,), 0.01, dtype=F64))
+    assert torch.allclose(trajectory.sigma[0] * ratio, torch.full((4,), 40.0, dtype=F64))
 
 
 def test_labels_reach_the_denoiser():
