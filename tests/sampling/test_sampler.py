@@ -66,12 +66,10 @@ def test_samples_of_a_blob_are_its_flow_and_a_final_denoising_at_each_own_sigma(
     assert torch.allclose(run.sample(20, seed=3).x.double(), (sigma_0 * s / (s + sigma_0))[:, None] * t, rtol=1e-5, atol=1e-6)
     decoded = run.decode(run.prior(pairs))
     assert torch.allclose(decoded, (sigma_0 * (s + sigma) / (s + sigma_0))[:, None] * t, rtol=1e-5, atol=1e-6)
-    trajectory = run.trajectory(pairs, 4)
-    assert torch.allclose(trajectory.sigma[-1], sigma)
-    assert torch.allclose(
-        trajectory.x, ((s + trajectory.sigma) * (sigma_0 / (s + sigma_0)))[..., None] * t, rtol=1e-5, atol=1e-6
-    )
-    assert torch.allclose(trajectory.denoised, trajectory.x * (s / (s + trajectory.sigma))[..., None], rtol=1e-5, atol=1e-6)
+    steps = run.trajectory(pairs, 4)
+    assert torch.allclose(steps.sigma[-1], sigma)
+    assert torch.allclose(steps.x, ((s + steps.sigma) * (sigma_0 / (s + sigma_0)))[..., None] * t, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(steps.denoised, steps.x * (s / (s + steps.sigma))[..., None], rtol=1e-5, atol=1e-6)
 
 
 def test_seeds_give_the_first_sample_of_each():
