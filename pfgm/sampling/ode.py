@@ -40,12 +40,6 @@ class CountedDenoiser:
         conditions: tensors [B, ...] passed to `denoiser` by name with each call.
         dtype: dtype of the input of denoisers without parameters.
         on_call: called after each call with the number of calls so far and the level, the highest if samples differ.
-
-    Attributes:
-        calls: network calls so far.
-        level: level of the last call.
-        max_calls: number of calls that must not be exceeded.
-        dtype: dtype of the input.
     """
 
     def __init__(
@@ -61,12 +55,7 @@ class CountedDenoiser:
         self.dtype = input_dtype(denoiser, dtype)
 
     def __call__(self, x: Tensor, level: float | Tensor, ratio: Tensor) -> Tensor:
-        """Return denoise(x, level/ratio).
-
-        Args:
-            x: points [B, ...] in model space.
-            level: effective noise level, a float or [B].
-            ratio: level/sigma of each sample, [B].
+        """Return denoise(x, level/ratio) for `x` [B, ...], `level` (float or [B]) and `ratio` [B].
 
         Raises:
             OutOfCalls: the call would exceed `max_calls`.

@@ -192,13 +192,10 @@ class Sampler:
         on_call: Callable[[int, float], None] | None = None,
         source: Tensor | None = None,
     ) -> Samples:
-        """Draw one sample for each (seed, index) of `pairs`.
+        """Draw one sample for each (seed, index) of `pairs`; see `sample`.
 
         Args:
-            pairs: seed and index of each sample.
             conditions: tensors [n, ...] for the denoiser, by name.
-            max_calls: see `sample`.
-            on_call: see `sample`.
             source: points [n, *shape] around which the prior's noise lies (default 0).
         """
         started, final = time.perf_counter(), cost(self.denoiser)
@@ -273,11 +270,6 @@ class Sampler:
         """Return the states of the samples of `pairs` at `points` times equally spaced in the coordinates' time.
 
         The last state is the one that a draw denoises. With added noise each run gets its share of the points, at least 2.
-
-        Args:
-            pairs: seed and index of each sample, at least one.
-            points: number of states, both ends included.
-            conditions: tensors [n, ...] for the denoiser, by name.
         """
         if len(pairs) == 0:
             raise ValueError("pairs is empty: a trajectory needs at least one sample.")
@@ -321,15 +313,10 @@ class Sampler:
 
 
 def seed_pairs(n: int | None = None, seed: int | None = None, seeds: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """Return (seed, 0), ..., (seed, n-1), or (k, 0) for each k of `seeds`.
-
-    Args:
-        n: number of samples.
-        seed: seed of all `n` samples (default 0).
-        seeds: seeds of single samples, instead of n and seed.
+    """Return (seed, 0), ..., (seed, n-1) for `n` samples of `seed` (default 0), or (k, 0) for each k of `seeds`.
 
     Raises:
-        ValueError: neither or both are given, or a number is negative.
+        ValueError: neither or both of n and seeds are given, or a number is negative.
     """
     if (n is None) == (seeds is None) or (seeds is not None and seed is not None):
         raise ValueError(f"n = {n}, seed = {seed}, seeds = {seeds}: give either a number n (and a seed for all), or seeds.")

@@ -5,7 +5,7 @@ The methods come from the registry of `pfgm.sampling.methods`, which the files i
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -36,35 +36,29 @@ Interval = tuple[float, float, int]
 
 
 @dataclass(frozen=True)
-class Adaptive:
-    """Solve with a method that chooses its steps to meet a tolerance.
+class Solver:
+    """Solve the flow with a method of the registry.
 
     Args:
         method: entry of the registry.
         coordinates: makes the coordinates for data of a given sigma_data.
-        rtol: relative tolerance of the state.
-        atol: absolute tolerance of the state.
-        independent: whether each sample has steps of its own.
     """
 
     method: Method
     coordinates: MakeCoordinates
-    rtol: float
-    atol: float
-    independent: bool = False
 
     def last_level(self, sigma_data: float, start: float, end: float) -> float:
-        """Return the level at which a draw from `start` to `end` hands over to the final denoising: its end."""
+        """Return the level at which a draw from level `start` to `end` hands over to the final denoising."""
         return end
 
     def levels(self, sigma_data: float, start: float, end: float) -> list[float]:
-        """Return the levels that the solution from `start` to `end` has to pass through: these two."""
+        """Return the levels that the solution from level `start` to `end` has to pass through."""
         return [start, end]
 
     def follow(
         self, slope: Slope, state: Tensor, coordinates: Coordinates, levels: Sequence[float], at: Tensor, on_step: OnStep
     ) -> tuple[Tensor, SolverStats]:
-        """Solve for the state [B, ...] from levels[0] through `levels` to the last.
+        """Solve for the state from levels[0] through `levels` to the last.
 
         Args:
             slope: derivative of the state over the coordinates' time.
@@ -72,50 +66,54 @@ class Adaptive:
             coordinates: what `self.coordinates` makes.
             levels: levels to pass through, in order.
             at: times [points] of the states to return, from that of levels[0] to that of the last level.
-            on_step: called with the time (float, or [B] if independent) and the state of each step.
+            on_step: called with the time (float, or [B] for independent steps) and the state of each step.
 
         Returns:
             The states [points, B, ...] and the statistics.
 
         Raises:
-            StepError: a step vanished, or MAX_STEPS were not enough.
+            StepError: an adaptive method gave up.
         """
-        integrate = self.method.per_sample if self.independent and self.method.per_sample else self.method.integrate
-        times = [coordinates.time(levels[0]), coordinates.time(levels[-1])]
-        return integrate(Problem(slope, state, times, at, on_step, self.rtol, self.atol, FIRST_STEP, MAX_STEPS))
+        return self._integrate(Problem(slope, state, [coordinates.time(level) for level in levels], at, on_step))
+
+    def _integrate(self, problem: Problem) -> tuple[Tensor, SolverStats]:
+        return self.method.integrate(problem)
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """Solve with a method that steps along a grid.
+class Adaptive(Solver):
+    """Solve with steps chosen to meet a tolerance.
 
     Args:
-        method: entry of the registry.
-        coordinates: makes the coordinates for data of a given sigma_data.
+        rtol: relative tolerance of the state.
+        atol: absolute tolerance of the state.
+        independent: whether each sample has steps of its own.
+    """
+
+    rtol: float
+    atol: float
+    independent: bool = False
+
+    def _integrate(self, problem: Problem) -> tuple[Tensor, SolverStats]:
+        integrate = self.method.per_sample if self.independent and self.method.per_sample else self.method.integrate
+        return integrate(replace(problem, rtol=self.rtol, atol=self.atol, first_step=FIRST_STEP, max_steps=MAX_STEPS))
+
+
+@dataclass(frozen=True)
+class Fixed(Solver):
+    """Solve with steps along a grid; between its levels the states are interpolated linearly.
+
+    Args:
         grid: levels at which the steps begin and end.
     """
 
-    method: Method
-    coordinates: MakeCoordinates
     grid: Grid
 
     def last_level(self, sigma_data: float, start: float, end: float) -> float:
-        """Return the level at which a draw from `start` to `end` hands over to the final denoising."""
         return self.grid.last(self.coordinates(sigma_data), start, end)
 
     def levels(self, sigma_data: float, start: float, end: float) -> list[float]:
-        """Return the levels of the grid from `start` to `end`."""
         return self.grid.levels(self.coordinates(sigma_data), start, end)
-
-    def follow(
-        self, slope: Slope, state: Tensor, coordinates: Coordinates, levels: Sequence[float], at: Tensor, on_step: OnStep
-    ) -> tuple[Tensor, SolverStats]:
-        """Solve like `Adaptive.follow`; between `levels` the states are interpolated linearly."""
-        times = [coordinates.time(level) for level in levels]
-        return self.method.integrate(Problem(slope, state, times, at, on_step))
-
-
-Solver = Adaptive | Fixed
 
 
 @dataclass(frozen=True)

@@ -78,20 +78,15 @@ def _fixed(method: str, problem: Problem) -> tuple[Tensor, SolverStats]:
     return states, SolverStats(len(grid) - 1)
 
 
-def _register_adaptive(name: str, order: int) -> None:
-    own_steps = per_sample(TABLEAUS[name]) if name in TABLEAUS else None
-    register(Method(name, order, BOTH, partial(_adaptive, name), adaptive=True, per_sample=own_steps))
-
-
-_register_adaptive("dopri5", 5)
-_register_adaptive("dopri8", 8)
-_register_adaptive("bosh3", 3)
-_register_adaptive("adaptive_heun", 2)
+register(Method("dopri5", 5, BOTH, partial(_adaptive, "dopri5"), adaptive=True, per_sample=per_sample(TABLEAUS["dopri5"])))
+register(Method("dopri8", 8, BOTH, partial(_adaptive, "dopri8"), adaptive=True))
+register(Method("bosh3", 3, BOTH, partial(_adaptive, "bosh3"), adaptive=True, per_sample=per_sample(TABLEAUS["bosh3"])))
+HEUN_EULER = per_sample(TABLEAUS["adaptive_heun"])
+register(Method("adaptive_heun", 2, BOTH, partial(_adaptive, "adaptive_heun"), adaptive=True, per_sample=HEUN_EULER))
 register(Method("euler", 1, BOTH, partial(_fixed, "euler"), one_step=True))
 register(Method("midpoint", 2, BOTH, partial(_fixed, "midpoint"), one_step=True))
 register(Method("heun2", 2, BOTH, partial(_fixed, "heun2"), one_step=True))
 register(Method("rk4", 4, BOTH, partial(_fixed, "rk4"), one_step=True))
-# EDM's sampler (arXiv 2206.00364, algorithm 1) is Heun's method over sigma itself. Its state is x, as with log_sigma.
-EDM_COORDINATES = {"log_sigma": lambda sigma_data: Sigma()}
-EDM: dict[str, Any] = {"grid": "rho", "one_step": True, "counts_denoising": True}
-register(Method("edm_heun", 2, EDM_COORDINATES, partial(_fixed, "heun2"), **EDM))
+# EDM's sampler (arXiv 2206.00364, algorithm 1): Heun's method over sigma itself. Its state is x, as in log_sigma coordinates.
+EDM = {"log_sigma": lambda sigma_data: Sigma()}
+register(Method("edm_heun", 2, EDM, partial(_fixed, "heun2"), grid="rho", one_step=True, counts_denoising=True))

@@ -26,7 +26,7 @@ def uneven(n, start=3.0, end=0.3):
 @pytest.mark.parametrize("grid", ["uniform", "paced", "rho", uneven])
 @pytest.mark.parametrize(("method", "blob"), MEASURED)
 def test_fixed_methods_converge_at_their_order(method, grid, blob):
-    """sigma_data differs from the blob's scale, so that the right-hand side is not trivial."""
+    """Choose sigma_data other than the blob's scale, so that the right-hand side is not trivial."""
     x = torch.ones(1, 2, dtype=F64)
     law = (0.4 + 0.3) / (0.4 + 3.0) if blob is CauchyBlob else math.sqrt((0.16 + 0.09) / (0.16 + 9.0))
     counts, errors = (32, 64, 128) if method == "rk4" else (128, 256, 512), []
@@ -40,7 +40,7 @@ def test_fixed_methods_converge_at_their_order(method, grid, blob):
 
 @pytest.mark.parametrize("method", ["midpoint", "ab3", "dpmpp_2m"])
 def test_requested_states_include_those_of_the_steps(method):
-    """With as many points as the grid has levels, with the ends alone, and with points between."""
+    """Ask for as many points as the grid has levels, for the ends alone, and for points between."""
     denoiser, pairs = EmpiricalDenoiser(torch.randn(20, 3, dtype=F64), 1.0), seed_pairs(4)
     s = make_sampler(denoiser, method=method, steps=6, grid="uniform")
     whole, ends, fine = (s.trajectory(pairs, points).x for points in (7, 2, 13))
@@ -49,7 +49,7 @@ def test_requested_states_include_those_of_the_steps(method):
 
 
 def test_a_registered_method_is_available_everywhere(monkeypatch):
-    """Ralston's method of order 2, with an estimate of its error that is that of Euler's."""
+    """Register Ralston's method of order 2, with Euler's as the method of lower order."""
 
     def ralston(slope, state, times):
         for start, end in itertools.pairwise(times):

@@ -43,7 +43,7 @@ def test_flows_of_blobs_match_their_closed_form(denoiser, ratio, coordinates):
 
 
 def test_stream_function_is_constant_along_lines():
-    """N = D = 1: Σ p_i arg(x - y_i + i z) does not change on the way down."""
+    """For N = D = 1 the stream function Σ p_i arg(x - y_i + i z) is constant along a line."""
     y, p = torch.tensor([[-0.6], [0.1], [0.9]], dtype=F64), torch.tensor([0.2, 0.5, 0.3], dtype=F64)
     x = torch.linspace(-3, 3, 12, dtype=F64)[:, None]
 

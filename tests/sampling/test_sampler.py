@@ -17,7 +17,7 @@ from tests.helpers import F64, TIGHT, make_sampler
 
 @pytest.mark.parametrize("D", [1.0, 8.0, math.inf])
 def test_unequal_charges_get_their_shares(D):
-    """Landing fractions of charges .2, .5, .3, started on the hemisphere: three standard errors."""
+    """Compare landing fractions with the charges .2, .5, .3 to three standard errors, started on the hemisphere."""
     y, p, n = torch.tensor([[-0.7, 0.1], [0.0, -0.4], [0.5, 0.6]], dtype=F64), torch.tensor([0.2, 0.5, 0.3], dtype=F64), 3000
     y = y - p @ y
     s = make_sampler(EmpiricalDenoiser(y, D, p), StudentTKernel(D), (2,), 0.01, 100.0, method="dopri5", rtol=1e-3, atol=1e-3)
@@ -30,21 +30,20 @@ def test_unequal_charges_get_their_shares(D):
 def test_prior_lies_on_the_hemisphere_and_has_the_kernels_directions(D):
     kernel, n = StudentTKernel(D), 4000
     s = make_sampler(PointCharge(torch.zeros(8)), kernel, (8,))
-    latent = s.prior(seed_pairs(n))
-    x, ratio = s._lift(latent)
-    sigma = 40.0 / ratio
+    start = s.trajectory(seed_pairs(n), 2)
+    x, sigma = start.x[0], start.sigma[0]
     assert torch.allclose(kernel.effective_level(norm(x), sigma, 8), torch.full((n,), 40.0, dtype=F64))
     law = stats.betaprime(4, D / 2, scale=D).cdf if math.isfinite(D) else stats.chi2(8).cdf
     assert stats.kstest((norm(x) / sigma).square().numpy(), law).pvalue > 1e-3
     plane = make_sampler(PointCharge(torch.zeros(8)), kernel, (8,), start="hyperplane")
-    x, ratio = plane._lift(plane.prior(seed_pairs(n)))
-    assert torch.equal(ratio, torch.ones(n, dtype=F64))
-    assert stats.kstest((norm(x) / 40).square().numpy(), law).pvalue > 1e-3
+    start = plane.trajectory(seed_pairs(n), 2)
+    assert torch.equal(start.sigma[0], torch.full((n,), 40.0, dtype=F64))
+    assert stats.kstest((norm(start.x[0]) / 40).square().numpy(), law).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("D", [1, 128])
 def test_hemisphere_start_of_a_blob_gives_the_blob(D):
-    """N = 1, 64: the shared clock, the ratio and the final denoising must all agree for the spread to be right."""
+    """The spread is right only if the shared clock, the ratio and the final denoising agree."""
     for N in (1, 64):
         charges = 0.5 * torch.randn(200, N, generator=rng.generator(3), dtype=F64)
         charges = charges - charges.mean(0)
@@ -67,10 +66,10 @@ def test_samples_of_a_blob_are_its_flow_and_a_final_denoising_at_each_own_sigma(
     assert torch.allclose(run.sample(20, seed=3).x.double(), (sigma_0 * s / (s + sigma_0))[:, None] * t, rtol=1e-5, atol=1e-6)
     decoded = run.decode(run.prior(pairs))
     assert torch.allclose(decoded, (sigma_0 * (s + sigma) / (s + sigma_0))[:, None] * t, rtol=1e-5, atol=1e-6)
-    way = run.trajectory(pairs, 4)
-    assert torch.allclose(way.sigma[-1], sigma)
-    assert torch.allclose(way.x, ((s + way.sigma) * (sigma_0 / (s + sigma_0)))[..., None] * t, rtol=1e-5, atol=1e-6)
-    assert torch.allclose(way.denoised, way.x * (s / (s + way.sigma))[..., None], rtol=1e-5, atol=1e-6)
+    steps = run.trajectory(pairs, 4)
+    assert torch.allclose(steps.sigma[-1], sigma)
+    assert torch.allclose(steps.x, ((s + steps.sigma) * (sigma_0 / (s + sigma_0)))[..., None] * t, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(steps.denoised, steps.x * (s / (s + steps.sigma))[..., None], rtol=1e-5, atol=1e-6)
 
 
 def test_seeds_give_the_first_sample_of_each():
@@ -81,7 +80,7 @@ def test_seeds_give_the_first_sample_of_each():
 
 @pytest.mark.parametrize("options", [{}, {"method": "midpoint", "steps": 5}, {"method": "edm_heun", "steps": 5}])
 def test_samples_scale_with_the_units(options):
-    """All that has a unit times 7: the samples of a coarse grid are times 7."""
+    """Multiply everything that has a unit by 7: the samples of a coarse grid are 7 times as large."""
 
     def draw(c):
         settings = {"sigma_min": 0.02 * c, "sigma_max": 20.0 * c, "sigma_data": 0.5 * c}
@@ -172,13 +171,13 @@ def test_sample_is_decode_of_the_prior_and_a_final_denoising():
     denoiser = EmpiricalDenoiser(torch.randn(20, 3, dtype=F64), 1.0)
     s = make_sampler(denoiser, method="midpoint", steps=20, grid="rho")
     latent = s.prior(seed_pairs(4))
-    _, ratio = s._lift(latent)
+    ratio = ((1 + latent.t.square().sum(1)) / 4).sqrt()
     decoded = s.decode(latent)
     assert torch.allclose(denoiser(decoded, 0.01 / ratio), s.sample(4).x.double(), atol=1e-4)
-    way = s.trajectory(seed_pairs(4), 5)
-    assert torch.allclose(way.x[-1], decoded, atol=1e-4)
-    assert torch.allclose(way.sigma[-1] * ratio, torch.full((4,), 0.01, dtype=F64))
-    assert torch.allclose(way.sigma[0] * ratio, torch.full((4,), 40.0, dtype=F64))
+    trajectory = s.trajectory(seed_pairs(4), 5)
+    assert torch.allclose(trajectory.x[-1], decoded, atol=1e-4)
+    assert torch.allclose(trajectory.sigma[-1] * ratio, torch.full((4,), 0.01, dtype=F64))
+    assert torch.allclose(trajectory.sigma[0] * ratio, torch.full((4,), 40.0, dtype=F64))
 
 
 def test_labels_reach_the_denoiser():

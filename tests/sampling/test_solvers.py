@@ -69,7 +69,6 @@ def test_command_lines_are_made_from_the_config():
 
 
 def test_methods_without_a_choice_get_the_registered_defaults():
-    """The defaults of users who name a method alone."""
     chosen = {name: SolverConfig(method=name, steps=None if method.adaptive else 4).solver for name, method in METHODS.items()}
     assert {name for name, solver in chosen.items() if isinstance(solver, solvers.Adaptive)} == set(solvers.ADAPTIVE)
     grids = {name: type(chosen[name].grid).__name__ for name in solvers.FIXED}

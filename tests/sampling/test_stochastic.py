@@ -1,4 +1,4 @@
-"""Added noise: the kernel's law is kept, on every kind of plan; at D = inf it is EDM's."""
+"""Added noise keeps the kernel's law on every kind of plan, and is EDM's at D = inf."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ PLANS = [
 
 
 class GaussianNoise(StudentTKernel):
-    """Lifts with Gaussian noise, whatever D is: as the published sampler of PFGM++ does."""
+    """Lifts with Gaussian noise at every D, as the published sampler of PFGM++ does."""
 
     def renoise(self, x, source, sigma, sigma_next, generator=None):
         low, high = per_sample(sigma, x), per_sample(sigma_next, x)
@@ -37,12 +37,12 @@ def sampler(denoiser, kernel, shape=(N,), **options):
 
 
 def radius_p_value(kernel, plan):
-    """Of the law of |x - y|²/r² at the end of `plan` around one charge, whose flow keeps the law: beta prime."""
+    """Test |x - y|²/r² at the end of `plan` around one charge, whose flow keeps its law, beta prime."""
     y = torch.randn(N, dtype=F64)
     s = sampler(PointCharge(y), kernel, **plan)
-    way = s.trajectory(seed_pairs(1500, 1), 2)
-    ratio = (norm(way.x[-1] - y) / way.sigma[-1]).square() / kernel.D
-    assert float(way.sigma[-1].max()) == pytest.approx(s.plan[-1][-1])
+    end = s.trajectory(seed_pairs(1500, 1), 2)
+    ratio = (norm(end.x[-1] - y) / end.sigma[-1]).square() / kernel.D
+    assert float(end.sigma[-1].max()) == pytest.approx(s.plan[-1][-1])
     return stats.kstest(ratio.numpy(), stats.betaprime(N / 2, kernel.D / 2).cdf).pvalue
 
 
@@ -75,8 +75,8 @@ def test_churn_at_infinite_D_is_edms_loop():
     assert out.calls == 2 * n - 1, "at D = inf the source need not be known"
 
 
-def test_lifts_are_at_each_samples_own_sigma_and_from_its_own_source(monkeypatch):
-    """On hemispheres, where sigma = level/ratio."""
+def test_lifts_use_the_sigma_and_the_source_of_each_sample(monkeypatch):
+    """On hemispheres sigma = level/ratio differs between samples."""
     seen, denoiser = [], EmpiricalDenoiser(torch.randn(20, N, dtype=F64), 2.0)
     monkeypatch.setattr(StudentTKernel, "renoise", lambda self, *arguments: seen.append(arguments[:4]) or arguments[0])
     options = {"method": "euler", "steps": 3, "s_churn": 1.0}
@@ -90,7 +90,7 @@ def test_lifts_are_at_each_samples_own_sigma_and_from_its_own_source(monkeypatch
     assert len(seen) == 4
 
 
-def test_plans():
+def test_plans_pass_the_published_levels():
     assert churn([8.0, 4.0, 2.0, 1.0], 1.0, 1.5, 5.0) == [[8.0, 4.0], [5.0, 2.0], [2.5, 1.0], [1.0]]
     assert churn([8.0, 1.0], 100.0, 0.0, math.inf)[0][0] == 8 * math.sqrt(2), "published bound of gamma"
     levels = [16.0, 8.0, 4.0, 2.0, 1.0]
@@ -110,7 +110,7 @@ def test_plans():
 
 
 @pytest.mark.parametrize(("D", "lifts"), [(8.0, 1), (math.inf, 0)])
-def test_calls_and_dependence_on_the_seed_alone(D, lifts):
+def test_stochastic_draws_depend_on_the_seed_alone_and_count_calls_of_lifts(D, lifts):
     denoiser = EmpiricalDenoiser(torch.randn(20, N, dtype=F64), D)
     s = sampler(denoiser, StudentTKernel(D), method="heun2", steps=5, s_churn=2.0)
     out = s.sample(6, seed=3)
@@ -131,7 +131,7 @@ def test_max_calls_ends_a_draw_with_noise_anywhere(D, most):
 
 @pytest.mark.parametrize("most", [2, 4, 7, 9])
 def test_no_run_follows_one_that_ran_out_of_calls(most):
-    """It would begin at a level that noise has raised."""
+    """A further run would begin at a level that noise has raised."""
     seen = []
 
     def denoiser(x, sigma, label=None):
@@ -161,13 +161,13 @@ def test_no_run_follows_one_that_ran_out_of_calls(most):
         ({"restart": [(1.0, 2.0, 1)], "s_churn": 1.0, "method": "euler", "steps": 3}, "give one of them"),
     ],
 )
-def test_bad_plans_are_named(options, message):
+def test_invalid_plans_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         sampler(PointCharge(torch.zeros(N)), StudentTKernel(1), **options)
 
 
-def test_flows_have_no_noise_added():
+def test_maps_refuse_added_noise():
     s = sampler(PointCharge(torch.zeros(N)), StudentTKernel(1), restart=[(1.0, 2.0, 1)])
-    for way in (s.encode, lambda x: s.integrate(x, 1.0, 2.0), lambda x: s.decode(s.prior(seed_pairs(2)))):
+    for flow_map in (s.encode, lambda x: s.integrate(x, 1.0, 2.0), lambda x: s.decode(s.prior(seed_pairs(2)))):
         with pytest.raises(ValueError, match="only samples have noise added"):
-            way(torch.zeros(2, N))
+            flow_map(torch.zeros(2, N))

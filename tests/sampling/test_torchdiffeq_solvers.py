@@ -12,7 +12,7 @@ from tests.helpers import F64, TIGHT, make_sampler
 
 
 def test_edm_heun_is_the_published_loop():
-    """Algorithm 1 of arXiv 2206.00364 without churn, eq. 5 for its levels, the last step to zero being an Euler step."""
+    """Replay algorithm 1 of arXiv 2206.00364 with the levels of eq. 5; the last step, to zero, is an Euler step."""
     denoiser, n = EmpiricalDenoiser(torch.randn(20, 3, dtype=F64), math.inf), 7
     s = make_sampler(denoiser, StudentTKernel(math.inf), method="edm_heun", steps=n)
     x = s.prior(seed_pairs(4)).t * 40
@@ -28,7 +28,7 @@ def test_edm_heun_is_the_published_loop():
 
 
 def test_adaptive_methods_bound_the_worst_sample():
-    """One hard sample among many easy ones: torchdiffeq's own norm, over the batch, would let it go wrong."""
+    """Hide one hard sample among many easy ones: torchdiffeq's own norm, over the batch, would let it go wrong."""
     y = torch.tensor([[-0.5], [0.5]], dtype=F64)
     x = torch.full((400, 1), 30.0, dtype=F64)
     x[0] = 0.02
