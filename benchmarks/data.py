@@ -25,7 +25,7 @@ def rate(batches, count, use):
         start, images = time.perf_counter(), 0
         for batch in itertools.islice(batches, count):
             use(batch)
-            images += len(batch["x"])
+            images += len(batch.x)
         rates.append(images / (time.perf_counter() - start))
     return statistics.median(rates)
 
@@ -41,7 +41,8 @@ def main():
     size, workers = arguments.size, arguments.workers
     start = time.perf_counter()
     data = ImageDataModule(arguments.path, size=size, batch_size=arguments.batch_size, flip=True)
-    seconds, count = time.perf_counter() - start, len(data.train) + len(data.held_out)
+    count = len(data.train) + len(data.held_out)
+    seconds = time.perf_counter() - start
     print(f"{count} images of {data.shape}: read, checked and measured in {seconds:.1f} s, {count / seconds:.0f} images/s")
     pinned = arguments.device == "cuda"
 
@@ -55,7 +56,7 @@ def main():
 
     def on_device(batch):
         """What a training step does with a batch before noise and network: bring it over, and into model space."""
-        return flow.to_model(batch["x"].to(device, non_blocking=pinned).float())
+        return flow.to_model(batch.x.to(device, non_blocking=pinned).float())
 
     print(
         f"in memory, mirrored, batches of {arguments.batch_size}: {rate(loader(data, 0), 40, len):.0f} images/s; "

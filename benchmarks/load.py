@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from pfgm.theory.data_summary import DataSummary
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.faulty import kills
@@ -35,7 +37,7 @@ def export(folder: Path) -> Path:
     torch.manual_seed(0)
     net = UNet((1, 8, 8), 0, 0, width=8, blocks=1)
     denoiser = PreconditionedDenoiser(net, 128.0, 0.5, 0.1)
-    flow = PoissonFlow(denoiser, shape=(1, 8, 8), sigma_min=0.01, sigma_max=40.0, value_range=(-1.0, 1.0))
+    flow = PoissonFlow(denoiser, DataSummary((1, 8, 8), value_range=(-1.0, 1.0)), sigma_min=0.01, sigma_max=40.0)
     flow.save_pretrained(folder / "export")
     return folder / "export"
 

@@ -15,6 +15,7 @@ import torch
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
+from pfgm.theory.data_summary import DataSummary
 
 SIZES = (((1, 8, 8), 32, (1, 2), 1), ((1, 8, 8), 64, (1, 2), 2), ((3, 32, 32), 48, (1, 2), 1))
 SOLVERS = ({"method": "ab3", "steps": 8}, {"method": "adaptive_heun", "rtol": 0.05, "atol": 0.05})
@@ -39,7 +40,7 @@ def main() -> None:
         torch.manual_seed(0)
         net = UNet(shape, width=width, multipliers=multipliers, blocks=blocks)
         torch.nn.init.normal_(net.last[-1].weight, std=0.02)
-        flow = PoissonFlow(PreconditionedDenoiser(net, 128.0, 0.5, 0.06), shape=shape, sigma_min=0.01, sigma_max=40.0)
+        flow = PoissonFlow(PreconditionedDenoiser(net, 128.0, 0.5, 0.06), DataSummary(shape), sigma_min=0.01, sigma_max=40.0)
         flow = flow.to(device).eval()
         x, c_noise = torch.randn(n, *shape, device=device), torch.zeros(n, device=device)
         for solver in SOLVERS:

@@ -1,6 +1,8 @@
 """Small models, data sets and runs that several tests use."""
 
+import contextlib
 import json
+import resource
 import zipfile
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from pfgm.data import Digits
 from pfgm.flow import checkpoints
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
-from pfgm.nn.network import condition_shapes
 from pfgm.nn.preconditioning import FieldDenoiser, PreconditionedDenoiser
+from pfgm.sampling.sampler import Sampler
+from pfgm.theory.data_summary import DataSummary, condition_key
+from pfgm.theory.kernel import StudentTKernel
 from pfgm.training.checkpointing import LastCheckpoint
 from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
 from pfgm.training.module import PFGM
@@ -47,6 +51,15 @@ def pack(folder, path, table=None):
     return path
 
 
+def contents(data):
+    """(brightness, label) of each image of a data module whose images have one brightness each, sorted."""
+    parts = [data.train, data.held_out]
+    x = torch.cat([part.x[:] for part in parts]).flatten(1)
+    assert bool((x == x[:, :1]).all())
+    label = torch.cat([part.label for part in parts]) if data.num_classes else torch.full((len(x),), -1)
+    return sorted(zip(x[:, 0].tolist(), label.tolist(), strict=True))
+
+
 OBJECTIVES = {
     "PFGM": {"loss": PoissonFieldLoss(0.5, 100), "D": 1.0},
     "PFGM++": {"loss": DenoisingLoss(), "D": 128.0},
@@ -62,9 +75,7 @@ def model(data, objective="PFGM++", **options):
     torch.manual_seed(0)
     settings = OBJECTIVES[objective]
     extra = settings["loss"].extra_channels
-    net = UNet(
-        data.shape, data.num_classes, extra, condition_shapes(data.condition_shape), width=8, blocks=1, **options.pop("net", {})
-    )
+    net = UNet(data.shape, data.num_classes, extra, data.condition_shapes, width=8, blocks=1, **options.pop("net", {}))
     return PFGM(net, data.summary, **settings, **{"lr": 1e-3, "warmup_steps": 0, **options})
 
 
@@ -98,14 +109,20 @@ def last(run_dir):
     return checkpoints.read_checkpoint(Path(run_dir) / "checkpoints" / "last.ckpt")
 
 
+def flow_of(denoiser, shape, *, sigma_min=0.01, sigma_max=40.0, unconditional=False, start="hemisphere", **summary):
+    """A flow around `denoiser`, for data of that shape and summary."""
+    summary = DataSummary(shape, **{"sigma_data": getattr(denoiser, "sigma_data", 0.5), **summary})
+    return PoissonFlow(denoiser, summary, sigma_min=sigma_min, sigma_max=sigma_max, unconditional=unconditional, start=start)
+
+
 def conditional(shape=(2,), condition_shape=(3,), **options):
     """A flow with random weights that takes conditions."""
     torch.manual_seed(1)
-    net = (UNet if len(shape) == 3 else TimeMLP)(shape, 0, 0, condition_shapes(condition_shape), width=8)
+    conditions = {condition_key(condition_shape): condition_shape}
+    net = (UNet if len(shape) == 3 else TimeMLP)(shape, 0, 0, conditions, width=8)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2)
-    settings = {"sigma_min": 0.01, "sigma_max": 40.0, "condition_shape": condition_shape} | options
-    return PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), shape=shape, **settings)
+    return flow_of(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), shape, conditions=conditions, **options)
 
 
 def labelled(**options):
@@ -125,5 +142,28 @@ def make_flow(D=128.0, shape=(1, 8, 8), classes=0, std=0.05, **options):
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=std)
     denoiser = FieldDenoiser(net, 5.0, 0.5, 0.06) if D == 1 else PreconditionedDenoiser(net, D, 0.5, 0.06)
-    settings = {"sigma_min": 0.01, "sigma_max": 40.0, "num_classes": classes, "value_range": (-1.0, 1.0)} | options
-    return PoissonFlow(denoiser, shape=shape, mean=0.3 * torch.randn(shape), **settings)
+    settings = {"num_classes": classes, "value_range": (-1.0, 1.0)} | options
+    return flow_of(denoiser, shape, mean=0.3 * torch.randn(shape), **settings)
+
+
+F64 = torch.float64
+
+
+TIGHT = {"method": "dopri5", "rtol": 1e-8, "atol": 1e-8}
+
+
+def make_sampler(denoiser, kernel=None, shape=(3,), sigma_min=0.01, sigma_max=40.0, **options):
+    """A sampler for points in three dimensions, with D = 1 unless a kernel is given."""
+    kernel = kernel or StudentTKernel(1)
+    return Sampler(denoiser, kernel, shape=shape, sigma_min=sigma_min, sigma_max=sigma_max, **options)
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Let no file of this process grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

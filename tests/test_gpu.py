@@ -80,7 +80,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_the_gpu(tmp_path, monkeypatch):
     module = model(data)
     whole = type(module)._loss
     monkeypatch.setattr(
-        type(module), "_loss", lambda self, batch, stream: whole(self, batch, stream) * (math.nan if batch["step"] == 2 else 1)
+        type(module), "_loss", lambda self, batch, stream: whole(self, batch, stream) * (math.nan if batch.step == 2 else 1)
     )
     with pytest.raises(Exception, match="nan at step 2"):
         train_steps(data, module, 20, folder=tmp_path, accelerator="gpu", devices=1, log_every_n_steps=10)

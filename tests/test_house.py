@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "pfgm"
 FLOORS = "core / files / theory / nn sampling data / flow / evaluation / training / cli"
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS.split("/")) for room in rooms.split()}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if len(path.relative_to(PACKAGE).parts) > 1)
-LIGHTNING = {"training", "data/datamodule.py", "data/image_dataset.py", "cli/train.py"}
+LIGHTNING = {"training", "data/datamodule.py", "cli/train.py"}
 
 
 def imported_modules(path):

@@ -16,6 +16,7 @@ from pfgm.flow.posthoc_ema import reconstruct
 from pfgm.flow.tuned_solvers import stored_grid
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
+from pfgm.theory.data_summary import DataSummary
 
 CANARY = "canary"
 """A file that appears in the working folder if code of a file was run."""
@@ -41,7 +42,7 @@ class Hostile:
 def flow() -> PoissonFlow:
     """A small one."""
     net = TimeMLP((4,), 0, 0, width=8, depth=1)
-    return PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), shape=(4,), sigma_min=0.01, sigma_max=40.0)
+    return PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), DataSummary((4,)), sigma_min=0.01, sigma_max=40.0)
 
 
 def samples(path: Path) -> Any:
@@ -56,7 +57,7 @@ def condition(path: Path) -> Any:
 
 def images(path: Path) -> Any:
     """As data."""
-    return ImageDataModule(str(path), size=4, channels=3)
+    return ImageDataModule(str(path), size=4, channels=3).held_out
 
 
 def picture(path: Path) -> Any:
@@ -66,7 +67,7 @@ def picture(path: Path) -> Any:
 
 def labelled(path: Path) -> Any:
     """As data with labels."""
-    return ImageDataModule(str(path), size=4, labels=True)
+    return ImageDataModule(str(path), size=4, labels=True).held_out
 
 
 def table(path: Path) -> Any:

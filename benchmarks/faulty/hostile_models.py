@@ -23,6 +23,7 @@ from pfgm.flow import checkpoints
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
+from pfgm.theory.data_summary import DataSummary
 from pfgm.training.module import PFGM
 
 
@@ -218,7 +219,7 @@ def _export(folder: Path, config: dict[str, Any], state: Any, text: str | None =
 def _taps(folder: Path) -> Path:
     """What a network makes beside its weights, from a short description."""
     net = UNet((1, 8, 8), 0, 0, width=8, blocks=1)
-    whole = PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), shape=(1, 8, 8), sigma_min=0.01, sigma_max=40.0)
+    whole = PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), DataSummary((1, 8, 8)), sigma_min=0.01, sigma_max=40.0)
     config = json.loads(json.dumps(whole.config))
     config["denoiser"]["init_args"]["net"]["init_args"]["resample_filter"] = [1] * 20_000
     return _export(folder, config, whole.state_dict())

@@ -18,7 +18,6 @@ from pfgm.cli.console import is_of_memory
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.augmentation import Augment
 from pfgm.data.degradations import AddNoise, Downsample
-from pfgm.evaluation import metrics
 from pfgm.flow.loading import load
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.flow.posthoc_ema import exponent
@@ -28,7 +27,8 @@ from pfgm.sampling import likelihood
 from pfgm.sampling.latents import Latent
 from pfgm.sampling.ode import SolverError
 from pfgm.sampling.sampler import Sampler
-from pfgm.theory import field, kernel
+from pfgm.theory import kernel
+from pfgm.theory.data_summary import DataSummary
 from pfgm.training import noise
 from pfgm.training.ema import EMA, PowerAverages
 from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
@@ -48,8 +48,7 @@ class Target:
 def targets() -> dict[str, Target]:
     """All that are tried."""
     torch.manual_seed(0)
-    net, x, y, sigma = flow(), torch.randn(3, 4), torch.randn(5, 4), torch.rand(3) + 0.1
-    t = kernel.StudentTKernel(4.0)
+    net, x, sigma = flow(), torch.randn(3, 4), torch.rand(3) + 0.1
     levels: dict[str, Any] = {"sigma_min": 0.01, "sigma_max": 40.0}
     latent = Latent(torch.randn(2, 4), 40.0, "plane")
     fast: dict[str, Any] = {"method": "ab3", "steps": 3}
@@ -59,13 +58,6 @@ def targets() -> dict[str, Target]:
     exact: dict[str, Any] = {"method": "dopri5", "rtol": 0.1, "atol": 0.1}
     return {
         "StudentTKernel": Target(kernel.StudentTKernel, {"D": 3.0}),
-        "kernel.sample": Target(t.sample, {"y": x, "sigma": sigma, "generator": None}),
-        "kernel.log_prob": Target(t.log_prob, {"x": x, "y": x, "sigma": sigma}),
-        "kernel.renoise": Target(t.renoise, {"x": x, "source": x, "sigma": 1.0, "sigma_next": 2.0, "generator": None}),
-        "posterior_mean": Target(field.posterior_mean, {"x": x, "sigma": sigma, "charges": y, "D": 2.0, "weights": None}),
-        "poisson_field": Target(field.poisson_field, {"x": x, "r": sigma, "charges": y, "D": 2.0, "weights": None}),
-        "normalized_field": Target(field.normalized_field, {"x": x, "z": sigma, "charges": y, "gamma": 0.1}),
-        "denoised_from_field": Target(field.denoised_from_field, {"x": x, "z": sigma, "v_x": x, "v_z": sigma, "gamma": 0.1}),
         "Sampler": Target(
             _sampler, {"shape": (4,), "sigma_data": 0.5, "start": "hemisphere", "coordinates": "angle"} | levels | fast
         ),
@@ -93,7 +85,8 @@ def targets() -> dict[str, Target]:
         "PFGM(levels)": Target(_module, {"sigma_data": 0.5, "data_norm": 1.0, "label_dropout": 0.0, "seed": 0} | levels | data),
         "DenoisingLoss": Target(DenoisingLoss, {"reference_size": 0, "log_variance": False}),
         "PoissonFieldLoss": Target(PoissonFieldLoss, {"gamma": 5.0, "reference_size": 10}),
-        "LogNormal": Target(noise.LogNormal, {"mean": -1.2, "std": 1.2}),
+        "LogNormal": Target(noise.LogNormal, {"P_mean": -1.2, "P_std": 1.2}),
+        "ScaledLogNormal": Target(noise.ScaledLogNormal, {"mean": -0.5, "std": 1.2}),
         "LogUniform": Target(noise.LogUniform, {"low": 0.1, "high": 1.0}),
         "PoissonFlowNoise": Target(noise.PoissonFlowNoise, {}),
         "Augment": Target(Augment, {}),
@@ -105,8 +98,6 @@ def targets() -> dict[str, Target]:
         "Arrays": Target(Arrays, {"path": Path("none.npy"), "batch_size": 8, "scale": 1.0, "held_out": 0.1}),
         "Downsample": Target(Downsample, {"factor": 2}),
         "AddNoise": Target(AddNoise, {"std": 1.0}),
-        "energy_distance": Target(metrics.energy_distance, {"x": x, "y": y}),
-        "frechet_distance": Target(metrics.frechet_distance, {"x": x, "y": y}),
     }
 
 
@@ -118,8 +109,8 @@ def _log_prob(**options: Any) -> Any:
     return likelihood.log_prob(lambda x, sigma, label=None: x * 0.5, kernel.StudentTKernel(4.0), **options)
 
 
-def _flow(shape: Any, **options: Any) -> PoissonFlow:
-    return PoissonFlow(flow().denoiser, shape=shape, **options)
+def _flow(shape: Any, sigma_data: Any, scale: Any, **options: Any) -> PoissonFlow:
+    return PoissonFlow(flow().denoiser, DataSummary(shape, sigma_data, scale=scale), **options)
 
 
 def _module(**options: Any) -> PFGM:

@@ -3,11 +3,14 @@
 import sys
 from collections.abc import Callable, Sequence
 
+from jsonargparse import ArgumentParser
+
 from pfgm.cli import console
 from pfgm.cli.arguments import PARSER_MODE, check_configs, join_pair
 from pfgm.cli.average import average
 from pfgm.cli.edit import decode, encode, interpolate, vary
 from pfgm.cli.generate import draw
+from pfgm.cli.options import add_command, call_command
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "encode": encode,
@@ -25,11 +28,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def command(words: list[str]) -> None:
     """What the first of `words` names, or drawing."""
-    from jsonargparse import auto_cli
-
     check_configs(words)
-    function = COMMANDS.get(words[0]) if words else None
-    prog = "sample.py" if function is None else f"sample.py {words.pop(0)}"
-    auto_cli(
-        function or draw, args=join_pair(words), as_positional=True, prog=prog, parser_mode=PARSER_MODE, exit_on_error=False
-    )
+    function = COMMANDS.get(words[0], draw) if words else draw
+    prog = "sample.py" if function is draw else f"sample.py {words.pop(0)}"
+    parser = ArgumentParser(prog=prog, parser_mode=PARSER_MODE, exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    add_command(parser, function)
+    call_command(function, parser.parse_args(join_pair(words)))

@@ -14,18 +14,15 @@ from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
 
 from pfgm.cli import console
 from pfgm.cli.arguments import PARSER_MODE, check_configs, join_pair, renamed_words
-from pfgm.cli.generate import draw
 from pfgm.cli.prepare import COMMANDS, prepare
 from pfgm.core import exits, rng
 from pfgm.core.arguments import ArgumentTypeError, check_types, is_real
 from pfgm.data.datamodule import DataModule
 from pfgm.files import locking
 from pfgm.flow import checkpoints
-from pfgm.nn.network import condition_shapes
 from pfgm.training import run_directory
 from pfgm.training.callbacks import SampleGrid, SaveConfig, Speed, StepProgressBar
 from pfgm.training.checkpointing import LastCheckpoint, Stopped
@@ -35,7 +32,7 @@ from pfgm.training.evaluation_callback import Evaluation
 from pfgm.training.losses import DenoisingLoss, Loss
 from pfgm.training.module import PFGM
 from pfgm.training.nonfinite import NonFiniteLoss
-from pfgm.training.run_directory import check_same_run, initialize
+from pfgm.training.run_directory import check_same_run, load_initial_weights
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -56,37 +53,14 @@ LIMITS = ("limit_train_batches", "limit_test_batches", "limit_predict_batches", 
 """Settings of the trainer with which, at 0, nothing would be done."""
 
 
-class Draw(pl.LightningModule):
-    """Calls `pfgm.cli.generate.draw` once in each process that a trainer starts for `predict`."""
-
-    def __init__(self, checkpoint: Path, options: dict[str, Any]):
-        super().__init__()
-        self.checkpoint, self.options = checkpoint, options
-
-    def predict_step(self, batch: Any) -> Path:
-        """Its share, on its device: where it is."""
-        trainer = self.trainer
-        share = f"{trainer.global_rank + 1}/{trainer.world_size}"
-        draw(self.checkpoint, **self.options, device=str(trainer.strategy.root_device), share=share)
-        return self.options["out"]
-
-
 class TrainCLI(LightningCLI):
-    """`fit` starts a run or resumes it, `test` evaluates it, `predict` draws from it; `--run_dir` is where it lives."""
+    """`fit` starts a run or resumes it, `test` evaluates it; `--run_dir` is where it lives."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         hidden = {"model", "datamodule", "ckpt_path", "weights_only", "verbose"}
         of_loaders = {"fit": {"train_dataloaders", "val_dataloaders"}, "test": {"dataloaders"}}
-        of_loaders["predict"] = {"dataloaders", "return_predictions"}
         return {name: hidden | loaders for name, loaders in of_loaders.items()}
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "predict":
-            parser.add_function_arguments(draw, "draw", skip={"checkpoint", "device", "share", "out"})
-            parser.add_argument("--draw.out", type=Path | None, help="As of sample.py (default: samples in the run_dir).")
-        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, required=True, help="Folder of the run: checkpoints, log, pictures.")
@@ -105,8 +79,7 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.summary", "model.data", apply_on="instantiate")
         parser.link_arguments("data.shape", "model.net.init_args.shape", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.net.init_args.num_classes", apply_on="instantiate")
-        shapes = "model.net.init_args.condition_shapes"
-        parser.link_arguments("data.condition_shape", shapes, condition_shapes, apply_on="instantiate")
+        parser.link_arguments("data.condition_shapes", "model.net.init_args.condition_shapes", apply_on="instantiate")
         parser.link_arguments("model.loss", "model.net.init_args.extra_channels", _extra_channels, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -144,7 +117,7 @@ class TrainCLI(LightningCLI):
         first = self.trainer.is_global_zero
         with locking.lock_folder(run_dir) if first else nullcontext():
             if first:
-                run_directory.clear(run_dir)
+                run_directory.remove_partial_files(run_dir)
             start = self._start(model, datamodule, run_dir, first)
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=start, weights_only=True)
 
@@ -152,9 +125,9 @@ class TrainCLI(LightningCLI):
         """The checkpoint to resume, None for a new run."""
         source, found = self._get(self.config, "init_from"), run_directory.latest_checkpoint(run_dir, mend)
         if found is None:
-            run_directory.check_no_other_files(run_dir)
+            run_directory.check_no_run_files(run_dir)
             if source is not None:
-                initialize(model, source)
+                load_initial_weights(model, source)
             return None
         path, checkpoint = found
         if source is not None:
@@ -172,16 +145,6 @@ class TrainCLI(LightningCLI):
             raise FileNotFoundError(f"run_dir = {last.parent.parent} has no checkpoint to test; run fit first")
         check_same_run(checkpoints.read_checkpoint(last), model, datamodule, last.parent.parent)
         self.trainer.test(model, datamodule=datamodule, ckpt_path=last, weights_only=True, verbose=False)
-
-    def predict(self, model: PFGM, datamodule: DataModule) -> None:
-        """Draw from the newest checkpoint of the run, by `pfgm.cli.generate.draw`, on all devices of the trainer."""
-        run_dir = Path(self._get(self.config, "run_dir"))
-        last, options = run_directory.checkpoint_path(run_dir), {**self._get(self.config_init, "draw")}
-        if not last.exists():
-            raise FileNotFoundError(f"run_dir = {run_dir} has no checkpoint to draw from; run fit first")
-        options["out"] = options["out"] or run_dir / "samples"
-        self.trainer.callbacks.clear()  # type: ignore[attr-defined]  # those of the run are for its module
-        self.trainer.predict(Draw(last, options), DataLoader(range(1), batch_size=None), return_predictions=False)  # type: ignore
 
 
 def check_trainer(config: Mapping[str, Any], fitting: bool) -> None:

@@ -13,7 +13,7 @@ from pfgm.core.tensors import expand
 from pfgm.evaluation import plots
 from pfgm.files.atomic import atomic_write
 from pfgm.flow.poisson_flow import PoissonFlow
-from pfgm.sampling.sampler import Samples, Trajectory
+from pfgm.sampling.sampler import Trajectory
 
 ENDINGS = (".png", ".gif", ".npz")
 POINTS = {"strip": 12, "lines": 120, "film": 48, "cloud": 48, "arrays": 48}
@@ -39,11 +39,8 @@ def write_trajectory(
     path: Path,
     flow: PoissonFlow,
     pairs: Sequence[tuple[int, int]],
-    labels: Any,
-    samples: Samples,
-    batch_size: int,
-    options: dict[str, Any],
-    given: dict[str, Any],
+    x: Tensor,
+    settings: dict[str, Any],
 ) -> None:
     """The way of the first (seed, index) `pairs`, drawn again with `options` under what is `given`; `samples` are their ends.
 
@@ -53,20 +50,20 @@ def write_trajectory(
     image, film, cloud = plots.is_image(flow.shape), ("strip", "film"), ("lines", "cloud")
     kind = "arrays" if path.suffix == ".npz" else (film if image else cloud)[path.suffix == ".gif"]
     few = pairs[: MOST.get(kind, len(pairs))]
-    own = {name: _first(value, len(few), len(pairs)) for name, value in (given | {"labels": labels}).items()}
-    way = flow.trajectory(few, POINTS[kind], batch_size=batch_size, **own, **options)
+    own = {name: _first(value, len(few), len(pairs)) for name, value in settings.items()}
+    way = flow.trajectory(few, POINTS[kind], **own)
     if kind == "arrays":
         with atomic_write(path) as temporary:
             np.savez(temporary, x=way.x.cpu(), denoised=way.denoised.cpu(), sigma=way.sigma.cpu(), seeds=np.array(few))
     elif path.suffix == ".gif":
-        plots.save_animation(path, _rescaled(flow, way), way.denoised, flow.value_range)
+        plots.save_animation(path, _rescaled(flow, way), way.denoised, flow.summary.value_range)
     else:
-        states = torch.cat([way.x, samples.x[None, : len(few)].double()])
+        states = torch.cat([way.x, x[None, : len(few)].double()])
         if kind == "strip":
-            plots.save_strip(path, states, flow.value_range)
+            plots.save_strip(path, states, flow.summary.value_range)
         else:
             r = torch.cat([way.sigma, torch.zeros_like(way.sigma[:1])]) * math.sqrt(min(flow.kernel.D, 1e6))
-            plots.save_field_lines(path, states, r, samples.x)
+            plots.save_field_lines(path, states, r, x)
 
 
 def _first(value: Any, few: int, all_: int) -> Any:
@@ -76,6 +73,7 @@ def _first(value: Any, few: int, all_: int) -> Any:
 
 def _rescaled(flow: PoissonFlow, way: Trajectory) -> Tensor:
     """The noisy states about the data's mean, with the spread of the data at every level: in angle coordinates."""
-    mean = flow.mean.to(way.x) * flow.scale
-    level, s = way.level, flow.sigma_data * flow.scale
+    summary = flow.summary
+    mean = summary.mean.to(way.x) * summary.scale
+    level, s = way.level, summary.sigma_data * summary.scale
     return mean + (way.x - mean) * expand(s / (level.square() + s**2).sqrt(), way.x)

@@ -33,7 +33,7 @@ ALIASES = {
     "pfgm.nn.mlp.TimeMLP": "pfgm.nn.TimeMLP",
     "pfgm.nn.unet.UNet": "pfgm.nn.UNet",
     "pfgm.noise.DataSummary": "pfgm.theory.DataSummary",
-    "pfgm.noise.LogNormal": "pfgm.training.LogNormal",
+    "pfgm.noise.LogNormal": "pfgm.training.ScaledLogNormal",
     "pfgm.noise.LogUniform": "pfgm.training.LogUniform",
     "pfgm.noise.PoissonFlowNoise": "pfgm.training.PoissonFlowNoise",
 }

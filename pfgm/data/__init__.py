@@ -1,6 +1,6 @@
-"""Data sets, from files and packages to batches: images, arrays, labels, degradations and augmentation.
+"""Data sets and their batches: images, arrays, labels, degradations and augmentation.
 
-Data modules are Lightning's; everything else here knows only tensors. This room imports `pfgm.core`, `pfgm.files` and
+`datamodule` and `datasets` use Lightning; the other files use only tensors. This room imports `pfgm.core`, `pfgm.files` and
 `pfgm.theory`. Names load on first use, since data modules import Lightning.
 """
 

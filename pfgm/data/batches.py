@@ -1,14 +1,14 @@
-"""Batches of samples.
+"""Batches of samples as functions of seed and step.
 
 The stream of training samples is a function of the seed: each pass over the data is a permutation drawn from the seed and the
-number of the pass, and an optimizer step takes the next samples of it. Devices and accumulated batches share out the samples of
-a step and have its charges in common, so that the gradient is the one of a single large batch.
+number of the pass, and an optimizer step takes the next samples of it. Devices and accumulated batches divide the samples of a
+step among them and share its charges, so that the gradient is the one of a single large batch.
 """
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,53 +20,99 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from pfgm.core import rng
 from pfgm.core.rng import Generators, Rows
 from pfgm.data.degradations import Degradation
-
-Batch = dict[str, Any]
-""""x" [B, *shape]; "label" [B] and "condition" [B, ...] if there are any; "step", the number of the optimizer step or of the
-first held-out sample, and "rows" (first, total), the place of the batch among all samples of that step; in training "index"
-[B], the numbers of the samples in the data; and "reference" [L, *shape], with "reference_label" [L] if there are labels, if
-the objective asks for charges."""
+from pfgm.theory.data_summary import condition_key
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Samples `x` [n, *shape] in the user's units with the `label` [n] and `condition` [n, ...] of each, if there are any.
+    """Samples with their conditions.
 
-    `x` is a tensor, or an ImageSet, whose images are read when they are asked for by an index.
+    Args:
+        x: Samples [n, *shape] in the user's units: a tensor, or an `ImageSet`, which reads images when they are indexed.
+        conditions: A tensor [n, ...] for each key; "label" holds classes, "image" and "vector" what their names say.
     """
 
     x: Any  # Tensor or ImageSet
-    label: Tensor | None = None
-    condition: Tensor | None = None
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def label(self) -> Tensor | None:
+        """The class of each sample, [n]; None without labels."""
+        return self.conditions.get("label")
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, rows: Tensor | slice) -> "SampleSet":
-        label, condition = (None if value is None else value[rows] for value in (self.label, self.condition))
-        return SampleSet(self.x[rows], label, condition)
+        return SampleSet(self.x[rows], {key: value[rows] for key, value in self.conditions.items()})
 
-    def batch(self) -> Batch:
-        """What there is, by name."""
-        named = {"x": self.x, "label": self.label, "condition": self.condition}
-        return {name: value for name, value in named.items() if value is not None}
+
+@dataclass
+class Batch:
+    """Samples of one training or validation step on one device.
+
+    Args:
+        x: Samples [B, *shape] in the user's units.
+        conditions: A tensor [B, ...] for each key.
+        step: Number of the optimizer step; in validation, of the first sample.
+        rows: (first, total): place of these samples among all of the step.
+        index: Number of each sample in the training data, [B]; None in validation.
+        charges: The samples whose field is the target, this batch among them; None if the objective needs none.
+    """
+
+    x: Tensor
+    conditions: dict[str, Tensor]
+    step: int
+    rows: tuple[int, int]
+    index: Tensor | None = None
+    charges: SampleSet | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> "Batch":
+        """Return sample `i` as a batch, with the noise that it has here."""
+        one = slice(i, i + 1)
+        index = None if self.index is None else self.index[one]
+        conditions = {key: value[one] for key, value in self.conditions.items()}
+        return replace(self, x=self.x[one], conditions=conditions, index=index, rows=(self.rows[0] + i, self.rows[1]))
+
+    def to(self, *args: Any, **kwargs: Any) -> "Batch":
+        """Move all tensors, as `Tensor.to` does."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def pin_memory(self) -> "Batch":
+        """Copy all tensors to page-locked memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Any) -> "Batch":
+        def mapped(samples: Any) -> dict[str, Any]:
+            return {
+                "x": function(samples.x),
+                "conditions": {key: function(value) for key, value in samples.conditions.items()},
+            }
+
+        charges = None if self.charges is None else SampleSet(**mapped(self.charges))
+        return replace(self, **mapped(self), index=None if self.index is None else function(self.index), charges=charges)
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to clean samples before the network sees them.
+    """Prepare clean samples for the network.
 
-    With `flip` each image is mirrored left to right with probability 1/2. The condition is made by `degrade`, if given; uniform
-    noise of `width` in all fills the gaps between the levels of discrete data (dequantisation, arXiv 1511.01844).
+    Args:
+        degrade: Makes a condition of each sample.
+        width: Width of the uniform noise that fills the gaps between levels (dequantisation, arXiv 1511.01844); 0 for none.
+        flip: Whether images are mirrored left to right, each with probability 1/2.
     """
 
     degrade: Degradation | None = None
     width: float = 0.0
     flip: bool = False
 
-    def __call__(self, part: SampleSet, generator: Generators) -> SampleSet:
-        """`part`, in memory, mirrored, with condition and noise."""
-        x, condition = part[:].x, part.condition
+    def __call__(self, samples: SampleSet, generator: Generators) -> SampleSet:
+        """Return `samples`, in memory, mirrored, with condition and noise."""
+        x, conditions = samples[:].x, samples.conditions
         if self.flip:
             mirrored = (rng.uniform(len(x), generator) < 0.5).nonzero()[:, 0]
             x = x.index_copy(0, mirrored, x[mirrored].flip(-1))
@@ -74,17 +120,30 @@ class Preparation:
             x = x if x.is_floating_point() else x.float()
         if self.degrade is not None:
             condition = self.degrade(x, generator)
+            conditions = {**conditions, condition_key(condition.shape[1:]): condition}
         if self.width:
             x = x + self.width * (rng.uniform(x.shape, generator, dtype=x.dtype) - 0.5)
-        return SampleSet(x, part.label, condition)
+        return SampleSet(x, conditions)
 
 
 class TrainingStream(IterableDataset):
-    """The training batches from optimizer step `start` on, without end: `accumulate` a step on each of `world` ranks."""
+    """Yield the training batches from an optimizer step on, without end.
+
+    Args:
+        samples: The training data.
+        preparation: What is done to clean samples.
+        batch_size: Samples of one batch.
+        seed: Seed of order, noise and charges.
+        start: The first optimizer step.
+        rank: Number of this device.
+        world: Number of devices.
+        accumulate: Batches of a step on each device.
+        reference_size: Charges that the objective asks for; 0 for none.
+    """
 
     def __init__(
         self,
-        part: SampleSet,
+        samples: SampleSet,
         preparation: Preparation = Preparation(),
         *,
         batch_size: int,
@@ -95,12 +154,12 @@ class TrainingStream(IterableDataset):
         accumulate: int = 1,
         reference_size: int,
     ):
-        self.part, self.preparation, self.batch_size, self.seed = part, preparation, batch_size, seed
+        self.samples, self.preparation, self.batch_size, self.seed = samples, preparation, batch_size, seed
         self.start, self.rank, self.world, self.reference_size = start, rank, world, reference_size
         self.accumulate, self.total = accumulate, batch_size * world * accumulate
 
     def __iter__(self) -> Iterator[Batch]:
-        """Of several workers, whose batches are taken in turn, each makes its own."""
+        """Yield batches; of several workers, whose batches are taken in turn, each makes its own."""
         worker = get_worker_info()
         first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for k in itertools.count(first, every):
@@ -108,23 +167,24 @@ class TrainingStream(IterableDataset):
             yield self.batch(self.start + step, i)
 
     def batch(self, step: int, i: int = 0) -> Batch:
-        """Batch `i` of optimizer step `step` on this rank."""
-        index = stream_indices(step * self.total, self.total, len(self.part), self.seed)
+        """Make batch `i` of optimizer step `step` on this device."""
+        index = stream_indices(step * self.total, self.total, len(self.samples), self.seed)
         first = (i * self.world + self.rank) * self.batch_size
         mine, generator = slice(first, first + self.batch_size), rng.generator(self.seed, rng.PREPARATION, step)
-        place = {"step": step, "rows": (first, self.total), "index": index[mine]}
-        if not self.reference_size:
-            return self.preparation(self.part[index[mine]], Rows(generator, first, self.total)).batch() | place
-        charges, position = self._charges(index, step)
-        prepared = self.preparation(self.part[charges], generator)
-        return prepared[position[mine]].batch() | place | _reference(prepared)
+        if self.reference_size:
+            rows, position = self._charges(index, step)
+            charges = self.preparation(self.samples[rows], generator)
+            own = charges[position[mine]]
+        else:
+            charges, own = None, self.preparation(self.samples[index[mine]], Rows(generator, first, self.total))
+        return Batch(own.x, dict(own.conditions), step, (first, self.total), index[mine], charges)
 
     def _charges(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Rows of the charges, and where among them the samples `index` are.
 
         All data if reference_size covers it, else these samples and enough others, none twice.
         """
-        n = len(self.part)
+        n = len(self.samples)
         if self.reference_size >= n:
             return torch.arange(n), index
         own, position = index.unique(return_inverse=True)
@@ -134,21 +194,36 @@ class TrainingStream(IterableDataset):
         return torch.cat([own, order[~torch.isin(order, own)]])[: self.reference_size], position
 
 
-def _reference(part: SampleSet) -> Batch:
-    """`part` as charges."""
-    labels = {} if part.label is None else {"reference_label": part.label}
-    return {"reference": part.x} | labels
+class HeldOutBatches(Dataset):
+    """Hold the validation batches in order; the number of the first sample fixes the noise."""
 
+    def __init__(
+        self,
+        samples: SampleSet,
+        preparation: Preparation = Preparation(),
+        *,
+        batch_size: int,
+        seed: int,
+        reference_size: int,
+    ):
+        self.samples, self.preparation, self.batch_size = samples, preparation, batch_size
+        self.seed, self.reference_size = seed, reference_size
 
-def one_of(batch: Batch, i: int) -> Batch:
-    """Sample `i` of a training batch as a batch, with the noise that it has there."""
-    own = {name: batch[name][i : i + 1] for name in ("x", "label", "condition", "index") if name in batch}
-    first, total = batch["rows"]
-    return batch | own | {"rows": (first + i, total)}
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+    def __getitem__(self, i: int) -> Batch:
+        first, n = i * self.batch_size, len(self.samples)
+        order = torch.arange(n).roll(-first)  # the batch, then the others
+        size = min(self.batch_size, n - first)
+        rows = order[: max(size, min(n, self.reference_size))]
+        prepared = self.preparation(self.samples[rows], rng.generator(self.seed, rng.HELD_OUT, first))
+        own = prepared[slice(size)]
+        return Batch(own.x, dict(own.conditions), first, (0, size), charges=prepared if self.reference_size else None)
 
 
 def stream_indices(first: int, count: int, n: int, seed: int) -> Tensor:
-    """Positions first, ..., first+count-1 of the endless sequence of permutations of 0..n-1 made from `seed`."""
+    """Return positions first, ..., first+count-1 of the endless sequence of permutations of 0..n-1 made from `seed`."""
     parts, position = [], first
     while position < first + count:
         epoch, offset = divmod(position, n)
@@ -162,44 +237,19 @@ def _permutation(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=rng.generator(seed, rng.PERMUTATION, epoch))
 
 
-class HeldOutBatches(Dataset):
-    """Held-out batches; the index of the first sample fixes the noise."""
-
-    def __init__(
-        self,
-        part: SampleSet,
-        preparation: Preparation = Preparation(),
-        *,
-        batch_size: int,
-        seed: int,
-        reference_size: int,
-    ):
-        self.part, self.preparation, self.batch_size = part, preparation, batch_size
-        self.seed, self.reference_size = seed, reference_size
-
-    def __len__(self) -> int:
-        return -(-len(self.part) // self.batch_size)
-
-    def __getitem__(self, i: int) -> Batch:
-        first, n = i * self.batch_size, len(self.part)
-        order = torch.arange(n).roll(-first)  # the batch, then the others
-        size = min(self.batch_size, n - first)
-        rows = order[: max(size, min(n, self.reference_size))]
-        prepared = self.preparation(self.part[rows], rng.generator(self.seed, rng.HELD_OUT, first))
-        batch = prepared[slice(size)].batch() | {"step": first, "rows": (0, size)}
-        return batch | _reference(prepared) if self.reference_size else batch
-
-
-def split(part: SampleSet, held_out: float, seed: int) -> tuple[SampleSet, SampleSet]:
-    """Training and held-out samples at random, see `split_rows`."""
-    train, rest = (part[torch.from_numpy(rows)] for rows in split_rows(len(part), part.label, held_out, seed))
+def split(samples: SampleSet, held_out: float, seed: int) -> tuple[SampleSet, SampleSet]:
+    """Split `samples` into training and held-out ones at random, see `split_rows`."""
+    train, rest = (samples[torch.from_numpy(rows)] for rows in split_rows(len(samples), samples.label, held_out, seed))
     return train, rest
 
 
 def split_rows(n: int, label: Tensor | None, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of training and held-out samples, at random. ValueError unless 0 < held_out < 1.
+    """Return the numbers of training and of held-out samples, at random.
 
-    Each class in proportion, if both parts have room for all classes and each class has two samples.
+    Classes are split in proportion if both parts have room for all classes and each class has two samples.
+
+    Raises:
+        ValueError: Unless 0 < held_out < 1 and both parts get a sample.
     """
     from sklearn.model_selection import train_test_split
 

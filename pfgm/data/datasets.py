@@ -1,31 +1,38 @@
-"""Data modules: they know what the data is, its units and levels, and what samples are conditioned on."""
+"""Data modules for digits, points in the plane, arrays and images, with their units and levels."""
 
 import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from pfgm.core import rng
 from pfgm.data.batches import SampleSet, split
-from pfgm.data.datamodule import DataModule
+from pfgm.data.datamodule import DataModule, rank_zero_info, rank_zero_warn
 from pfgm.data.degradations import Degradation
-from pfgm.data.image_dataset import ImageOptions, collect
+from pfgm.data.image_dataset import ImageOptions, split_images
 from pfgm.data.toys import TOYS
 from pfgm.files.arrays import check_values, read_samples
 from pfgm.files.images import Resize
-from pfgm.theory.data_summary import DataSummary
+from pfgm.theory.data_summary import DataSummary, condition_key
 
 
 class Digits(DataModule):
-    """The 1797 handwritten digits of scikit-learn (8 x 8, grey), bundled with it: [1, 8, 8], 17 levels in [-1, 1].
+    """The 1797 handwritten digits of scikit-learn: grey, [1, 8, 8], with 17 levels in [-1, 1].
 
-    Split at random, each class in proportion, with `held_out` of the digits for validation: the last 297 are by other
-    writers, so an ordered split would compare different hands. `labels` trains a class-conditional model, `degrade` one that
-    undoes a degradation, `dequantize` one with a likelihood.
+    The split is random and stratified by class: the last 297 digits are by other writers, so an ordered split would compare
+    different hands.
+
+    Args:
+        batch_size: Samples in a batch.
+        held_out: Share of the digits that is kept for validation.
+        labels: Whether to train a class-conditional model.
+        degrade: A degradation, for a model that undoes it.
+        dequantize: Whether to fill the gaps between levels with noise, for a model with a likelihood.
+        mean: Mean in the units of the data; default: that of the training data.
+        seed: Seed of the split and of the batches.
     """
 
     def __init__(
@@ -42,7 +49,7 @@ class Digits(DataModule):
 
         data = load_digits()
         x, y = torch.tensor(data.images / 8 - 1, dtype=torch.float32)[:, None], torch.tensor(data.target)
-        train, rest = split(SampleSet(x, y), held_out, seed)
+        train, rest = split(SampleSet(x, {"label": y}), held_out, seed)
         if not labels:
             train, rest = SampleSet(train.x), SampleSet(rest.x)
         super().__init__(
@@ -59,7 +66,18 @@ class Digits(DataModule):
 
 
 class Toy(DataModule):
-    """Points in the plane, [2]: "rings" (two), "gaussians" (eight), "swiss_roll" or "heart", `size` of them, about 2 across."""
+    """Points in the plane, [2], about 2 across; as many others are held out.
+
+    Args:
+        name: "rings" (two), "gaussians" (eight), "swiss_roll" or "heart".
+        size: Number of training points.
+        batch_size: Points in a batch.
+        mean: Mean in the units of the data; default: that of the training data.
+        seed: Seed of the points and of the batches.
+
+    Raises:
+        ValueError: If `size` is less than 1.
+    """
 
     def __init__(
         self,
@@ -69,23 +87,37 @@ class Toy(DataModule):
         mean: float | None = None,
         seed: int = 0,
     ):
-        if name not in TOYS:
-            raise ValueError(f"name = {name!r} is unknown; choose one of {', '.join(TOYS)}")
         if size < 1:
             raise ValueError(f"size = {size} must be at least 1")
         seed = rng.natural("seed", seed)
-        parts = [torch.tensor(TOYS[name](size, np.random.default_rng((seed, k))), dtype=torch.float32) for k in (0, 1)]
-        super().__init__(SampleSet(parts[0]), SampleSet(parts[1]), batch_size=batch_size, seed=seed, mean=mean)
+        train, held_out = (
+            SampleSet(torch.tensor(TOYS[name](size, np.random.default_rng((seed, k))), dtype=torch.float32)) for k in (0, 1)
+        )
+        super().__init__(train, held_out, batch_size=batch_size, seed=seed, mean=mean)
 
 
 class Arrays(DataModule):
-    """Samples [n, ...] of any shape from a .npy, .npz or .pt file; of one dimension they become [n, 1].
+    """Samples [n, ...] of any shape from an array file; samples [n] become [n, 1].
 
-    An .npz or a .pt with several arrays holds the samples under "x", with `labels` integer classes under "labels", and with
-    `conditions` numbers of any shape under "conditions"; `degrade` makes the conditions of images instead. 8-bit
-    integers have the range 0..255; for other integers give `value_range` (low, high), which maps to [-1, 1] in model space.
-    Other data is scaled to an RMS of .5 there. `held_out` is the part kept for validation; `dequantize` is for integers, `flip`
-    for images, which it mirrors left to right in training, each with probability 1/2.
+    A file with several arrays holds the samples under "x". Data without a range is scaled to an RMS of .5 in model space.
+
+    Args:
+        path: A .npy, .npz or .pt file.
+        batch_size: Samples in a batch.
+        held_out: Share of the samples that is kept for validation.
+        labels: Whether to read integer classes, [n], from the array "labels".
+        conditions: Whether to read conditions, [n, ...], from the array "conditions".
+        degrade: A degradation that makes the conditions from images instead.
+        value_range: (low, high), which become -1 and 1 in model space. Necessary for integers, except that 8-bit integers have
+            the range 0..255.
+        dequantize: Whether to fill the gaps between integers with noise, for a model with a likelihood.
+        flip: Whether to mirror images left to right in training, each with probability 1/2.
+        mean: Mean in the units of the data; default: that of the training data.
+        seed: Seed of the split and of the batches.
+
+    Raises:
+        ValueError: If the file is damaged, lacks an array, or its values do not fit the options.
+        OSError: If there is no such file.
     """
 
     PLACES = ("path",)
@@ -105,8 +137,10 @@ class Arrays(DataModule):
         seed: int = 0,
     ):
         if conditions and degrade is not None:
-            raise ValueError("conditions, degrade: give one of them, conditions of the file or conditions of the samples")
-        whole = SampleSet(*read_samples(Path(path), labels, conditions))
+            raise ValueError("conditions = True, degrade: both make conditions. Leave one of them out")
+        x, label, condition = read_samples(Path(path), labels, conditions)
+        named = {} if label is None else {"label": label}
+        whole = SampleSet(x, named if condition is None else named | {condition_key(condition.shape[1:]): condition})
         if whole.x.dtype == torch.uint8 and value_range is None:
             value_range = (0.0, 255.0)
         check_values(whole.x, value_range, path)
@@ -114,7 +148,7 @@ class Arrays(DataModule):
         if value_range is not None:
             scale = (value_range[1] - value_range[0]) / 2
         else:
-            scale = 2 * DataSummary.of(train.x, mean=mean).sigma_data
+            scale = 2 * DataSummary.from_data(train.x, mean=mean).sigma_data
         super().__init__(
             train,
             rest,
@@ -123,38 +157,54 @@ class Arrays(DataModule):
             scale=scale,
             mean=mean,
             value_range=value_range,
-            levels=integer_levels(whole.x, value_range),
+            levels=_integer_levels(whole.x, value_range),
             dequantize=dequantize,
             degrade=degrade,
             flip=flip,
         )
 
 
-def integer_levels(x: Tensor, value_range: tuple[float, float] | None) -> int:
-    """How many integers there are in `value_range`, 0 for samples `x` that are no integers."""
+def _integer_levels(x: Tensor, value_range: tuple[float, float] | None) -> int:
+    """Count the integers in `value_range`; return 0 if the samples are not integers."""
     if x.is_floating_point() or value_range is None:
         return 0
     low, high = value_range
     if low != int(low) or high != int(high):
-        raise ValueError(f"value_range = {value_range}: the data are integers; give two integers")
+        raise ValueError(f"value_range = {value_range}: the data are integers. Give two integers")
     return int(high - low) + 1
 
 
 class ImageDataModule(DataModule):
     """Images of any size and kind, in units of 0..255, or 0..65535 if all have 16 bits: [1 or 3, height, width].
 
-    `path` is a folder (with its sub-folders), a .zip, read in place, a .npy, .npz or .pt file, torchvision:NAME[:split], which
-    is downloaded to `root` (default: data), or huggingface:ID[:split]. First the middle `crop` of an image is cut out, then it
-    gets `size`, both one number or (height, width), by `resize`: "crop" scales it to cover the size and cuts out the middle,
-    "stretch" scales both sides. Without either all must have one size. They are grey if all are, or have so many `channels`;
-    what is transparent becomes white.
+    Making the module reads only the headers of the images. They are decoded when `setup` is called or `train`, `held_out` or
+    `summary` is first used, by each process for itself. Transparent pixels become white.
 
-    `labels` are taken from dataset.json (EDM's zips), the first level of sub-folders, the array or the set, if true, or from a
-    CSV of files and labels. `held_out` is a share, or the path of other images. Damaged images are named and end the run,
-    unless `skip_damaged`. All are kept in memory, as bytes, if they take no more than `memory` GB (default: half of what is
-    free; each process of several devices has its own), else read from the disk each time by so many `workers` (default: the
-    cores, 8 at most); either way all are read once at the start. `flip` mirrors images left to right in training, each with
-    probability 1/2.
+    Args:
+        path: A folder with its sub-folders, a .zip, which stays packed, a .npy, .npz or .pt file, torchvision:NAME[:split] or
+            huggingface:ID[:split].
+        size: Size of the samples in pixels, one number or (height, width); default: that of all images.
+        batch_size: Samples in a batch.
+        crop: Size of the middle part of each image that is cut out first.
+        resize: "crop" scales an image to cover `size` and cuts out the middle; "stretch" scales both sides.
+        channels: 1 (grey) or 3 (RGB); default: grey if all images are.
+        labels: True for the classes of dataset.json (EDM's zips), of the first level of sub-folders, of the array "labels" or
+            of the data set; or the path of a CSV file with the columns file and label.
+        held_out: Share of the images that is kept for validation, or the path of other images.
+        flip: Whether to mirror images left to right in training, each with probability 1/2.
+        degrade: A degradation, for a model that undoes it.
+        dequantize: Whether to fill the gaps between levels with noise, for a model with a likelihood.
+        skip_damaged: Whether to leave damaged images out with a warning; else they are an error that names them.
+        memory: GB of images that are kept in memory, as bytes; more are decoded at each use. Default: half of what is free.
+            Each process has its own.
+        workers: Processes that decode images which are not in memory; default: one for each core, at most 8.
+        root: Folder of torchvision's data sets, which are downloaded to it; default: data.
+        mean: Mean in the units of the data; default: that of the training data.
+        seed: Seed of the split and of the batches.
+
+    Raises:
+        ValueError: If there are no images, if they are damaged or of several sizes, or if labels are missing.
+        OSError: If a path does not exist, cannot be read or cannot be downloaded.
     """
 
     PLACES = ("path", "root", "memory", "workers")
@@ -180,48 +230,31 @@ class ImageDataModule(DataModule):
         mean: float | None = None,
         seed: int = 0,
     ):
-        check_image_options(resize, channels, memory, workers)
-        wanted = ImageOptions(
-            size=sides("size", size),
-            crop=sides("crop", crop),
-            resize=resize,
-            channels=channels,
-            labels=labels,
-            root=root,
-            skip_damaged=skip_damaged,
-            memory=psutil.virtual_memory().available / 2 if memory is None else memory * 1e9,
-        )
-        train, rest, bits = collect(os.fspath(path), held_out, wanted, seed)
-        top = 2.0**bits - 1
+        options = ImageOptions(size, crop, resize, channels, labels, held_out, skip_damaged, memory, workers, root)
+        self._images = split_images(os.fspath(path), options, seed)
+        for message in self._images.messages:
+            rank_zero_info(message)
+        bits = self._images.bits
         super().__init__(
-            train,
-            rest,
+            self._images.train,
+            self._images.held_out,
             batch_size=batch_size,
             seed=seed,
-            scale=top / 2,
+            scale=(2.0**bits - 1) / 2,
             mean=mean,
-            value_range=(0.0, top),
+            value_range=(0.0, 2.0**bits - 1),
             levels=2**bits,
             dequantize=dequantize,
             degrade=degrade,
             flip=flip,
             workers=min(8, os.cpu_count() or 1) if workers is None else workers,
+            load=self._decode,
         )
+        if self._images.has_flaws and not skip_damaged:
+            self.setup()  # raises, and names the images with intact headers too
 
-
-def sides(name: str, value: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """(height, width), of one number a square. ValueError, which calls it `name`, if it is none."""
-    pair = (value, value) if isinstance(value, int) else value
-    if pair is not None and (len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair)):
-        raise ValueError(f"{name} = {value}: give one number of pixels, or two, (height, width)")
-    return pair
-
-
-def check_image_options(resize: str, channels: int | None, memory: float | None, workers: int | None) -> None:
-    """ValueError for what no images could have."""
-    if resize not in ("crop", "stretch"):
-        raise ValueError(f'resize = {resize!r}: give "crop" or "stretch"')
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels = {channels}: give 1 (grey) or 3 (RGB), or leave it out")
-    if (workers is not None and workers < 1) or (memory is not None and not memory >= 0):
-        raise ValueError(f"workers = {workers}, memory = {memory}: give at least one worker, and memory >= 0 GB")
+    def _decode(self) -> tuple[SampleSet, SampleSet]:
+        train, held_out, warnings = self._images.load()
+        for warning in warnings:
+            rank_zero_warn(warning)
+        return train, held_out

@@ -1,7 +1,7 @@
-"""Degradations of images: what a model is conditioned on to undo them.
+"""Degradations of images, which make the conditions of models that undo them.
 
-Each maps clean samples [B, C, H, W] to their conditions, in the same units. `Downsample` and `Grey` are linear, so that they
-also serve as measurements (`pfgm.sampling.inverse`).
+They map clean samples [B, C, H, W] to conditions in the same units. `Downsample` and `Grey` are linear, so they also serve as
+measurements in `pfgm.sampling.inverse`.
 """
 
 from abc import ABC, abstractmethod
@@ -18,56 +18,85 @@ from pfgm.core.tensors import check_positive
 
 
 class Degradation(Configurable, ABC):
-    """Makes the condition of a sample from the sample itself."""
+    """Base class of degradations, which make the condition of a sample from the sample itself."""
 
     @abstractmethod
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of one condition, for samples of `shape`. ValueError if they cannot be degraded so."""
+        """Return the shape of one condition.
+
+        Args:
+            shape: The shape of one sample.
+
+        Raises:
+            ValueError: If such samples cannot be degraded.
+        """
 
     @abstractmethod
     def __call__(self, x: Tensor, generator: Generators = None) -> Tensor:
-        """The conditions [B, ...] of `x` [B, ...]."""
+        """Degrade samples.
+
+        Args:
+            x: Samples [B, ...] in the user's units.
+            generator: Source of noise, for degradations with noise.
+
+        Returns:
+            The conditions [B, ...], in the same units.
+        """
 
 
 class Downsample(Degradation):
-    """The means of blocks of `factor` x `factor` pixels: for super-resolution."""
+    """Average blocks of pixels, for super-resolution.
+
+    Args:
+        factor: Side of a block in pixels, at least 2.
+
+    Raises:
+        ValueError: If `factor` is not a whole number of at least 2.
+    """
 
     def __init__(self, factor: int = 2):
-        if not isinstance(factor, int) or factor < 2:
+        if factor < 2:
             raise ValueError(f"factor = {factor} must be a whole number of at least 2")
         self.factor = factor
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        channels, height, width = _image(shape)
+        channels, height, width = _image_shape(shape)
         if height % self.factor or width % self.factor:
-            raise ValueError(f"factor = {self.factor} does not divide images of {height} x {width} pixels; give one that does")
+            raise ValueError(f"factor = {self.factor} does not divide {height} x {width} pixels. Choose a common divisor")
         return channels, height // self.factor, width // self.factor
 
     def __call__(self, x: Tensor, generator: Generators = None) -> Tensor:
         self.shape(x.shape[1:])
-        return F.avg_pool2d(x if x.is_floating_point() else x.float(), self.factor)
+        return F.avg_pool2d(_floating(x), self.factor)
 
 
 class Grey(Degradation):
-    """The luma of colour images (ITU-R BT.601), one channel: for colourisation."""
+    """Reduce colour images to one channel, their luma (ITU-R BT.601), for colourisation."""
 
     WEIGHTS = (0.299, 0.587, 0.114)
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        channels, height, width = _image(shape)
+        channels, height, width = _image_shape(shape)
         if channels != 3:
-            raise ValueError(f"images of {channels} channels have no colour to lose; Grey takes 3")
+            raise ValueError(f"channels = {channels}: Grey needs images with 3 channels")
         return 1, height, width
 
     def __call__(self, x: Tensor, generator: Generators = None) -> Tensor:
         self.shape(x.shape[1:])
-        x = x if x.is_floating_point() else x.float()
+        x = _floating(x)
         weights = torch.tensor(self.WEIGHTS, dtype=x.dtype, device=x.device)
         return (weights[:, None, None] * x).sum(1, keepdim=True)
 
 
 class AddNoise(Degradation):
-    """Gaussian noise of standard deviation `std` in the units of the data, new each time: for denoising."""
+    """Add Gaussian noise, new each time, for denoising.
+
+    Args:
+        std: Standard deviation in the units of the data.
+
+    Raises:
+        ValueError: If `std` is not positive and finite.
+    """
 
     def __init__(self, std: float):
         check_positive("std", std)
@@ -80,10 +109,12 @@ class AddNoise(Degradation):
         return x + self.std * rng.normal(x.shape, generator, like=x)
 
 
-def _image(shape: Sequence[int]) -> tuple[int, int, int]:
+def _floating(x: Tensor) -> Tensor:
+    return x if x.is_floating_point() else x.float()
+
+
+def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     if len(shape) != 3:
-        raise ValueError(
-            f"samples of shape {tuple(shape)} are no images (channels, height, width), which this degradation takes"
-        )
+        raise ValueError(f"shape = {tuple(shape)}: this degradation needs images, (channels, height, width)")
     channels, height, width = shape
     return channels, height, width

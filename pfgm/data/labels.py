@@ -1,4 +1,4 @@
-"""Labels of images: from dataset.json, from the names of folders, from a CSV, and as numbers."""
+"""Labels of images, from EDM's dataset.json, a CSV file or the names of sub-folders, and their numbers as classes."""
 
 import csv
 import io
@@ -13,14 +13,22 @@ from pfgm.files.images import ImageError
 from pfgm.files.untrusted import RefusedError, read_bytes
 
 Labels = Sequence[str | int]
-MAX_TABLE, PER_NAME = 2**24, 1000
-"""Bytes that a table of labels may have, and how many more for each image."""
+
+TABLE_BYTES = 2**24  # bytes that a table of labels may have,
+BYTES_PER_NAME = 1000  # and how many more for each image
 
 
-def numbered(labels: Labels) -> tuple[torch.Tensor, list[str]]:
-    """Classes as numbers [n] from 0, and the names of those that occur.
+def number_classes(labels: Labels) -> tuple[torch.Tensor, list[str]]:
+    """Number the classes of images from 0.
 
-    Whole numbers are taken as they are if most from 0 to the largest occur, else in their order; words in theirs.
+    Whole numbers keep their values as long as the largest is below 2 n + 10 for n classes and none is negative. Others, such
+    as years, are numbered in ascending order, and words in alphabetical order.
+
+    Args:
+        labels: One word or whole number for each image, as a source or a CSV file has them.
+
+    Returns:
+        The class of each image, int64 [n], and the names of the classes that occur.
     """
     words = [str(label).strip() for label in labels]
     whole = [word.removesuffix(".0") for word in words]
@@ -30,86 +38,108 @@ def numbered(labels: Labels) -> tuple[torch.Tensor, list[str]]:
             return torch.tensor([int(word) for word in words]), names
     else:
         names = sorted(set(words))
-    place = {name: k for k, name in enumerate(names)}
-    return torch.tensor([place[word] for word in words]), names
+    numbers = {name: k for k, name in enumerate(names)}
+    return torch.tensor([numbers[word] for word in words]), names
 
 
 def csv_labels(table: Path, names: Sequence[str]) -> Labels:
-    """Labels of the images `names` from the first two columns, file and label, of a CSV file with or without a header.
+    """Read the labels of images from a CSV file.
 
-    ValueError or OSError if it cannot be read, contradicts itself or lacks an image.
+    Args:
+        table: The file, with or without a header; its first two columns are file and label.
+        names: The names of the images.
+
+    Returns:
+        The label of each image, a word.
+
+    Raises:
+        ValueError: If the file cannot be read, contradicts itself or lacks an image.
+        OSError: If there is no such file.
     """
-    place = f"labels = {table}"
+    argument = f"labels = {table}"
     if not table.is_file():
-        raise FileNotFoundError(f"{place} does not exist or is no file; give a CSV of files and labels, true or false")
+        raise FileNotFoundError(f"{argument}: no such file. Give a CSV file with the columns file and label, true or false")
     try:
-        text = read_bytes(table, place, _longest(names)).decode("utf-8-sig")
+        text = read_bytes(table, argument, _max_bytes(names)).decode("utf-8-sig")
         rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
-        return _in_order((_pair(row, place) for row in rows if row), names, place)
+        return _in_order((_pair(row, argument) for row in rows if row), names, argument)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{place} cannot be read as CSV: {error}") from error
+        raise ValueError(f"{argument}: not a CSV file ({error}). Save it as comma-separated text in UTF-8") from error
 
 
-def _pair(row: Sequence[str], place: str) -> tuple[str, str]:
+def _pair(row: Sequence[str], argument: str) -> tuple[str, str]:
     if len(row) < 2 or not row[1].strip():
-        raise ValueError(f"{place}: a row has no label; give two columns with a comma between, file and label")
+        raise ValueError(f"{argument}: a row has no label. Give two columns separated by a comma, file and label")
     return row[0].strip(), row[1].strip()
 
 
-def _longest(names: Sequence[str]) -> int:
-    return MAX_TABLE + PER_NAME * len(names)
+def _max_bytes(names: Sequence[str]) -> int:
+    return TABLE_BYTES + BYTES_PER_NAME * len(names)
 
 
-def table_or_folders(files: Sequence[str], names: Sequence[str], read: Callable[[str], bytes], place: str) -> Labels | None:
-    """Labels of images: in the outermost dataset.json among the `files`, with names relative to it; else their sub-folders."""
+def stored_labels(files: Sequence[str], names: Sequence[str], read: Callable[[str], bytes], argument: str) -> Labels | None:
+    """Read the labels that come with a folder or an archive of images.
+
+    They are in the outermost dataset.json, whose names are relative to it. Without one, sub-folders are classes.
+
+    Args:
+        files: The names of all files.
+        names: The names of the images.
+        read: Returns the content of a file by its name.
+        argument: The argument that named the images, such as "path = photos"; messages begin with it.
+
+    Returns:
+        The label of each image, or None if there are none.
+
+    Raises:
+        ValueError: If dataset.json cannot be read, contradicts itself or lacks an image.
+    """
     tables = [name for name in files if PurePosixPath(name).name == "dataset.json"]
     if not tables:
-        return folder_labels(names)
+        return _folder_labels(names)
     table = min(tables, key=lambda name: len(PurePosixPath(name).parts))
     try:
         text = read(table)
-        if len(text) > _longest(names):
+        if len(text) > _max_bytes(names):
             raise RefusedError(f"it has {len(text) / 1e6:.3g} MB, far more than {len(names)} images need")
     except (ImageError, RefusedError, OSError) as error:
-        raise ValueError(f"{place}: {table} cannot be read: {error}") from error
+        raise ValueError(f"{argument}: {table} cannot be read ({error}). Remove it, or write it again") from error
     parent = PurePosixPath(table).parent
-    return edm_labels(text, names, f"{place}/{table}", "" if parent == PurePosixPath() else f"{parent}/")
+    return _edm_labels(text, names, f"{argument}/{table}", "" if parent == PurePosixPath() else f"{parent}/")
 
 
-def edm_labels(text: bytes, names: Sequence[str], place: str, folder: str = "") -> Labels | None:
-    """Labels of EDM's dataset.json in `folder`: {"labels": [[name, class], ...]}, or null for none.
-
-    ValueError for anything else.
-    """
+def _edm_labels(text: bytes, names: Sequence[str], argument: str, folder: str) -> Labels | None:
+    """Parse EDM's dataset.json in `folder`: {"labels": [[name, class], ...]}, with null instead of the list for no labels."""
     try:
         pairs = json.loads(text)["labels"]
-        found = None if pairs is None else [(f"{folder}{name}", label) for name, label in pairs]
+        rows = None if pairs is None else [(f"{folder}{name}", label) for name, label in pairs]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{place} is not as EDM writes it, {{'labels': [[name, class], ...]}}: {error!r}") from error
-    if found is None:
+        raise ValueError(f"{argument}: not in EDM's format, {{'labels': [[name, class], ...]}} ({error!r})") from error
+    if rows is None:
         return None
-    if not all(isinstance(label, int) and not isinstance(label, bool) for _, label in found):
-        raise ValueError(f"{place}: labels must be whole numbers, the classes")
-    return _in_order(found, names, place)
+    if not all(isinstance(label, int) and not isinstance(label, bool) for _, label in rows):
+        raise ValueError(f"{argument}: labels must be whole numbers, the classes")
+    return _in_order(rows, names, argument)
 
 
-def folder_labels(names: Sequence[str]) -> Labels | None:
-    """The first folder of each name, after those that all have in common if more follow; None unless all have one."""
-    parts = [PurePosixPath(name).parts for name in names]
-    while all(len(part) > 2 for part in parts) and len({part[0] for part in parts}) == 1:
-        parts = [part[1:] for part in parts]
-    return [part[0] for part in parts] if all(len(part) > 1 for part in parts) else None
+def _folder_labels(names: Sequence[str]) -> Labels | None:
+    """Return the first folder of each name, after those that all have in common if more follow, or None unless all have one."""
+    paths = [PurePosixPath(name).parts for name in names]
+    while all(len(path) > 2 for path in paths) and len({path[0] for path in paths}) == 1:
+        paths = [path[1:] for path in paths]
+    return [path[0] for path in paths] if all(len(path) > 1 for path in paths) else None
 
 
-def _in_order(found: Iterable[tuple[str, Any]], names: Sequence[str], place: str) -> Labels:
+def _in_order(rows: Iterable[tuple[str, Any]], names: Sequence[str], argument: str) -> Labels:
+    """Return the label of each of `names` from `rows` of a table in any order."""
     table: dict[str, Any] = {}
     wanted = set(names)
-    for name, label in ((str(PurePosixPath(name)), label) for name, label in found):
+    for name, label in ((str(PurePosixPath(name)), label) for name, label in rows):
         if name in wanted and table.setdefault(name, label) != label:
-            raise ValueError(f"{place} has two labels for {name}, {table[name]} and {label}; keep one")
+            raise ValueError(f"{argument}: two labels for {name}, {table[name]} and {label}. Keep one")
     missing = [name for name in names if name not in table]
     if missing:
         raise ValueError(
-            f"{place} has no label for {len(missing)} of {len(names)} images, such as {missing[0]}; it must name them so"
+            f"{argument}: no label for {len(missing)} of {len(names)} images, such as {missing[0]}. Add a row with that name"
         )
     return [table[name] for name in names]

@@ -1,8 +1,13 @@
-"""Points in the plane to try things on: each a function of a number of points and a numpy generator, [n, 2], about 2 across."""
+"""Toy distributions of points in the plane, each about 2 across.
+
+Each function maps a number of points n and a numpy generator to points [n, 2]; `TOYS` lists them by name.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
+
+Toy = Callable[[int, np.random.Generator], np.ndarray]
 
 
 def _rings(n: int, g: np.random.Generator) -> np.ndarray:
@@ -26,9 +31,4 @@ def _heart(n: int, g: np.random.Generator) -> np.ndarray:
     return outline / 17 + 0.02 * g.normal(size=(n, 2))
 
 
-TOYS: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
-    "rings": _rings,
-    "gaussians": _gaussians,
-    "swiss_roll": _swiss_roll,
-    "heart": _heart,
-}
+TOYS: dict[str, Toy] = {"rings": _rings, "gaussians": _gaussians, "swiss_roll": _swiss_roll, "heart": _heart}

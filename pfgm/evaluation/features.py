@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pfgm.core import rng
 from pfgm.core.configurable import Configurable, build
-from pfgm.data.batches import Preparation, SampleSet, TrainingStream
+from pfgm.data.batches import Batch, Preparation, SampleSet, TrainingStream
 from pfgm.files.untrusted import first_line
 from pfgm.flow import checkpoints
 
@@ -172,11 +172,11 @@ def fit_classifier(
     return net.eval()
 
 
-def questions(batch: Mapping[str, Any], value_range: Sequence[float], seed: int, step: int) -> tuple[Tensor, Tensor]:
+def questions(batch: Batch | SampleSet, value_range: Sequence[float], seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Images in [0, 1] and their classes: labels, or the quarter turns given to each."""
-    x = (batch["x"].float() - value_range[0]) / (value_range[1] - value_range[0])
-    if "label" in batch:
-        return x, batch["label"]
+    x = (batch.x.float() - value_range[0]) / (value_range[1] - value_range[0])
+    if "label" in batch.conditions:
+        return x, batch.conditions["label"]
     side = min(x.shape[2:])
     top, left = ((length - side) // 2 for length in x.shape[2:])
     square = x[:, :, top : top + side, left : left + side]
@@ -191,7 +191,7 @@ def accuracy(
     """Share of `part` that `net` classifies rightly."""
     right = []
     for i in range(0, len(part), 250):
-        x, label = questions(part[slice(i, i + 250)].batch(), value_range, seed, i)
+        x, label = questions(part[slice(i, i + 250)], value_range, seed, i)
         right.append(net.out(net(x.to(device))).argmax(1).cpu() == label)
     return float(torch.cat(right).double().mean())
 

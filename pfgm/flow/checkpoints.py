@@ -1,7 +1,7 @@
-"""Checkpoints and exports: what they hold, and the reasons why one cannot be read.
+"""Checkpoints and exports: writing them, reading them, and naming the reason why one cannot be read.
 
-All carry a SHA-256 digest of their content, and checkpoints a stamp of all their bytes, since a flipped bit passes torch.load
-unnoticed.
+A flipped bit passes torch.load unnoticed. Checkpoints therefore end in the SHA-256 of their bytes, and exports hold one of
+their content.
 """
 
 import errno
@@ -13,28 +13,25 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from pfgm.core.configurable import renamed
 from pfgm.files.atomic import atomic_write, atomic_write_all, save_torch
 from pfgm.files.untrusted import UNREADABLE, RefusedError, check_network, check_safetensors, load_torch, read_text
 from pfgm.flow.integrity import DamagedError, append_digest, digest, verify_digest
-from pfgm.nn.network import upgrade_networks
+from pfgm.flow.upgrades import upgrade_checkpoint, upgrade_flow, upgrade_weights
 
 M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 3
 READABLE = (2, 3)  # 2: version 0.1, with other class paths and a digest of the content
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-"""Of a run: its newest checkpoint, and the one before."""
-KEY = "pfgm"
-"""Where a Lightning checkpoint holds this package's part: {"format", "flow", "data", "digest"}."""
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # the newest checkpoint of a run, and the one before
+KEY = "pfgm"  # where a Lightning checkpoint holds this package's description: {"format", "flow", "data"}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or export is missing a part, damaged, refused, or of another format."""
+    """A checkpoint or export lacks something, is damaged, refused, or of another format."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is not what was written."""
+    """A checkpoint is not, bit for bit, what was written."""
 
 
 def describe(checkpoint: dict[str, Any], flow: Mapping[str, Any], data: Mapping[str, Any] | None) -> None:
@@ -53,18 +50,26 @@ def check_format(checkpoint: Mapping[str, Any], path: object = "the checkpoint")
         raise CheckpointError(f"{path} has format {found!r}, this version reads {READABLE}; install the version that wrote it")
 
 
+def run_checkpoint(run_dir: str | Path, name: str = LAST) -> Path:
+    """Return the path of a checkpoint of a run, by default of the newest."""
+    return Path(run_dir) / "checkpoints" / name
+
+
 def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any], previous: str | Path | None = None) -> None:
-    """Write a Lightning `checkpoint`, stamped and as a whole. What was at `path` becomes `previous`, if that is given."""
+    """Write a Lightning `checkpoint` as a whole, with its digest. What was at `path` becomes `previous`, if that is given."""
     with atomic_write(path, previous) as temporary:
         save_torch(temporary, checkpoint)
         append_digest(temporary)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The Lightning checkpoint at `path`, on the CPU, checked; no code of the file is run (weights_only).
+    """Read the Lightning checkpoint at `path` to the CPU, in today's format. No code of the file is run (weights_only).
 
-    FileNotFoundError if there is none, DamagedCheckpointError if it is truncated or altered, CheckpointError if it is refused
-    or of another format; OSError and MemoryError if it cannot be read now.
+    Raises:
+        FileNotFoundError: If there is none.
+        DamagedCheckpointError: If it is truncated or altered.
+        CheckpointError: If it is refused or of another format.
+        OSError: If it cannot be read now, as MemoryError.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is no file; give a .ckpt file or an exported folder")
@@ -76,7 +81,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except DamagedError as error:
         raise DamagedCheckpointError(f"{error}; {_remedy(path)}") from error
     except UNREADABLE as error:
-        if _is_of_today(error):
+        if _is_machine_error(error):
             raise
         # Not torch's own words: they advise to load the file without weights_only.
         raise DamagedCheckpointError(
@@ -87,16 +92,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} holds a {type(checkpoint).__name__}, not a checkpoint of this package; give a .ckpt written by train.py"
         )
     check_format(checkpoint, path)
-    return checkpoint | {name: _upgraded(checkpoint[name]) for name in (KEY, "hyper_parameters")}
+    with _named(path):
+        return checkpoint if checkpoint[KEY]["format"] == FORMAT else upgrade_checkpoint(checkpoint, KEY)
 
 
-def _upgraded(value: Any) -> Any:
-    """Return stored plain data of version 0.1 with today's class paths and network arguments."""
-    return upgrade_networks(renamed(value))
+@contextmanager
+def _named(place: object) -> Iterator[None]:
+    """Turn what goes wrong while a description of an earlier format is read into a CheckpointError about `place`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{place}: its description cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _is_of_today(error: Exception) -> bool:
-    """Whether it is an error of the machine, and the file may be whole."""
+def _is_machine_error(error: Exception) -> bool:
+    """Return whether the machine is to blame, so that the file may be whole."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL))
 
 
@@ -106,8 +116,17 @@ def _remedy(path: Any) -> str:
 
 
 def restore_module(make: Callable[[], M], state: Mapping[str, Tensor], place: object) -> M:
-    """The module that `make` makes of a file's description, with the weights `state`. CheckpointError about `place` if they do
-    not match, are not finite, or if it cannot be made; ValueError for class paths that are not trusted."""
+    """Make the module that a file describes, and load its weights.
+
+    Args:
+        make: Makes the module from the description.
+        state: The weights.
+        place: The file, for messages.
+
+    Raises:
+        CheckpointError: If weights and network do not match, weights are not finite, or the module cannot be made.
+        ValueError: If a class is not trusted.
+    """
     try:
         check_network(make, state, place)
         module = make()
@@ -122,8 +141,8 @@ def restore_module(make: Callable[[], M], state: Mapping[str, Tensor], place: ob
 def write_export(folder: str | Path, flow: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write `folder`/config.json (strict JSON) and `folder`/model.safetensors.
 
-    Both are on the disk before they take their places, one right after the other. If the process is killed between the two
-    over an older export, loading says so.
+    Both are on the disk before they replace older files, one right after the other. If the process is killed between the two,
+    the digest in config.json does not match, and loading says so.
     """
     folder = Path(folder)
     try:
@@ -138,7 +157,7 @@ def write_export(folder: str | Path, flow: Mapping[str, Any], state: Mapping[str
 
 
 def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Description of the flow and its tensors from an exported `folder`. Errors as for `read_checkpoint`."""
+    """Read the description of a flow and its tensors from an exported `folder`. Errors as for `read_checkpoint`."""
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -153,7 +172,10 @@ def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(
             f"{folder} has been altered: its content does not have the digest in config.json; use another copy"
         )
-    return _upgraded(config["flow"]), state
+    if config["format"] == FORMAT:
+        return config["flow"], state
+    with _named(folder):
+        return upgrade_flow(config["flow"]), upgrade_weights(state, config["flow"]["condition_shape"])
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -165,7 +187,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """The header of a file of `write_tensors`. CheckpointError if it is none, or of another format."""
+    """Read the header of a file of `write_tensors`. Raise CheckpointError if it has none, or one of another format."""
     from safetensors import safe_open
 
     with _readable(path, "delete it"):
@@ -178,7 +200,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file of `write_tensors`. CheckpointError if it is damaged or altered."""
+    """Read the tensors of a file of `write_tensors`. Raise CheckpointError if it is damaged or altered."""
     header, tensors = read_header(path), _load(Path(path), path, "delete it")
     found = digest({name: value for name, value in header.items() if name != "digest"} | {"tensors": tensors})
     if header.get("digest") != found:
@@ -210,7 +232,7 @@ def _load(path: Path, place: object, remedy: str) -> dict[str, Tensor]:
 
 @contextmanager
 def _readable(place: object, remedy: str) -> Iterator[None]:
-    """What goes wrong in the block as a CheckpointError about `place`."""
+    """Turn what goes wrong in the block into a CheckpointError about `place`."""
     from safetensors import SafetensorError
 
     try:
@@ -218,6 +240,6 @@ def _readable(place: object, remedy: str) -> Iterator[None]:
     except RefusedError as error:
         raise CheckpointError(str(error)) from error
     except (*UNREADABLE, SafetensorError) as error:
-        if _is_of_today(error):
+        if _is_machine_error(error):
             raise
         raise CheckpointError(f"{place} cannot be read: truncated or altered ({type(error).__name__}); {remedy}") from error

@@ -1,14 +1,13 @@
-"""What samples can be drawn under: labels, conditions, guidance, measurements; checked before any work, then batch by batch."""
+"""What samples are drawn under: labels, conditions, guidance and measurements, checked before any network call."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from pfgm.nn.network import condition_key
 from pfgm.sampling.guidance import ClassifierGuidedDenoiser, ConditionedDenoiser, GuidedDenoiser, Interval, check_interval
 from pfgm.sampling.inverse import MeasuredDenoiser, Measurement
 from pfgm.sampling.ode import input_dtype
@@ -16,18 +15,23 @@ from pfgm.sampling.ode import input_dtype
 if TYPE_CHECKING:
     from pfgm.flow.poisson_flow import PoissonFlow
 
+MAX_CLASSES = 2**31  # bound on labels for a classifier, whose number of classes is not known before it is called
+
 
 class Conditioning(TypedDict, total=False):
     """What a flow's sample, vary, denoise, encode, decode and interpolate take besides labels.
 
-    `condition` [n, *condition_shape], or one for all, in the user's units, for a model that was trained with conditions.
-    `guidance` is the strength, one for all or one for each sample, 1 being none, at levels in `guidance_interval` (low,
-    high; in model units): classifier-free if the model was trained with label dropout; away from the `guide`, another flow of
-    the same data, if one is given; or by `classifier`(x, sigma) -> logits of noisy samples, in the user's units (then 1 is
-    Bayes' rule). `measurement` draws from the posterior given what was measured.
+    condition: Of models trained with conditions: [n, ...], or one for all, in the user's units; a mapping by key ("image",
+        "vector") if there are several.
+    guidance: Guidance scale, one for all or one for each sample; 1 is none. Classifier-free for a model trained with label
+        dropout; away from the `guide`; or by the `classifier` (then 1 is Bayes' rule).
+    guidance_interval: Noise levels (low, high), in model units, between which guidance acts.
+    guide: A weaker flow of the same data, for autoguidance.
+    classifier: Maps (x, sigma) in the user's units to logits of noisy samples.
+    measurement: Linear measurements; samples are drawn from the posterior.
     """
 
-    condition: Tensor | None
+    condition: Tensor | Mapping[str, Tensor] | None
     guidance: float | Sequence[float] | Tensor | None
     guidance_interval: Interval | None
     guide: "PoissonFlow | None"
@@ -36,74 +40,89 @@ class Conditioning(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Given:
-    """Checked conditioning of n samples of `flow`; tensors [n, ...] in model space."""
+class BoundConditions:
+    """Checked conditions of n samples of a flow, as tensors [n, ...] in model space.
+
+    Args:
+        flow: The flow.
+        conditions: What its network takes, normalised, by key.
+        target: The class that a classifier pulls towards, [n].
+        guidance: Guidance scale, a number or [n].
+        interval: Noise levels between which guidance acts.
+        guide: The flow to lead away from.
+        classifier: A classifier of noisy samples, in the user's units.
+        measurement: Measurements, in the user's units.
+    """
 
     flow: "PoissonFlow"
-    label: Tensor | None
-    condition: Tensor | None = None
+    conditions: Mapping[str, Tensor]
+    target: Tensor | None = None
     guidance: Tensor | None = None
     interval: Interval = (0.0, math.inf)
     guide: "PoissonFlow | None" = None
     classifier: Callable[[Tensor, Tensor], Tensor] | None = None
     measurement: Measurement | None = None
 
-    def __getitem__(self, rows: slice) -> "Given":
-        """That of some of the samples."""
-        names = ("label", "condition", "guidance")
-        parts: dict[str, Any] = {name: None if (v := getattr(self, name)) is None else v[rows] for name in names}
-        measured = self.measurement
-        if measured is not None:
-            parts["measurement"] = replace(measured, values=measured.values[rows])
-        return replace(self, **parts)
-
-    @property
-    def network_label(self) -> Tensor | None:
-        """The labels that the flow's own network gets."""
-        return self.label if self.flow.num_classes else None
-
-    @property
-    def _named(self) -> dict[str, Tensor]:
-        return {} if self.condition is None else {condition_key(self.condition.ndim - 1): self.condition}
+    def __getitem__(self, rows: slice) -> "BoundConditions":
+        """Return the conditions of some of the samples."""
+        changes: dict[str, Any] = {"conditions": {key: value[rows] for key, value in self.conditions.items()}}
+        changes["target"] = None if self.target is None else self.target[rows]
+        changes["guidance"] = None if self.guidance is None else self.guidance[rows]
+        if self.measurement is not None:
+            changes["measurement"] = replace(self.measurement, values=self.measurement.values[rows])
+        return replace(self, **changes)
 
     def denoiser(self) -> nn.Module:
-        """The flow's denoiser under all this: denoise(x, sigma, label) in model space."""
-        flow, scale = self.flow, self.flow.scale
-        plain = flow.denoiser if self.condition is None else ConditionedDenoiser(flow.denoiser, self._named)
-        denoiser: nn.Module = plain
-        if self.classifier is not None and self.label is not None:
-            asked, strength = self.classifier, 1.0 if self.guidance is None else self.guidance
-
-            def classifier(x: Tensor, sigma: Tensor) -> Tensor:
-                return asked(flow.to_user(x), sigma * scale)
-
-            denoiser = ClassifierGuidedDenoiser(plain, classifier, self.label, flow.kernel.D, strength, self.interval)
-        elif self.guidance is not None:
-            denoiser = GuidedDenoiser(plain, self._reference(), self.guidance, self.interval)
-        measured = self.measurement
-        if measured is None:
+        """Return the flow's denoiser under these conditions, denoise(x, sigma) in model space."""
+        flow, measurement = self.flow, self.measurement
+        denoiser = self._guided(_bound(flow.denoiser, self.conditions))
+        if measurement is None:
             return denoiser
-        operator, values = measured.operator, measured.values
-        return MeasuredDenoiser(denoiser, lambda x: operator(flow.to_user(x)), values, measured.noise, measured.iterations)
+        to_user, operator = flow.summary.to_user, measurement.operator
+        return MeasuredDenoiser(
+            denoiser, lambda x: operator(to_user(x)), measurement.values, measurement.noise, measurement.iterations
+        )
+
+    def _guided(self, denoiser: nn.Module) -> nn.Module:
+        if self.classifier is not None and self.target is not None:
+            strength = 1.0 if self.guidance is None else self.guidance
+            return ClassifierGuidedDenoiser(
+                denoiser, self._model_classifier, self.target, self.flow.kernel.D, strength, self.interval
+            )
+        if self.guidance is not None:
+            return GuidedDenoiser(denoiser, self._reference(), self.guidance, self.interval)
+        return denoiser
+
+    def _model_classifier(self, x: Tensor, sigma: Tensor) -> Tensor:
+        assert self.classifier is not None
+        return self.classifier(self.flow.summary.to_user(x), sigma * self.flow.summary.scale)
 
     def _reference(self) -> nn.Module:
-        """What guidance leads away from: the guide under the same conditions, or the flow without labels."""
+        """Return the denoiser to lead away from: the guide under the same conditions, or the flow without labels."""
         if self.guide is None:
-            return ConditionedDenoiser(self.flow.denoiser, self._named, takes_label=False)
-        condition = None if self.guide.condition_shape is None else self._named
-        return ConditionedDenoiser(self.guide.denoiser, condition, takes_label=self.guide.num_classes > 0)
+            return _bound(self.flow.denoiser, {key: value for key, value in self.conditions.items() if key != "label"})
+        known = {*self.guide.summary.conditions, *(["label"] if self.guide.summary.num_classes else [])}
+        return _bound(self.guide.denoiser, {key: value for key, value in self.conditions.items() if key in known})
 
 
-def check_conditioning(flow: "PoissonFlow", n: int, labels: Any, options: Conditioning) -> Given:
-    """`labels` and `options` for `n` samples of `flow`. ValueError for what does not fit it, is missing, or is superfluous."""
-    classifier, guide = options.get("classifier"), options.get("guide")
-    condition = check_condition(flow, options.get("condition"), n)
-    if classifier is not None and labels is not None and not flow.num_classes:
-        label: Tensor | None = _integers(labels, n, 2**31, flow.mean.device)  # how many classes it has is not known here
+def _bound(denoiser: nn.Module, conditions: Mapping[str, Tensor]) -> nn.Module:
+    return ConditionedDenoiser(denoiser, conditions) if conditions else denoiser
+
+
+def check_conditioning(flow: "PoissonFlow", n: int, labels: Any, options: Conditioning) -> BoundConditions:
+    """Check `labels` and `options` for `n` samples of `flow`.
+
+    Raises:
+        ValueError: For what does not fit the flow, is missing, or has no effect.
+    """
+    classifier, guide, interval = options.get("classifier"), options.get("guide"), options.get("guidance_interval")
+    conditions = check_conditions(flow, options.get("condition"), n)
+    if classifier is not None and labels is not None and not flow.summary.num_classes:
+        label: Tensor | None = _integers(labels, n, MAX_CLASSES, flow.device)
     else:
         label = check_labels(flow, labels, n)
-    guidance = _strength(options.get("guidance"), n, flow.mean.device)
-    if guidance is None and (guide is not None or options.get("guidance_interval") is not None):
+    guidance = _strength(options.get("guidance"), n, flow.device)
+    if guidance is None and (guide is not None or interval is not None):
         raise ValueError("guidance = None: guide and guidance_interval need a strength; give guidance, such as 2")
     if classifier is not None:
         _check_classifier(flow, label, guide)
@@ -114,54 +133,63 @@ def check_conditioning(flow: "PoissonFlow", n: int, labels: Any, options: Condit
             f"guidance: classifier-free guidance needs labels ({'none given' if label is None else 'given'}) and a model "
             f"trained with label_dropout > 0 (this one: {'yes' if flow.unconditional else 'no'}); or give a guide or classifier"
         )
-    interval = options.get("guidance_interval")
-    measurement = _checked_measurement(flow, n, options.get("measurement"))
+    measurement = _check_measurement(flow, n, options.get("measurement"))
     bounds = (0.0, math.inf) if interval is None else check_interval(interval)
-    return Given(flow, label, condition, guidance, bounds, guide, classifier, measurement)
+    if label is not None and flow.summary.num_classes:
+        conditions["label"] = label
+    return BoundConditions(flow, conditions, label, guidance, bounds, guide, classifier, measurement)
 
 
 def check_labels(flow: "PoissonFlow", labels: Any, n: int) -> Tensor | None:
-    """`labels`, one for all or one for each, as [n]; None for none. ValueError if they are out of range, of the wrong number,
-    missing, or given in vain."""
-    if labels is None:
-        if flow.num_classes and not flow.unconditional:
-            raise ValueError(f"labels = None: this model is class-conditional; give labels from 0..{flow.num_classes - 1}")
-        return None
-    if not flow.num_classes:
-        raise ValueError(f"labels = {labels}: this model was trained without labels; leave labels out")
-    return _integers(labels, n, flow.num_classes, flow.mean.device)
+    """Return `labels`, one for all or one for each sample, as [n]; None for none.
 
-
-def check_condition(flow: "PoissonFlow", condition: Any, n: int) -> Tensor | None:
-    """`condition` [n, *condition_shape], or one for all, in the user's units, normalised as the network gets it.
-
-    ValueError if it is missing, given in vain, not finite, or of another shape.
+    Raises:
+        ValueError: If labels are out of range, of another number, missing, or have no effect.
     """
-    shape, mean, std = flow.condition_shape, flow.condition_mean, flow.condition_std
-    if condition is None:
-        if shape is not None:
-            raise ValueError(f"condition = None: this model needs conditions of shape {shape}; give them")
+    num_classes = flow.summary.num_classes
+    if labels is None:
+        if num_classes and not flow.unconditional:
+            raise ValueError(f"labels = None: this model is class-conditional; give labels from 0..{num_classes - 1}")
         return None
-    if shape is None or mean is None or std is None:
+    if not num_classes:
+        raise ValueError(f"labels = {labels}: this model was trained without labels; leave labels out")
+    return _integers(labels, n, num_classes, flow.device)
+
+
+def check_conditions(flow: "PoissonFlow", condition: Any, n: int) -> dict[str, Tensor]:
+    """Return the conditions of `n` samples, normalised for the network, by key.
+
+    Raises:
+        ValueError: If a condition is missing, has no effect, is not finite, or has another shape.
+    """
+    shapes = flow.summary.conditions
+    if condition is None and shapes:
+        described = ", ".join(f"{key} {shape}" for key, shape in shapes.items())
+        raise ValueError(f"condition = None: this model needs conditions: {described}; give them")
+    if condition is None:
+        return {}
+    if not shapes:
         raise ValueError("condition: this model was trained without conditions; leave condition out")
-    c = _tensor("condition", condition, torch.float32, mean.device)
+    values = condition if isinstance(condition, Mapping) else {next(iter(shapes)): condition}
+    if values.keys() != shapes.keys():
+        raise ValueError(f"condition has {sorted(values)}; this model needs {sorted(shapes)}, a tensor for each")
+    checked = {key: _check_condition(key, values[key], shape, n, flow.device) for key, shape in shapes.items()}
+    return {key: value.expand(n, *value.shape[1:]) for key, value in flow.summary.normalize(checked).items()}
+
+
+def _check_condition(key: str, value: Any, shape: Sequence[int], n: int, device: torch.device) -> Tensor:
+    c = _tensor("condition", value, torch.float32, device)
     c = c[None] if c.ndim == len(shape) else c
     if c.shape[1:] != shape or len(c) not in (1, n) or not bool(torch.isfinite(c).all()):
         raise ValueError(
-            f"condition has shape {tuple(c.shape)}; give finite numbers {shape}, one for all or one for each of {n} samples"
+            f"condition has shape {tuple(c.shape)}; give finite numbers {shape} as {key}, one for all or one for each of {n} "
+            "samples"
         )
-    return normalized_condition(flow, c).expand(n, *shape)
-
-
-def normalized_condition(flow: "PoissonFlow", condition: Tensor) -> Tensor:
-    """`condition` [B, ...] in the user's units, as the network gets it; nothing is checked."""
-    assert flow.condition_mean is not None
-    assert flow.condition_std is not None
-    return (condition - flow.condition_mean) / flow.condition_std
+    return c
 
 
 def _tensor(name: str, value: Any, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-    """Numbers as a tensor, in `dtype` if given. ValueError for anything else."""
+    """Return numbers as a tensor, in `dtype` if given. Raise ValueError for anything else."""
     try:
         tensor = torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -170,7 +198,7 @@ def _tensor(name: str, value: Any, dtype: torch.dtype | None, device: torch.devi
         raise ValueError(f"{name}: complex numbers; give real ones")
     if dtype is None and not tensor.is_floating_point() and tensor.dtype != torch.bool:
         dtype = torch.long
-    return tensor.to(dtype)
+    return tensor if dtype is None else tensor.to(dtype)
 
 
 def _integers(labels: Any, n: int, classes: int, device: torch.device) -> Tensor:
@@ -187,7 +215,7 @@ def _integers(labels: Any, n: int, classes: int, device: torch.device) -> Tensor
 
 
 def _strength(guidance: Any, n: int, device: torch.device) -> Tensor | None:
-    """[n] in float64."""
+    """Return the guidance scale as [n] in float64."""
     if guidance is None:
         return None
     strength = _tensor("guidance", guidance, torch.float64, device)
@@ -207,33 +235,34 @@ def _check_classifier(flow: "PoissonFlow", label: Tensor | None, guide: Any) -> 
 
 
 def _check_guide(flow: "PoissonFlow", guide: "PoissonFlow", label: Tensor | None) -> None:
-    """ValueError unless both have the same data, D and units, and the guide can do with these labels."""
+    """Raise ValueError unless both flows have the same data, D and units, and the guide takes these labels."""
     if not hasattr(guide, "denoiser"):
-        raise ValueError(f"guide = {guide!r}: give a flow, such as pfgm.load gives")
-    for name in ("shape", "scale", "condition_shape", "num_classes"):
-        one, other = getattr(flow, name), getattr(guide, name)
-        if one != other and not (name in ("condition_shape", "num_classes") and not other):
-            raise ValueError(f"guide: its {name} is {other}, this flow's is {one}; give a guide for the same data")
-    if label is None and guide.num_classes and not guide.unconditional:
+        raise ValueError(f"guide = {guide!r}: give a flow, such as pfgm.load returns")
+    own, other = flow.summary, guide.summary
+    for name in ("shape", "scale", "conditions", "num_classes"):
+        ours, theirs = getattr(own, name), getattr(other, name)
+        if ours != theirs and not (name in ("conditions", "num_classes") and not theirs):
+            raise ValueError(f"guide: its {name} is {theirs}, this flow's is {ours}; give a guide for the same data")
+    if label is None and other.num_classes and not guide.unconditional:
         raise ValueError("labels = None: the guide was trained with labels only; give them")
     if guide.kernel.D != flow.kernel.D:
         raise ValueError(f"guide: it has D = {guide.kernel.D:g}, this flow D = {flow.kernel.D:g}; give one of the same D")
-    for name in ("mean", "condition_mean", "condition_std"):
-        one, other = getattr(flow, name), getattr(guide, name)
-        if one is not None and other is not None and not torch.allclose(one, other.to(one), rtol=1e-4, atol=1e-4):
+    ours, theirs = dict(own.named_buffers()), dict(other.named_buffers())
+    for name in ours.keys() & theirs.keys():
+        if not torch.allclose(ours[name], theirs[name].to(ours[name]), rtol=1e-4, atol=1e-4):
             raise ValueError(f"guide: its {name} is not this flow's; give a guide trained on the same data")
 
 
-def _checked_measurement(flow: "PoissonFlow", n: int, measurement: Measurement | None) -> Measurement | None:
-    """`measurement` with values [n, ...]. ValueError if they are not what its operator gives."""
+def _check_measurement(flow: "PoissonFlow", n: int, measurement: Measurement | None) -> Measurement | None:
+    """Return `measurement` with values [n, ...]. Raise ValueError if they are not what its operator gives."""
     if measurement is None:
         return None
     if not isinstance(measurement, Measurement):
         raise ValueError(f"measurement = {measurement!r}: give a pfgm.sampling.Measurement")
     like = input_dtype(flow.denoiser, torch.float32)
-    values = measurement.values.to(flow.mean.device, like)
+    values = measurement.values.to(flow.device, like)
     try:
-        tried = measurement.operator(torch.zeros(2, *flow.shape, device=flow.mean.device, dtype=like))
+        tried = measurement.operator(torch.zeros(2, *flow.shape, device=flow.device, dtype=like))
         two, *expected = tried.shape
     except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(

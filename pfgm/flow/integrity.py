@@ -1,4 +1,4 @@
-"""Digests: a checkpoint is, bit for bit, what was written."""
+"""Digests, which show that a file is bit for bit what was written."""
 
 import hashlib
 import os
@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STAMP = b"pfgm-sha256:"
-EMPTY_END = b"PK\x05\x06"
-"""How the end of a zip archive begins, 22 bytes from the last if it has no comment."""
+STAMP = b"pfgm-sha256:"  # precedes the digest in the comment of an archive
+EMPTY_END = b"PK\x05\x06"  # begins the end record of a zip archive, the last 22 bytes of one without a comment
 
 
 class DamagedError(ValueError):
@@ -20,7 +19,7 @@ class DamagedError(ValueError):
 
 
 def append_digest(path: Path) -> None:
-    """Add to the zip archive at `path`, as its comment, the SHA-256 of all the rest. ValueError if it has a comment."""
+    """Append the SHA-256 of the zip archive at `path` as its comment. Raise ValueError if it has one."""
     with path.open("r+b") as file:
         file.seek(-22, os.SEEK_END)
         end = file.read()
@@ -68,12 +67,12 @@ def _verify_checksums(path: Path) -> None:
 
 
 def _uncommented(end: bytes) -> bool:
-    """Whether these 22 bytes end a zip archive that has no comment."""
+    """Return whether these 22 bytes end a zip archive without a comment."""
     return end.startswith(EMPTY_END) and end.endswith(b"\0\0")
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of nested mappings and sequences of tensors and plain values; the order of the mappings does not matter."""
+    """Return the SHA-256 of nested mappings and sequences of tensors and plain values, whatever the order of the mappings."""
     total = hashlib.sha256()
     _update(total, "", content)
     return total.hexdigest()

@@ -1,4 +1,4 @@
-"""Loading a flow from a file."""
+"""Loading a flow from a checkpoint, a run folder or an export."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,19 +9,27 @@ from pfgm.core.arguments import checked
 from pfgm.flow import checkpoints
 from pfgm.flow.poisson_flow import PoissonFlow
 
-PREFIX = "flow."
-"""Of the flow's tensors in the state of the training module."""
+PREFIX = "flow."  # of the flow's tensors in the state of the training module
 
 
 @checked
 def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True, trust: Sequence[str] = ()) -> PoissonFlow:
-    """The flow of a checkpoint (`.ckpt`) or of a folder written by `save_pretrained`, in eval mode on `device`.
+    """Load a flow in eval mode. No code of the file is run.
 
-    `ema` takes the averaged weights of a checkpoint, otherwise the raw ones. No code of the file is run; networks from other
-    packages are made only if their module is in `trust`. FileNotFoundError if there is nothing, CheckpointError if it is
-    damaged, altered, of another format, or if weights and network do not match; ValueError for a class path not trusted.
+    Args:
+        path: A checkpoint (`.ckpt`), a run folder that has one, or a folder written by `save_pretrained`.
+        device: The device of the flow.
+        ema: Whether to take the averaged weights of a checkpoint rather than the raw ones.
+        trust: Modules outside this package whose networks the file may name.
+
+    Raises:
+        FileNotFoundError: If there is nothing to load.
+        CheckpointError: If the file is damaged or of another format, or if weights and network do not match.
+        ValueError: If a class is outside the trusted modules.
     """
-    if Path(path).is_dir():
+    last = checkpoints.run_checkpoint(path)
+    path = last if last.is_file() else Path(path)
+    if path.is_dir():
         if not ema:
             raise ValueError(f"ema = False: the export {path} holds the averaged weights only; give a .ckpt file")
         config, state = checkpoints.read_export(path)

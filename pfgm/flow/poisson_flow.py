@@ -1,14 +1,14 @@
 """PoissonFlow: a trained model as its users meet it, in their own units.
 
-The flow holds the kernel, the denoiser and what the data was like. Everything below it works in centred model space,
-model = user / scale - mean; here, and only here, samples come and go in the user's units.
+A flow joins a denoiser with what is known of its data. Everything below it works in centred model space; here, and only here,
+samples come and go in the user's units.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,76 +16,61 @@ from torch import Tensor, nn
 from pfgm.core import rng
 from pfgm.core.arguments import Array, checked
 from pfgm.core.configurable import build, to_json
-from pfgm.core.tensors import check_finite_samples, check_levels, check_positive, check_shape, per_sample
+from pfgm.core.tensors import check_finite_samples, check_levels, per_sample
 from pfgm.flow import checkpoints
-from pfgm.flow.conditioning import Conditioning, Given, check_conditioning
+from pfgm.flow.conditioning import BoundConditions, Conditioning, check_conditioning
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.latents import Latent, check_points, interpolate
 from pfgm.sampling.likelihood import LogProb, estimate_log_prob
-from pfgm.sampling.progress import DrawProgress
-from pfgm.sampling.sampler import Sampler, SamplerOptions, Samples, Trajectory, check_max_calls, check_start, seed_pairs
-from pfgm.sampling.solvers import SolverOptions
-from pfgm.theory.data_summary import level_spacing
+from pfgm.sampling.progress import SamplingProgress
+from pfgm.sampling.sampler import Sampler, Samples, Trajectory, check_max_calls, seed_pairs
+from pfgm.sampling.solvers import SOLVER_FIELDS, SolverConfig, check_start
+from pfgm.theory.data_summary import DataSummary, level_spacing
 from pfgm.theory.kernel import StudentTKernel
 
-
-class Options(SamplerOptions, Conditioning, total=False):
-    """How to draw, and under what."""
+CONFIG_FIELDS = [field.name for field in dataclasses.fields(SolverConfig)]
 
 
 class PoissonFlow(nn.Module):
-    """A denoiser with its range of noise and its units.
+    """Sample, encode, edit and score with a denoiser, in the user's units.
 
-    `denoiser` works in centred model space for data of event `shape` and owns the `kernel`. `mean`
-    [*shape] (default 0) and `scale` take model space to the user's units, user = (model + mean) scale. sigma_min, sigma_max
-    and sigma_data are in model units. `value_range` (low, high) of the user's units is what pictures map to black and white;
-    `num_classes` is 0 for a model without labels, which are optional if it is also `unconditional`. Discrete data had so many
-    `levels` (0: continuous), `dequantized` or not. Conditions have `condition_shape` and `condition_mean` and `condition_std`
-    [C, 1, ...] for each index of its first dimension. `start` as in `Sampler`.
+    Methods that solve the flow's ODE take the fields of `SolverConfig` as keywords, or a `config`; those that call the network
+    take `labels` and the entries of `pfgm.flow.conditioning.Conditioning` (condition, guidance, measurement, ...).
+
+    Args:
+        denoiser: A denoiser in centred model space; its attribute `kernel` holds D.
+        summary: What is known of the data.
+        sigma_min: Lowest noise level, in model units.
+        sigma_max: Highest noise level, in model units.
+        unconditional: Whether a model with classes also draws without labels.
+        start: "hemisphere" or "hyperplane": where samples start by default, see `Sampler`.
+
+    Raises:
+        ValueError: If the denoiser has no kernel or another sigma_data than the summary, or if levels are out of range.
     """
-
-    mean: Tensor
-    condition_mean: Tensor | None
-    condition_std: Tensor | None
 
     @checked
     def __init__(
         self,
         denoiser: nn.Module,
+        summary: DataSummary,
         *,
-        shape: Sequence[int],
         sigma_min: float,
         sigma_max: float,
-        sigma_data: float | None = None,
-        mean: Tensor | None = None,
-        scale: float = 1.0,
-        value_range: Sequence[float] | None = None,
-        num_classes: int = 0,
         unconditional: bool = False,
-        levels: int = 0,
-        dequantized: bool = False,
-        condition_shape: Sequence[int] | None = None,
-        condition_mean: Tensor | None = None,
-        condition_std: Tensor | None = None,
-        start: str = "hemisphere",
+        start: Literal["hemisphere", "hyperplane"] = "hemisphere",
     ):
         super().__init__()
-        check_shape(shape)
         check_levels(sigma_min, sigma_max)
-        sigma_data = own_sigma_data(denoiser, sigma_data)
-        check_positive("scale", scale)
         check_start(start)
-        self.denoiser = denoiser
+        if getattr(denoiser, "sigma_data", summary.sigma_data) != summary.sigma_data:
+            raise ValueError(
+                f"summary.sigma_data = {summary.sigma_data}: the denoiser was made with sigma_data = {denoiser.sigma_data}; "
+                "they must be equal"
+            )
+        self.denoiser, self.summary = denoiser, summary
+        self.sigma_min, self.sigma_max, self.unconditional, self.start = sigma_min, sigma_max, unconditional, start
         self.kernel  # noqa: B018 (a denoiser without one is refused now, not at the first sample)
-        self.shape, self.scale, self.num_classes, self.start = tuple(shape), scale, num_classes, start
-        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
-        self.value_range = None if value_range is None else tuple(value_range)
-        self.unconditional, self.levels, self.dequantized = unconditional, levels, dequantized
-        self.condition_shape = None if condition_shape is None else tuple(condition_shape)
-        self.register_buffer("mean", torch.zeros(self.shape) if mean is None else mean)
-        channels = None if self.condition_shape is None else (self.condition_shape[0], *[1] * (len(self.condition_shape) - 1))
-        self.register_buffer("condition_mean", torch.zeros(channels) if channels and condition_mean is None else condition_mean)
-        self.register_buffer("condition_std", torch.ones(channels) if channels and condition_std is None else condition_std)
 
     @property
     def kernel(self) -> StudentTKernel:
@@ -99,41 +84,53 @@ class PoissonFlow(nn.Module):
         return kernel
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return self.summary.shape
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class; empty if classes have none."""
+        return self.summary.class_names
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the flow."""
+        return self.summary.mean.device
+
+    @property
     def config(self) -> dict[str, Any]:
-        """All but the tensors, as strict JSON data; `from_config` makes the flow again."""
-        names = ["shape", "sigma_min", "sigma_max", "sigma_data", "scale", "value_range", "num_classes", "unconditional"]
-        names += ["levels", "dequantized", "condition_shape", "start"]
-        return to_json({"denoiser": self.denoiser} | {name: getattr(self, name) for name in names})
+        """The description of the flow without its tensors, as strict JSON data; `from_config` makes the flow again."""
+        names = ("denoiser", "summary", "sigma_min", "sigma_max", "unconditional", "start")
+        return to_json({name: getattr(self, name) for name in names})
 
     @classmethod
     def from_config(cls, config: dict[str, Any], trust: Sequence[str] = ()) -> "PoissonFlow":
-        """A flow with fresh weights. ValueError for class paths outside this package and outside the modules `trust`."""
-        settings = {name: value for name, value in config.items() if name not in ("denoiser", "D")}
-        flow = cls(build(config["denoiser"], trust, nn.Module), **settings)
-        if "D" in config and float(config["D"]) != flow.kernel.D:  # version 0.1 stored it twice
-            raise ValueError(f"D = {config['D']} of the flow is not that of its denoiser, {flow.kernel.D:g}")
-        return flow
+        """Make a flow with fresh weights. Raise ValueError for classes outside this package and the modules `trust`."""
+        settings = {name: value for name, value in config.items() if name not in ("denoiser", "summary")}
+        summary = build(config["summary"], kind=DataSummary)
+        return cls(build(config["denoiser"], trust, nn.Module), summary, **settings)
 
     def to_model(self, x: Array) -> Tensor:
-        """The user's units [B, *shape], also as numpy array -> centred model space."""
+        """Convert samples [B, *shape], also as a numpy array, from the user's units to centred model space."""
         x = torch.as_tensor(x)
         if x.shape[1:] != self.shape or x.is_complex():
             raise ValueError(
                 f"x has samples of shape {tuple(x.shape[1:])} and type {x.dtype}; this flow's are real, {self.shape}"
             )
-        x = x if x.is_floating_point() else x.float()
-        return x / self.scale - self.mean.to(x.dtype)
+        return self.summary.to_model(x if x.is_floating_point() else x.float())
 
-    def to_user(self, x: Tensor) -> Tensor:
-        """Centred model space [B, *shape] -> the user's units."""
-        return (x + self.mean.to(x.dtype)) * self.scale
-
-    def sampler(self, **options: Unpack[SamplerOptions]) -> Sampler:
-        """The `Sampler` of this flow; options that are None are left out."""
-        settings: Any = {"start": self.start, "sigma_max": self.sigma_max}
-        settings |= {name: value for name, value in options.items() if value is not None}
+    def sampler(self, config: SolverConfig | None = None, sigma_max: float | None = None, **fields: Any) -> Sampler:
+        """Return the `Sampler` of this flow, in model space, for a `config` or its fields."""
+        config = SolverConfig.resolve(config, fields)
         return Sampler(
-            self.denoiser, self.kernel, shape=self.shape, sigma_min=self.sigma_min, sigma_data=self.sigma_data, **settings
+            self.denoiser,
+            self.kernel,
+            shape=self.shape,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max if sigma_max is None else sigma_max,
+            sigma_data=self.summary.sigma_data,
+            config=config if config.start else dataclasses.replace(config, start=self.start),
         )
 
     @checked
@@ -147,57 +144,54 @@ class PoissonFlow(nn.Module):
         batch_size: int = 256,
         max_calls: int | None = None,
         progress: bool = False,
-        **options: Unpack[Options],
-    ) -> Samples:
-        """`n` samples of `seed` (default 0), or one for each of `seeds`, in the user's units: `Samples` with x [n, *shape].
-
-        Sample i is a function of (seed, i), `seeds` = [k, ...] gives those of (k, 0). `labels` is one class for all or one for
-        each. `batch_size` samples are drawn at a time, with a progress bar if `progress`; after `max_calls` of the network a
-        batch ends where it is. `options` are those of `Sampler` (without any the preset is "balanced", 10 calls) and of
-        `pfgm.flow.Conditioning`: condition, guidance, measurement, .... ValueError for arguments out of range, before
-        the first network call; SolverError if solving fails.
-        """
-        pairs = seed_pairs(n, seed, seeds)
-        return self.draw(pairs, labels=labels, batch_size=batch_size, max_calls=max_calls, progress=progress, **options)
-
-    @checked
-    def vary(self, x: Array, level: float, *, seed: int = 0, labels: Any = None, **options: Unpack[Options]) -> Samples:
-        """A variation of each of `x` [n, *shape]: noise up to the effective `level` and the flow back (arXiv 2108.01073).
-
-        `x` and `level`, between sigma_min and sigma_max, are in the user's units. Near sigma_min x stays what it is, far above
-        sigma_data a new sample is drawn. Variation i is a function of (seed, i); options as for `sample`.
-        """
-        model = self.to_model(x)
-        check_finite_samples("x", model)
-        self.check_level(level)
-        if "sigma_max" in options:
-            raise TypeError("sigma_max: variations start at their level; leave it out")
-        pairs = seed_pairs(len(x), seed)
-        return self.draw(pairs, labels=labels, source=model, sigma_max=level / self.scale, **options)
-
-    def draw(
-        self,
-        pairs: Sequence[tuple[int, int]],
-        *,
-        labels: Any = None,
-        batch_size: int = 256,
-        max_calls: int | None = None,
-        progress: bool = False,
-        source: Tensor | None = None,
         **options: Any,
     ) -> Samples:
-        """One sample for each (seed, index) of `pairs`, around `source` [n, *shape] (in model space; default 0); the other
-        arguments are those of `sample`."""
-        settings: dict[str, Any] = {"labels": labels, "batch_size": batch_size, "max_calls": max_calls, "progress": progress}
-        parts = [part for _, part in self.batches(pairs, source=source, **settings, **options)]
-        most = {name: max(getattr(part, name) for part in parts) for name in ("calls", "accepted", "rejected")}
-        errors = [part.error for part in parts if part.error is not None]
-        error = torch.cat(errors) if len(errors) == len(parts) else None
-        complete = all(part.complete for part in parts)
-        x, seconds = torch.cat([part.x for part in parts]), sum(part.seconds for part in parts)
-        return Samples(x, seconds=seconds, error=error, complete=complete, **most)
+        """Draw samples.
 
-    def batches(
+        Args:
+            n: Number of samples; sample i is a function of (seed, i).
+            seed: Seed of all n samples; 0 by default.
+            seeds: Instead of n and seed, one sample for each; `[k]` is sample 0 of seed k.
+            labels: One class for all samples, or one for each.
+            batch_size: Samples drawn at a time.
+            max_calls: Network calls after which a batch ends where it is.
+            progress: Whether to show a progress bar.
+            **options: Fields of `SolverConfig` (by default the preset "balanced", 10 calls) and of `Conditioning`.
+
+        Returns:
+            Samples x [n, *shape] in the user's units, with their costs.
+
+        Raises:
+            ValueError: If arguments are out of range, before the first network call.
+            SolverError: If solving fails.
+        """
+        pairs = seed_pairs(n, seed, seeds)
+        settings: Any = {"labels": labels, "batch_size": batch_size, "max_calls": max_calls, "progress": progress}
+        return _joined([samples for _, samples in self.sample_batches(pairs, **settings, **options)])
+
+    @checked
+    def vary(
+        self, x: Array, level: float, *, seed: int = 0, labels: Any = None, batch_size: int = 256, **options: Any
+    ) -> Samples:
+        """Draw a variation of each sample: noise up to an effective level, and the flow back (arXiv 2108.01073).
+
+        Near sigma_min a sample stays what it is, far above sigma_data a new one is drawn.
+
+        Args:
+            x: Samples [n, *shape] in the user's units.
+            level: Effective noise level in the user's units.
+            seed: Seed; variation i is a function of (seed, i).
+            labels: One class for all samples, or one for each.
+            batch_size: Samples drawn at a time.
+            **options: As for `sample`.
+        """
+        source = self.to_model(x)
+        check_finite_samples("x", source)
+        self.check_level(level)
+        settings: Any = {"labels": labels, "batch_size": batch_size, "source": source, "sigma_max": level / self.summary.scale}
+        return _joined([samples for _, samples in self.sample_batches(seed_pairs(len(x), seed), **settings, **options)])
+
+    def sample_batches(
         self,
         pairs: Sequence[tuple[int, int]],
         *,
@@ -206,94 +200,107 @@ class PoissonFlow(nn.Module):
         max_calls: int | None = None,
         progress: bool = False,
         source: Tensor | None = None,
+        sigma_max: float | None = None,
         only: Sequence[int] | None = None,
         **options: Any,
     ) -> Iterator[tuple[int, Samples]]:
-        """The batches of `draw` one by one, each with its number; `only` those of some numbers."""
-        given, options = self._given(len(pairs), labels, options)
-        sampler = self.sampler(**options)
+        """Draw batch by batch, and yield each with its number.
+
+        Args:
+            pairs: (seed, index) of each sample.
+            labels: One class for all samples, or one for each.
+            batch_size: Samples of a batch.
+            max_calls: Network calls after which a batch ends where it is.
+            progress: Whether to show a progress bar.
+            source: Centres of the noise [n, *shape] in model space; 0 by default.
+            sigma_max: Where to start, in model units; the flow's own sigma_max by default.
+            only: Numbers of the batches to draw; all by default.
+            **options: As for `sample`.
+        """
+        bound, config = self._prepare(len(pairs), labels, options)
+        sampler = self.sampler(config, sigma_max)
         check_batch_size(batch_size)
-        check_max_calls(max_calls, cost(given.denoiser()))
+        check_max_calls(max_calls, cost(bound.denoiser()))
         numbers = range(max(1, -(-len(pairs) // batch_size))) if only is None else only
         chunks = {k: slice(k * batch_size, (k + 1) * batch_size) for k in numbers}
-        with DrawProgress(sum(len(pairs[rows]) for rows in chunks.values()), sampler, progress) as bar:
+        with SamplingProgress(sum(len(pairs[rows]) for rows in chunks.values()), sampler, progress) as bar:
             for number, rows in chunks.items():
                 bar.batch(len(pairs[rows]))
-                around = None if source is None else source[rows]
-                some = given[rows]
-                part = sampler.with_denoiser(some.denoiser()).draw(pairs[rows], some.network_label, max_calls, bar, around)
-                error = None if part.error is None else part.error * self.scale
-                yield number, dataclasses.replace(part, x=self.to_user(part.x), error=error)
+                one = sampler.with_denoiser(bound[rows].denoiser())
+                centre = None if source is None else source[rows]
+                samples = one.draw(pairs[rows], max_calls=max_calls, on_call=bar, source=centre)
+                error = None if samples.error is None else samples.error * self.summary.scale
+                yield number, dataclasses.replace(samples, x=self.summary.to_user(samples.x), error=error)
 
     @checked
     def trajectory(
-        self,
-        pairs: Sequence[tuple[int, int]],
-        points: int,
-        *,
-        labels: Any = None,
-        batch_size: int = 256,
-        **options: Any,
+        self, pairs: Sequence[tuple[int, int]], points: int, *, labels: Any = None, batch_size: int = 256, **options: Any
     ) -> Trajectory:
-        """The way of the samples (seed, index) of `pairs` in the user's units, see `Sampler.trajectory`."""
-        given, options = self._given(len(pairs), labels, options)
-        sampler, ways = self.sampler(**options), []
+        """Return the states of the samples (seed, index) of `pairs` on their way down, in the user's units; see `Sampler`."""
+        bound, config = self._prepare(len(pairs), labels, options)
+        sampler, parts = self.sampler(config), []
         check_batch_size(batch_size)
         for i in range(0, max(1, len(pairs)), batch_size):
             rows = slice(i, i + batch_size)
-            some = given[rows]
-            ways.append(sampler.with_denoiser(some.denoiser()).trajectory(pairs[rows], points, some.network_label))
-        x, denoised = (self.to_user(torch.cat([getattr(way, name) for way in ways], 1)) for name in ("x", "denoised"))
-        return Trajectory(x, denoised, torch.cat([way.sigma for way in ways], 1) * self.scale, ways[0].level * self.scale)
+            parts.append(sampler.with_denoiser(bound[rows].denoiser()).trajectory(pairs[rows], points))
+        to_user, scale = self.summary.to_user, self.summary.scale
+        x, denoised = (to_user(torch.cat([getattr(part, name) for part in parts], 1)) for name in ("x", "denoised"))
+        return Trajectory(x, denoised, torch.cat([part.sigma for part in parts], 1) * scale, parts[0].level * scale)
 
     @checked
     @torch.no_grad()
-    def denoise(self, x: Array, sigma: float | Tensor, label: Any = None, **options: Unpack[Conditioning]) -> Tensor:
-        """E[y | x, sigma] for `x` [B, *shape] and `sigma` (float or [B]) > 0 in the user's units: like x.
+    def denoise(self, x: Array, sigma: float | Tensor, label: Any = None, **options: Any) -> Tensor:
+        """Return E[y | x, sigma], like `x`.
 
-        ValueError if x or sigma is not finite, sigma not positive, or labels or conditions do not fit.
+        Args:
+            x: Noisy samples [B, *shape] in the user's units.
+            sigma: Noise level > 0 in the user's units, a float or [B].
+            label: One class for all samples, or one for each.
+            **options: Entries of `Conditioning`.
+
+        Raises:
+            ValueError: If x or sigma is not finite, sigma not positive, or labels or conditions do not fit.
         """
         model = self.to_model(x)
-        level, given = per_sample(sigma, model), self._given(len(model), label, {**options}, Conditioning)[0]
+        _check_names(options, Conditioning.__annotations__)
+        level, bound = per_sample(sigma, model), check_conditioning(self, len(model), label, options)  # type: ignore[arg-type]
         if not bool(((level > 0) & torch.isfinite(level)).all()):
             raise ValueError(f"sigma = {sigma} must be positive and finite, in the units of x")
         check_finite_samples("x", model)
-        own = given.network_label
-        return self.to_user(given.denoiser()(model, level / self.scale, **({} if own is None else {"label": own})))
+        return self.summary.to_user(bound.denoiser()(model, level / self.summary.scale))
 
     @checked
     def encode(self, x: Array, *, labels: Any = None, **options: Any) -> Latent:
-        """The latent on the plane sigma_max that flows to `x` [B, *shape] (user's units, read at sigma_min).
+        """Return the latents on the plane sigma_max that flow to `x` [B, *shape] (user's units, read at sigma_min).
 
-        `options` are those of `sample` (default: preset "reference"); tolerances of 1e-5 make the round trip through `decode`
-        more accurate still.
+        The options are those of `sample`, with the preset "reference" by default; tolerances of 1e-5 make the round trip
+        through `decode` more accurate still.
         """
         model = self.to_model(x)
         check_finite_samples("x", model)
-        sampler, label = self._accurate(len(x), labels, options)
-        latent = sampler.encode(model, label)
-        return dataclasses.replace(latent, level=latent.level * self.scale)
+        latent = self._map_sampler(len(x), labels, options).encode(model)
+        return dataclasses.replace(latent, level=latent.level * self.summary.scale)
 
     @checked
     def decode(self, latent: Latent, *, labels: Any = None, **options: Any) -> Tensor:
-        """Follow the flow from `latent`, on the surface that it names, to sigma_min; without the last denoising that
-        sampling does. [B, *shape] in the user's units."""
-        if not isinstance(latent, Latent):
-            raise ValueError(f"latent is a {type(latent).__name__}; give what encode returns")
+        """Follow the flow from `latent`, on the surface that it names, to sigma_min: [B, *shape] in the user's units.
+
+        There is no final denoising, which sampling has: decode inverts encode. The options are those of `encode`.
+        """
         if latent.t.shape[1:] != self.shape or not latent.t.is_floating_point():
             raise ValueError(
                 f"latent.t has shape {tuple(latent.t.shape)} and type {latent.t.dtype}; "
                 f"this flow's latents are floating-point and of shape (n, *{self.shape})"
             )
         check_finite_samples("latent.t", latent.t)
-        sampler, label = self._accurate(len(latent.t), labels, options)
-        return self.to_user(sampler.decode(dataclasses.replace(latent, level=latent.level / self.scale), label))
+        sampler = self._map_sampler(len(latent.t), labels, options)
+        return self.summary.to_user(sampler.decode(dataclasses.replace(latent, level=latent.level / self.summary.scale)))
 
     @checked
     def interpolate(self, a: Array, b: Array, points: int, *, labels: Any = None, **options: Any) -> Tensor:
-        """From `a` to `b` [B, *shape] in `points` steps, both ends included: [points, B, *shape] in the user's units.
+        """Interpolate from `a` to `b` [B, *shape] along great circles of their latents: [points, B, *shape], ends included.
 
-        Encoded, followed along great circles (`pfgm.sampling.latents.interpolate`) and decoded; options as for `encode`.
+        See `pfgm.sampling.interpolate`; the options are those of `encode`.
         """
         check_points(points)
         if len(a) != len(b):
@@ -302,92 +309,112 @@ class PoissonFlow(nn.Module):
         return torch.stack([self.decode(latent, labels=labels, **options) for latent in interpolate(first, last, points)])
 
     @checked
-    def log_prob(self, x: Array, *, labels: Any = None, condition: Tensor | None = None, **options: Any) -> Tensor:
-        """The log-density of `x` [B, *shape], blurred by the noise of sigma_min, in nats in the user's units: [B] in float64.
+    def log_prob(self, x: Array, *, labels: Any = None, condition: Any = None, **options: Any) -> Tensor:
+        """Return the log-density of `x` [B, *shape], blurred by the noise of sigma_min: [B] in nats in the user's units.
 
-        `options` are those of `likelihood.estimate_log_prob`, which also tells the error of the estimate: exact, probes,
-        seed, method, rtol, atol, differentiable. ValueError for x that is not finite or of another shape.
+        The options are those of `pfgm.sampling.estimate_log_prob`, which also returns the error of the estimate: exact, probes,
+        seed, method, rtol, atol, differentiable.
+
+        Raises:
+            ValueError: If x is not finite or of another shape.
         """
         return self.estimate_log_prob(x, labels=labels, condition=condition, **options).value
 
     @checked
-    def estimate_log_prob(self, x: Array, *, labels: Any = None, condition: Tensor | None = None, **options: Any) -> LogProb:
-        """`log_prob` with the standard error of each estimate and the network calls."""
-        model = self.to_model(x)
+    def estimate_log_prob(self, x: Array, *, labels: Any = None, condition: Any = None, **options: Any) -> LogProb:
+        """Return `log_prob` with the standard error of each estimate and the network calls."""
+        model, summary = self.to_model(x), self.summary
         check_finite_samples("x", model)
-        given = check_conditioning(self, len(x), labels, {"condition": condition})
-        levels: Any = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "sigma_data": self.sigma_data}
-        out = estimate_log_prob(given.denoiser(), self.kernel, model, label=given.network_label, **levels, **options)
-        return dataclasses.replace(out, value=out.value - math.prod(self.shape) * math.log(self.scale))
+        bound = check_conditioning(self, len(x), labels, {"condition": condition})
+        levels: Any = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "sigma_data": summary.sigma_data}
+        out = estimate_log_prob(bound.denoiser(), self.kernel, model, **levels, **options)
+        return dataclasses.replace(out, value=out.value - math.prod(self.shape) * math.log(summary.scale))
 
     def bits_per_dim(self, x: Tensor, *, labels: Any = None, seed: int = 0, **options: Any) -> Tensor:
-        """-log2 P(x)/N of discrete samples `x` [B, *shape] in the user's units: [B], unbiased estimates of an upper bound.
+        """Estimate -log2 P(x)/N of discrete samples: [B], unbiased estimates of an upper bound.
 
-        The bound is the mean over the noise that fills the gaps between the levels (variational dequantisation with uniform
-        noise, arXiv 1511.01844), drawn from (seed, i). `options` are those of `log_prob`. ValueError for a model of continuous
-        data, and for one trained without that noise: its density may grow without bound at the levels, which is no likelihood.
+        The bound is the mean over the noise that fills the gaps between levels (variational dequantisation with uniform noise,
+        arXiv 1511.01844), drawn from (seed, i).
+
+        Args:
+            x: Samples [B, *shape] in the user's units.
+            labels: One class for all samples, or one for each.
+            seed: Seed of the noise.
+            **options: As for `log_prob`.
+
+        Raises:
+            ValueError: For a model of continuous data, and for one trained without that noise: its density may grow without
+                bound at the levels, which is no likelihood.
         """
         self.check_discrete()
         self.to_model(x)  # its checks
-        x, spacing, N = torch.as_tensor(x), level_spacing(self.value_range, self.levels), math.prod(self.shape)
-        noise = [
+        x, N = torch.as_tensor(x), math.prod(self.shape)
+        spacing = level_spacing(self.summary.value_range, self.summary.levels)
+        draws = [
             torch.rand(self.shape, generator=rng.generator(seed, i, 0, 0, rng.DEQUANTIZATION)) - 0.5 for i in range(len(x))
         ]
-        filled = x + spacing * torch.stack(noise).to(x.device) if noise else x
+        filled = x + spacing * torch.stack(draws).to(x.device) if draws else x
         value = self.log_prob(filled, labels=labels, seed=seed, **options)
         return -(value / N + math.log(spacing)) / math.log(2)
 
     def check_level(self, level: float) -> None:
-        """ValueError unless the noise `level`, in the user's units, is one that the flow has."""
-        low, high = self.sigma_min * self.scale, self.sigma_max * self.scale
+        """Raise ValueError unless the flow has the noise `level`, in the user's units."""
+        low, high = self.sigma_min * self.summary.scale, self.sigma_max * self.summary.scale
         if not low < level <= high:
             raise ValueError(f"level = {level} must lie above {low:g}, up to {high:g}, the model's range in the data's units")
 
     def check_discrete(self) -> None:
-        """ValueError that says why, if the model has no `bits_per_dim`."""
-        if not self.levels:
+        """Raise ValueError if the model has no `bits_per_dim`."""
+        levels = self.summary.levels
+        if not levels:
             raise ValueError(
                 "bits/dim: this model's data are continuous, so that the figure would depend on units; use log_prob"
             )
-        if not self.dequantized:
+        if not self.summary.dequantized:
             raise ValueError(
-                f"bits/dim: the {self.levels} levels of this model's data are points to it, since it was trained without noise "
+                f"bits/dim: the {levels} levels of this model's data are points to it, since it was trained without noise "
                 "between them, and its density there is no likelihood; train with data.dequantize = true"
             )
 
-    def _given(self, n: int, labels: Any, options: dict[str, Any], known: Any = Options) -> tuple[Given, dict[str, Any]]:
-        """Checked conditioning of `n` samples, and the options that are the Sampler's. TypeError unless all are `known`."""
-        names = Conditioning.__annotations__
-        unknown = sorted(options.keys() - known.__annotations__.keys())
-        if unknown:
-            raise TypeError(f"{unknown[0]!r} is no option here; there are {', '.join(known.__annotations__)}")
-        conditioning: Any = {name: options[name] for name in names if name in options}
-        given = check_conditioning(self, n, labels, conditioning)
-        return given, {name: value for name, value in options.items() if name not in names}
+    def _prepare(self, n: int, labels: Any, options: dict[str, Any]) -> tuple[BoundConditions, SolverConfig]:
+        """Separate and check the conditions of `n` samples and the solver's settings."""
+        _check_names(options, [*Conditioning.__annotations__, "config", *CONFIG_FIELDS])
+        conditioning: Any = {name: options[name] for name in Conditioning.__annotations__ if name in options}
+        bound = check_conditioning(self, n, labels, conditioning)
+        fields = {name: value for name, value in options.items() if name not in conditioning and value is not None}
+        return bound, SolverConfig.resolve(fields.pop("config", None), fields)
 
-    def _accurate(self, n: int, labels: Any, options: dict[str, Any]) -> tuple[Sampler, Tensor | None]:
-        given, options = self._given(n, labels, options)
-        if options.get("temperature") is not None:
-            raise ValueError(f"temperature = {options['temperature']}: only samples are drawn from the prior; leave it out")
-        default = {} if options.keys() & SolverOptions.__annotations__.keys() else {"preset": "reference"}
-        return self.sampler(**(default | options)).with_denoiser(given.denoiser()), given.network_label  # type: ignore[typeddict-item]
+    def _map_sampler(self, n: int, labels: Any, options: dict[str, Any]) -> Sampler:
+        """Return the sampler of a map between planes, accurate unless a solver is chosen."""
+        bound, config = self._prepare(n, labels, options)
+        if config.temperature != 1:
+            raise ValueError(f"temperature = {config.temperature}: only samples are drawn from the prior; leave it out")
+        if all(getattr(config, name) is None for name in SOLVER_FIELDS):
+            config = dataclasses.replace(config, preset="reference")
+        return self.sampler(config).with_denoiser(bound.denoiser())
 
     @checked
     def save_pretrained(self, folder: str | Path) -> None:
-        """Export to `folder`: config.json (valid JSON, also for D = inf) and model.safetensors; `pfgm.load` reads it."""
+        """Export the flow to `folder`: config.json (valid JSON, also for D = inf) and model.safetensors."""
         checkpoints.write_export(folder, self.config, self.state_dict())
 
 
-def own_sigma_data(denoiser: nn.Module, value: float | None) -> float:
-    """`value`, or if it is None that of the `denoiser`, or .5. ValueError if both are known and differ."""
-    own = getattr(denoiser, "sigma_data", 0.5 if value is None else value)
-    check_positive("sigma_data", own if value is None else value)
-    if value not in (None, own):
-        raise ValueError(f"sigma_data = {value}: the denoiser was made with sigma_data = {own}; leave it out")
-    return own
+def _joined(parts: Sequence[Samples]) -> Samples:
+    """Join the samples of several batches; calls and steps are those of the most expensive batch."""
+    largest = {name: max(getattr(part, name) for part in parts) for name in ("calls", "accepted", "rejected")}
+    errors = [part.error for part in parts if part.error is not None]
+    error = torch.cat(errors) if len(errors) == len(parts) else None
+    complete, seconds = all(part.complete for part in parts), sum(part.seconds for part in parts)
+    return Samples(torch.cat([part.x for part in parts]), seconds=seconds, error=error, complete=complete, **largest)
+
+
+def _check_names(options: dict[str, Any], known: Any) -> None:
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise TypeError(f"{unknown[0]!r} is no option here; there are {', '.join(known)}")
 
 
 def check_batch_size(batch_size: int) -> None:
-    """ValueError unless `batch_size` is at least 1."""
+    """Raise ValueError unless `batch_size` is at least 1."""
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size} must be at least 1")

@@ -15,14 +15,17 @@ from torch import Tensor
 from pfgm.core.arguments import checked
 from pfgm.flow import checkpoints
 
-FOLDER = "averages"
-WIDEST = 12**-0.5
-"""sigma_rel of gamma = 0, at which all steps weigh the same."""
+FOLDER = "averages"  # of a run
+WIDEST = 12**-0.5  # sigma_rel of gamma = 0, at which all steps weigh the same
 
 
 @checked
 def exponent(sigma_rel: float) -> float:
-    """gamma of the profile of width `sigma_rel`: (gamma+1) = sigma_rel² (gamma+2)² (gamma+3). ValueError unless gamma >= 0."""
+    """Return gamma of the profile of width `sigma_rel`, the root of (gamma+1) = sigma_rel² (gamma+2)² (gamma+3).
+
+    Raises:
+        ValueError: Unless gamma >= 0.
+    """
     if not 0.001 <= sigma_rel <= WIDEST:
         raise ValueError(f"sigma_rel = {sigma_rel} must lie between .001 and 12^-1/2 = .2887, the width of the plain mean")
     t = sigma_rel**-2
@@ -30,21 +33,22 @@ def exponent(sigma_rel: float) -> float:
 
 
 def decay(gamma: float, step: int) -> float:
-    """The share of the average that stays in step 1, 2, ...: (1 - 1/step)^(gamma+1)."""
+    """Return the share of the average that stays in step 1, 2, ...: (1 - 1/step)^(gamma+1)."""
     return (1 - 1 / step) ** (gamma + 1)
 
 
 def overlap(gamma: np.ndarray, step: np.ndarray, other_gamma: np.ndarray, other_step: np.ndarray) -> np.ndarray:
-    """∫ p q dtau of the normalised profiles p = (gamma+1) tau^gamma / step^(gamma+1) and q, for arrays that broadcast."""
+    """Return ∫ p q dtau of the normalised profiles p = (gamma+1) tau^gamma / step^(gamma+1) and q; arrays broadcast."""
     later = np.maximum(step, other_step)
     power = np.where(step < other_step, other_gamma, gamma)
     return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) / later * (np.minimum(step, other_step) / later) ** power
 
 
 def combination(gammas: Sequence[float], steps: Sequence[int], gamma: float, step: int) -> tuple[np.ndarray, float]:
-    """Coefficients of the snapshots of `gammas` and `steps` for the average (gamma, step), and its profile's relative error.
+    """Combine the snapshots of `gammas` and `steps` to the average (gamma, step), by least squares over their profiles.
 
-    They are those of least squares over tau, since the profiles are known.
+    Returns:
+        The coefficient of each snapshot, and the relative error of the combined profile.
     """
     g, t = np.array(gammas, dtype=float), np.array(steps, dtype=float)
     one = np.array([float(gamma)]), np.array([float(step)])
@@ -54,7 +58,7 @@ def combination(gammas: Sequence[float], steps: Sequence[int], gamma: float, ste
 
 
 def write_snapshot(run_dir: str | Path, step: int, averages: dict[float, dict[str, Tensor]]) -> None:
-    """Save the averages {sigma_rel: {name: tensor}} of a run at `step`."""
+    """Write the averages {sigma_rel: {name: tensor}} of a run at `step`."""
     path = Path(run_dir) / FOLDER / f"{step:08d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{width!r}/{name}": tensor for width, part in averages.items() for name, tensor in part.items()}
@@ -62,7 +66,7 @@ def write_snapshot(run_dir: str | Path, step: int, averages: dict[float, dict[st
 
 
 def _header(path: Path) -> tuple[int, list[float]]:
-    """Step and widths of a snapshot. CheckpointError if it names none."""
+    """Return step and widths of a snapshot. Raise CheckpointError if it names none."""
     header = checkpoints.read_header(path)
     step: Any = header.get("step")
     widths: Any = header.get("sigma_rel")
@@ -73,10 +77,19 @@ def _header(path: Path) -> tuple[int, list[float]]:
 
 
 def reconstruct(run_dir: str | Path, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], int, float]:
-    """The average of width `sigma_rel` at `step` (default: the last saved) of a run: weights, step, relative error of the
-    profile.
+    """Reconstruct the average of width `sigma_rel` of a run (arXiv 2312.02696, section 3).
 
-    FileNotFoundError without snapshots, ValueError for a step at which none was saved or a profile missed by over 20 %.
+    Args:
+        run_dir: Folder of the run.
+        sigma_rel: Width of the average, as a share of the training up to `step`.
+        step: Training step; by default the last one saved.
+
+    Returns:
+        The weights, the step, and the relative error of the profile.
+
+    Raises:
+        FileNotFoundError: If the run has no snapshots.
+        ValueError: If none was saved at this step, or the profile is missed by over 20 %.
     """
     gamma = exponent(sigma_rel)
     files = sorted((Path(run_dir) / FOLDER).glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Grids found for a flow: the levels at which so many steps of ab3 make the smallest error on a few of its own samples."""
+"""Grids tuned for a flow: the levels at which steps of ab3 make the smallest error on a few of its own samples."""
 
 import json
 from pathlib import Path
@@ -10,35 +10,44 @@ from torch import Tensor
 from pfgm.core.arguments import checked
 from pfgm.files.atomic import atomic_write
 from pfgm.files.untrusted import read_text
+from pfgm.flow.checkpoints import run_checkpoint
 from pfgm.flow.integrity import digest
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.sampling.coordinates import Angle
-from pfgm.sampling.sampler import seed_pairs
 
-SEED = 2**32 - 1
-"""Of the samples: not one that a user would draw with."""
-ROUNDS, FIRST_MOVE = 3, 0.3
-"""Passes over all levels, and how far each is moved in the first, in parts of the gap to its neighbour; then half as far."""
+SEED = 2**32 - 1  # seed of the samples, which no user would draw with
+ROUNDS = 3  # passes over all levels
+FIRST_MOVE = 0.3  # how far a level is moved in the first pass, in gaps to its neighbour; each pass halves it
 
 
 @checked
 def optimize_grid(flow: PoissonFlow, steps: int, n: int = 64, condition: Tensor | None = None) -> list[float]:
-    """The falling levels of a grid of `steps` for ab3, from sigma_max to where the final denoising takes over, in model units.
+    """Search for the step placement of ab3 that suits this flow best.
 
-    From the paced grid on, each level is moved up and down as long as the mean root mean square error of `n` samples falls,
-    against converged ones (preset "reference") of the same starts: a pattern search in the coordinate's time, of about 6 steps
-    (steps + 2) network calls. Samples are of all classes in turn and, for models with conditions, under those of `condition`
-    [m, ...] in turn. For the argument `grid` of `PoissonFlow.sample`. ValueError unless steps >= 1 and n >= 1.
+    Starting from the paced grid, each level is moved up and down as long as the mean root mean square error of the samples
+    falls, against converged ones (preset "reference") of the same starts: a pattern search in the coordinate's time, of about
+    6 steps (steps + 2) network calls. Samples are of all classes in turn.
+
+    Args:
+        flow: The flow.
+        steps: Number of steps, at least 1.
+        n: Number of samples, at least 1.
+        condition: For models with conditions, [m, ...], used in turn.
+
+    Returns:
+        Falling levels from sigma_max to where the final denoising takes over, in model units: the argument `grid` of
+        `PoissonFlow.sample`.
     """
     if n < 1:
         raise ValueError(f"n = {n} must be at least 1")
-    given: dict[str, Any] = {"labels": [i % flow.num_classes for i in range(n)] if flow.num_classes else None}
-    given["condition"] = None if condition is None else condition[torch.arange(n) % len(condition)]
-    path, plan = Angle(flow.sigma_data), flow.sampler(method="ab3", steps=steps).plan[0]
-    exact = flow.draw(seed_pairs(n, SEED), **given, preset="reference").x
+    classes = flow.summary.num_classes
+    under: dict[str, Any] = {"seed": SEED, "labels": [i % classes for i in range(n)] if classes else None}
+    under["condition"] = None if condition is None else condition[torch.arange(n) % len(condition)]
+    path, plan = Angle(flow.summary.sigma_data), flow.sampler(method="ab3", steps=steps).plan[0]
+    exact = flow.sample(n, preset="reference", **under).x
 
     def error(times: list[float]) -> float:
-        x = flow.draw(seed_pairs(n, SEED), **given, method="ab3", grid=[plan[0], *map(path.level, times[1:-1])]).x
+        x = flow.sample(n, method="ab3", grid=[plan[0], *map(path.level, times[1:-1])], **under).x
         return float((x - exact).flatten(1).square().mean(1).sqrt().mean())
 
     times = [*map(path.time, plan), path.time(flow.sigma_min)]
@@ -54,13 +63,18 @@ def optimize_grid(flow: PoissonFlow, steps: int, n: int = 64, condition: Tensor 
 
 
 def grid_file(checkpoint: Path) -> Path:
-    """Where the grids of a checkpoint or exported folder are kept."""
+    """Return the file that keeps the grids of a checkpoint, a run folder or an export."""
+    last = run_checkpoint(checkpoint)
+    checkpoint = last if last.is_file() else checkpoint
     return checkpoint / "grids.json" if checkpoint.is_dir() else checkpoint.with_suffix(".grids.json")
 
 
 def stored_grid(path: Path, flow: PoissonFlow, steps: int) -> list[float] | None:
-    """The grid of `steps` in the file `path`, or None if there is none for this flow and its weights. ValueError if the file
-    is no file of grids."""
+    """Return the grid of `steps` in the file `path`; None if there is none for this flow and its weights.
+
+    Raises:
+        ValueError: If the file holds no grids.
+    """
     levels = _read(path).get(_name(flow), {}).get(str(steps))
     if levels is not None and len(levels) != steps + 1:
         raise ValueError(f"{path} has a grid of {len(levels) - 1} steps for {steps}; delete it and it will be made again")
@@ -68,7 +82,7 @@ def stored_grid(path: Path, flow: PoissonFlow, steps: int) -> list[float] | None
 
 
 def store_grid(path: Path, flow: PoissonFlow, levels: list[float]) -> None:
-    """Add a grid to the file `path`; grids of other weights go, since the checkpoint is now another."""
+    """Add a grid to the file `path`, and drop grids of other weights, since the checkpoint has changed."""
     name = _name(flow)
     grids = _read(path).get(name, {}) | {str(len(levels) - 1): levels}
     with atomic_write(path) as temporary:

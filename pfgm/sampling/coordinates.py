@@ -1,14 +1,10 @@
-"""Coordinates of the flow: a state, a time, and the slope of the one over the other.
+"""Coordinates in which solvers integrate the flow: a state, a time, and the derivative of the state with respect to the time.
 
-    dx/dlevel = (x - denoise(x, level/ratio)) / level
+The flow of a sample with fixed ratio level/sigma is, for every D,
 
-is the same flow in each of them:
+    dx/dlevel = (x - denoise(x, sigma)) / level,    sigma = level/ratio.
 
-    Angle     u = x / sqrt(level² + s²) over theta = arctan(level/s), s = sigma_data: du/dtheta = (c_skip x - denoise) / c_out.
-              theta runs over less than pi/2, from the horizon of the hemisphere to the data; nothing is stiff, and the error a
-              solver controls is relative to the right scale at every level.
-    LogSigma  x over log(level), dx/dlog(level) = x - denoise: the published form of PFGM and of DPM-Solver.
-    Sigma     x over level: the published form of EDM.
+Here level is the effective noise level. On the hyperplane sigma = level the ratio is 1.
 """
 
 import math
@@ -17,33 +13,46 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Number = Any
-"""A float, or a float64 tensor of a shape that fits x."""
+Number = Any  # a float, or a float64 tensor that broadcasts against x
 
 
 class Coordinates(Protocol):
-    """`time(level)` and its inverse `level(time)`; `radius(level)`, x divided by the state; `slope` of the state over time."""
+    """Interface of the coordinates."""
 
-    def time(self, level: Number) -> Number: ...
+    def time(self, level: Number) -> Number:
+        """Return the time of a level."""
 
-    def level(self, time: Number) -> Number: ...
+    def level(self, time: Number) -> Number:
+        """Return the level of a time, the inverse of `time`."""
 
-    def radius(self, level: Number) -> Number: ...
+    def radius(self, level: Number) -> Number:
+        """Return the factor q of x = q state."""
 
-    def slope(self, x: Tensor, denoised: Tensor, level: Number) -> Tensor: ...
+    def slope(self, x: Tensor, denoised: Tensor, level: Number) -> Tensor:
+        """Return d state / d time."""
 
 
 class Angle:
-    """x / sqrt(level² + s²) over arctan(level/s)."""
+    """Angle coordinates: u = x/q with q² = level² + s², over theta = arctan(level/s), where s = sigma_data.
+
+        du/dtheta = (c_skip x - denoised) / c_out,    c_skip = s²/q²,    c_out = level s/q.
+
+    c_skip and c_out are those of EDM's preconditioning (arXiv 2206.00364, table 1), so the derivative has about unit variance.
+    theta covers less than pi/2 from the data to the horizon, so the flow is not stiff. The state has about unit variance at
+    every level, so tolerances of a solver are relative to the scale of x.
+
+    Args:
+        sigma_data: RMS of the centred data.
+    """
 
     def __init__(self, sigma_data: float):
         self.s = sigma_data
 
     def time(self, level: Number) -> Number:
-        return _library(level).atan(level / self.s)
+        return _math(level).atan(level / self.s)
 
     def level(self, time: Number) -> Number:
-        return self.s * _library(time).tan(time)
+        return self.s * _math(time).tan(time)
 
     def radius(self, level: Number) -> Number:
         return (level**2 + self.s**2) ** 0.5
@@ -54,13 +63,13 @@ class Angle:
 
 
 class LogSigma:
-    """x over log(level)."""
+    """x over log(level), with dx/dlog(level) = x - denoised. PFGM and DPM-Solver use these coordinates."""
 
     def time(self, level: Number) -> Number:
-        return _library(level).log(level)
+        return _math(level).log(level)
 
     def level(self, time: Number) -> Number:
-        return _library(time).exp(time)
+        return _math(time).exp(time)
 
     def radius(self, level: Number) -> Number:
         return 0 * level + 1
@@ -70,7 +79,7 @@ class LogSigma:
 
 
 class Sigma:
-    """x over level."""
+    """x over level, with dx/dlevel = (x - denoised)/level. EDM uses these coordinates."""
 
     def time(self, level: Number) -> Number:
         return level
@@ -85,6 +94,5 @@ class Sigma:
         return (x - denoised) / level
 
 
-def _library(value: Number) -> Any:
-    """Where the functions of `value` are."""
+def _math(value: Number) -> Any:
     return torch if isinstance(value, Tensor) else math

@@ -1,11 +1,11 @@
-"""Combinations of denoisers: bound to conditions, guided by another denoiser or by a classifier.
+"""Combinations of denoisers: with conditions bound, guided by another denoiser, or guided by a classifier.
 
-Each is a denoiser again, for every solver and for the likelihood. All in centred model space. `cost(sigma)` says how many
-network calls one call makes.
+Each is a denoiser again, for every solver and for the likelihood, in centred model space. `cost(sigma)` tells how many network
+calls one call makes.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,31 +18,46 @@ Interval = tuple[float, float]
 
 
 def cost(denoiser: Any, sigma: Tensor | None = None) -> int:
-    """Network calls that `denoiser` makes when asked for levels `sigma` [B]; without levels the most it can make."""
+    """Return the network calls that `denoiser` makes at noise levels `sigma` [B]; the most it can make if None."""
     return denoiser.cost(sigma) if hasattr(denoiser, "cost") else 1
 
 
 class ConditionedDenoiser(nn.Module):
-    """Call `denoiser` with fixed `conditions` besides those of the call; without `takes_label` it gets no label."""
+    """Bind conditions to a denoiser, or hide some from it.
 
-    def __init__(self, denoiser: nn.Module, conditions: Mapping[str, Tensor] | None = None, takes_label: bool = True):
+    Args:
+        denoiser: A denoiser that takes these conditions.
+        conditions: A tensor [B, ...] for each key.
+        drop: Keys that are not passed on when a caller gives them; without its label a network is unconditional.
+    """
+
+    def __init__(self, denoiser: nn.Module, conditions: Mapping[str, Tensor] | None = None, drop: Sequence[str] = ()):
         super().__init__()
-        self.denoiser, self.conditions, self.takes_label = denoiser, conditions or {}, takes_label
+        self.denoiser, self.conditions, self.drop = denoiser, dict(conditions or {}), tuple(drop)
         self.dtype = getattr(denoiser, "dtype", None)
 
+    def cost(self, sigma: Tensor | None = None) -> int:
+        """Return the calls of the denoiser."""
+        return cost(self.denoiser, sigma)
+
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
-        """Return E[y | x, sigma, conditions], like `x` [B, ...]."""
-        asked = {name: value for name, value in conditions.items() if self.takes_label or name != "label"}
-        fixed = {name: value.to(x.dtype) for name, value in self.conditions.items()}
-        return self.denoiser(x, sigma, **asked, **fixed)
+        """Return E[y | x, sigma, conditions], like `x` [B, ...]; floating-point conditions get the dtype of x."""
+        bound = {key: value.to(x.dtype) if value.is_floating_point() else value for key, value in self.conditions.items()}
+        return self.denoiser(x, sigma, **bound, **{key: value for key, value in conditions.items() if key not in self.drop})
 
 
 class GuidedDenoiser(nn.Module):
-    """reference + w (denoised - reference), w = `strength` (float or [B]), at levels from interval[0] to interval[1].
+    """Extrapolate away from a reference: reference + w (denoised - reference).
 
-    With the same network without a label as `reference` this is classifier-free guidance (arXiv 2207.12598, where the scale is
-    w - 1), with a weaker one autoguidance (arXiv 2406.02507). Elsewhere than in `interval`, in model units (arXiv 2404.07724),
-    or for w = 1, it is the denoiser itself, and the reference is not asked.
+    With the same network without a label as reference this is classifier-free guidance (arXiv 2207.12598, whose scale is
+    w - 1), with a weaker network autoguidance (arXiv 2406.02507).
+
+    Args:
+        denoiser: The denoiser to be guided.
+        reference: The denoiser to lead away from.
+        strength: w, a float or [B]; 1 is no guidance.
+        interval: Noise levels (low, high), in model units, outside which the denoiser is not guided and the reference not
+            called (arXiv 2404.07724).
     """
 
     def __init__(
@@ -54,12 +69,12 @@ class GuidedDenoiser(nn.Module):
         self.dtype = getattr(denoiser, "dtype", None)
 
     def cost(self, sigma: Tensor | None = None) -> int:
-        """Those of the denoiser, and those of the reference if any sample is guided at levels `sigma` [B]."""
+        """Return the calls of the denoiser, plus those of the reference if any sample is guided at `sigma` [B]."""
         own = cost(self.denoiser, sigma)
         return own + cost(self.reference, sigma) if sigma is None or bool(self._guided(sigma).any()) else own
 
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
-        """The guided denoised point, like `x` [B, ...]."""
+        """Return the guided denoised point, like `x` [B, ...]."""
         level = per_sample(sigma, x)
         denoised, guided = self.denoiser(x, sigma, **conditions), self._guided(level)
         if not bool(guided.any()):
@@ -74,14 +89,20 @@ class GuidedDenoiser(nn.Module):
 
 
 class ClassifierGuidedDenoiser(nn.Module):
-    """The denoiser pulled towards a class by a classifier of noisy samples, for every D:
+    """Pull a denoiser towards a class by a classifier of noisy samples, for every D:
 
-        denoised + w (|x - denoised|² + D sigma²)/(N + D - 2) ∇_x log P(label | x, sigma),
+        denoised + w (|x - denoised|² + D sigma²)/(N + D - 2) ∇_x log P(label | x, sigma).
 
-    which at D = inf is the familiar sigma² ∇ log P (arXiv 2105.05233). `classifier(x, sigma)` gives logits [B, K] for the law
-    of x at this D; `label` [B] is what to pull towards, `strength` w (float or [B]), `interval` as in `GuidedDenoiser`. It
-    takes P under D - 2 augmented dimensions for that under D, and the mean of the squared distance for its value at the
-    denoised point; the identity without these is exact. ValueError unless N + D > 2.
+    At D = inf the factor is the familiar sigma² (arXiv 2105.05233). The rule takes P under D - 2 augmented dimensions for that
+    under D, and the mean of the squared distance for its value at the denoised point; the identity without these is exact.
+
+    Args:
+        denoiser: The denoiser to be guided.
+        classifier: Maps (x, sigma) to logits [B, K], for the law of x at this D.
+        label: The class of each sample, [B].
+        D: Number of augmented dimensions; N + D > 2.
+        strength: w, a float or [B]; 1 is Bayes' rule.
+        interval: Noise levels (low, high), in model units, outside which there is no guidance.
     """
 
     def __init__(
@@ -100,37 +121,37 @@ class ClassifierGuidedDenoiser(nn.Module):
         self.dtype = getattr(denoiser, "dtype", None)
 
     def cost(self, sigma: Tensor | None = None) -> int:
-        """That of the denoiser; the classifier is not counted."""
+        """Return the calls of the denoiser; the classifier is not counted."""
         return cost(self.denoiser, sigma)
 
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
-        """The guided denoised point, like `x` [B, ...]; `conditions` go to the denoiser."""
+        """Return the guided denoised point, like `x` [B, ...]."""
         level, N = per_sample(sigma, x), x[0].numel()
         denoised = self.denoiser(x, sigma, **conditions)
         variance = _variance(x, denoised, level, N, self.D)
         low, high = self.interval
         weight = torch.where((level >= low) & (level <= high), self.strength.to(x.device), 0.0) * variance
-        return denoised + expand(weight, x) * self._pull(x, level)
+        return denoised + expand(weight, x) * self._gradient(x, level)
 
-    def _pull(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """∇_x log P(label | x, sigma)."""
-        through = torch.is_grad_enabled() and x.requires_grad  # for likelihoods
+    def _gradient(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Return ∇_x log P(label | x, sigma)."""
+        differentiable = torch.is_grad_enabled() and x.requires_grad  # for likelihoods
         with torch.enable_grad():
-            point = x if through else x.detach().requires_grad_()
+            point = x if differentiable else x.detach().requires_grad_()
             logits = self.classifier(point, sigma)
             if logits.ndim != 2 or len(logits) != len(x):
                 raise ValueError(f"classifier returned shape {tuple(logits.shape)}; it has to give logits [{len(x)}, classes]")
             if int(self.label.max()) >= logits.shape[1]:
                 raise ValueError(f"labels go up to {int(self.label.max())}, the classifier has {logits.shape[1]} classes")
             own = logits.log_softmax(1).gather(1, self.label[:, None]) + 0 * point.sum()  # it may ignore x
-            (gradient,) = torch.autograd.grad(own.sum(), point, create_graph=through)
+            (gradient,) = torch.autograd.grad(own.sum(), point, create_graph=differentiable)
         if not bool(torch.isfinite(gradient).all()):
             raise ValueError("classifier: the gradient of its log-probabilities is NaN or infinite")
         return gradient
 
 
 def _variance(x: Tensor, denoised: Tensor, sigma: Tensor, N: int, D: float) -> Tensor:
-    """(|x - denoised|² + D sigma²)/(N + D - 2) [B], sigma² at D = inf."""
+    """Return (|x - denoised|² + D sigma²)/(N + D - 2) [B], which is sigma² at D = inf."""
     if math.isinf(D):
         return sigma.square()
     if N + D <= 2:
@@ -139,11 +160,11 @@ def _variance(x: Tensor, denoised: Tensor, sigma: Tensor, N: int, D: float) -> T
 
 
 def check_interval(interval: Interval) -> Interval:
-    """`interval` as a pair. ValueError unless 0 <= low < high."""
+    """Return `interval` as a pair. Raise ValueError unless 0 <= low < high."""
     try:
         low, high = map(float, interval)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"guidance_interval = {interval!r}: give two noise levels, 0 <= low < high") from error
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
     if not 0 <= low < high:
-        raise ValueError(f"guidance_interval = {interval}: give two noise levels, 0 <= low < high")
+        raise ValueError(f"guidance_interval = {interval!r}: give two noise levels, 0 <= low < high")
     return low, high

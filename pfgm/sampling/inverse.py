@@ -1,6 +1,6 @@
 """Inverse problems without retraining: samples that agree with linear measurements b = A y + noise.
 
-The denoiser of the posterior follows from that of the prior (MMPS, arXiv 2405.13712, there for D = inf):
+The denoiser of the posterior follows from that of the prior (MMPS, arXiv 2405.13712, derived there for D = inf):
 
     E[y | x, b] = denoised + V Aᵀ (A V Aᵀ + s_b² I)⁻¹ (b - A denoised),    V = sigma² ∂denoised/∂x,
 
@@ -20,11 +20,14 @@ from pfgm.sampling.guidance import cost
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of each sample, in the user's units.
+    """Linear measurements of each sample: values = operator(samples) + Gaussian noise, in the user's units.
 
-    `values` [B, ...] = `operator`(samples [B, *shape]) + Gaussian noise of standard deviation `noise` > 0; the operator is
-    linear, or affine, and torch can differentiate it, like `pfgm.data.Downsample(2)` or `Mask`. The equations are solved by
-    at most `iterations` of conjugate residuals, each a vector-Jacobian product of the network.
+    Args:
+        operator: A linear or affine map of samples [B, *shape] that torch can differentiate, such as `pfgm.data.Downsample(2)`
+            or `Mask`.
+        values: The measured values, [B, ...].
+        noise: Standard deviation of the noise, > 0.
+        iterations: Largest number of conjugate residuals, each a vector-Jacobian product of the network.
     """
 
     operator: Callable[[Tensor], Tensor]
@@ -42,7 +45,11 @@ class Measurement:
 
 
 class Mask(nn.Module):
-    """Keeps the elements of samples where `known` [*shape] is True, [B, n]: the rest is to be filled in."""
+    """Keep the known elements of samples, for inpainting.
+
+    Args:
+        known: Booleans [*shape], True where samples are known.
+    """
 
     known: Tensor
 
@@ -54,7 +61,7 @@ class Mask(nn.Module):
         self.register_buffer("known", known)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The known elements of `x` [B, *shape]."""
+        """Return the known elements of `x` [B, *shape], [B, n]."""
         if x.shape[1:] != self.known.shape:
             raise ValueError(
                 f"known has shape {tuple(self.known.shape)}, samples {tuple(x.shape[1:])}; give a mask of that shape"
@@ -63,7 +70,15 @@ class Mask(nn.Module):
 
 
 class MeasuredDenoiser(nn.Module):
-    """E[y | x, sigma, b] for measurements b = `values` [B, ...] of `operator`, both in model space, with `noise` s_b."""
+    """Denoise given measurements: E[y | x, sigma, b].
+
+    Args:
+        denoiser: The denoiser of the prior.
+        operator: The map of the measurements, from model space.
+        values: b, [B, ...].
+        noise: s_b, the standard deviation of their noise.
+        iterations: Largest number of conjugate residuals.
+    """
 
     def __init__(
         self,
@@ -79,11 +94,11 @@ class MeasuredDenoiser(nn.Module):
         self.dtype = getattr(denoiser, "dtype", None)
 
     def cost(self, sigma: Tensor | None = None) -> int:
-        """That of the denoiser; its vector-Jacobian products are not counted."""
+        """Return the calls of the denoiser; its vector-Jacobian products are not counted."""
         return cost(self.denoiser, sigma)
 
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
-        """The denoised point given the measurements, like `x` [B, ...]."""
+        """Return the denoised point given the measurements, like `x` [B, ...]."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("measurement: the denoiser under it has no derivative here, and so no likelihood; leave it out")
         variance = expand(per_sample(sigma, x).square(), x)
@@ -96,7 +111,7 @@ class MeasuredDenoiser(nn.Module):
         offset = self.operator(torch.zeros_like(x))
 
         def back(u: Tensor) -> Tensor:
-            """V Aᵀ u, for symmetric V."""
+            """Return V Aᵀ u, for symmetric V."""
             (product,) = torch.autograd.grad(measured, point, u, retain_graph=True)
             return (variance * product).to(x.dtype)
 
@@ -110,11 +125,11 @@ class MeasuredDenoiser(nn.Module):
 def conjugate_residuals(
     matrix: Callable[[Tensor], Tensor], right: Tensor, iterations: int, floor: float = 0.0, tolerance: float = 1e-10
 ) -> Tensor:
-    """u with matrix(u) = `right` [B, ...], for a symmetric matrix of each sample with eigenvalues >= `floor`.
+    """Solve matrix(u) = `right` [B, ...] for a symmetric matrix of each sample with eigenvalues >= `floor`.
 
-    What comes from a network may be neither symmetric nor bounded so, and the exact solution may then be anything. A sample
-    therefore stays where it is when the matrix turns out to be below the floor along its residual, and of course when that
-    falls below `tolerance` of the right side.
+    The Jacobian of a network may be neither symmetric nor bounded below, and the exact solution may then be anything. A sample
+    therefore stays where it is once the matrix is below the floor along its residual, or the residual below `tolerance` times
+    the right side.
     """
     u, residual = torch.zeros_like(right), right
     direction, image = residual, torch.zeros_like(right)  # image = matrix(direction)

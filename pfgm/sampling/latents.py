@@ -1,4 +1,4 @@
-"""Latents: points high above the data, and the ways between them."""
+"""Latents, the points on the prior's surface that encode samples, and interpolation between them."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,15 +9,23 @@ from torch import Tensor
 from pfgm.core.arguments import check_types
 from pfgm.core.tensors import expand, norm
 
-MOST_POINTS = 10**5
-"""Of a way, which is kept in memory."""
+MAX_POINTS = 10**5  # of an interpolation, which is kept in memory
 
 
 @dataclass
 class Latent:
-    """A point high above the data: direction `t` = x/sigma [n, ...] at `level`, on the "plane" or the "hemisphere".
+    """Latents of n samples at one noise level.
 
-    On the plane x = level t at sigma = level; on the hemisphere sigma = level/ratio with the ratio varsigma/sigma of t.
+    On the hyperplane, sigma = level and x = level t. On the hemisphere, sigma = level/ratio and x = sigma t, where ratio =
+    level/sigma is a function of |t| (`StudentTKernel.effective_level` at sigma = 1).
+
+    Args:
+        t: noise directions x/sigma, [n, ...].
+        level: effective noise level.
+        surface: "plane" or "hemisphere".
+
+    Raises:
+        ValueError: if the surface is unknown or the level not positive and finite.
     """
 
     t: Tensor
@@ -27,43 +35,50 @@ class Latent:
     def __post_init__(self) -> None:
         check_types(type(self).__init__, vars(self))
         if self.surface not in ("plane", "hemisphere"):
-            raise ValueError(f"surface = {self.surface!r} is unknown; choose plane or hemisphere")
+            raise ValueError(f"surface = {self.surface!r} is unknown. Choose plane or hemisphere.")
         if not 0 < self.level < math.inf:
-            raise ValueError(f"level = {self.level} must be a positive finite number")
+            raise ValueError(f"level = {self.level}: must be a positive finite number.")
 
 
 def check_points(points: int) -> None:
-    """ValueError unless `points` is a whole number from 2 to `MOST_POINTS`."""
-    if not isinstance(points, int) or not 2 <= points <= MOST_POINTS:
-        raise ValueError(f"points = {points!r} must be at least 2, the two ends, and at most {MOST_POINTS}")
+    """Raise ValueError unless `points` is an integer from 2 to MAX_POINTS."""
+    if not isinstance(points, int) or not 2 <= points <= MAX_POINTS:
+        raise ValueError(f"points = {points!r}: must be an integer from 2 (both ends) to {MAX_POINTS}.")
 
 
 def interpolate(a: Latent, b: Latent, points: int) -> list[Latent]:
-    """`points` latents from `a` to `b`, both ends included: directions along great circles, lengths |t| geometrically.
+    """Interpolate between latents: directions along great circles of R^N, lengths |t| geometrically.
 
-    The prior's direction is uniform on the sphere and independent of |t|, so that the ways between two of its samples stay
-    where it has its mass, for every D; the straight line, which is the great circle of the augmented hemisphere seen from
-    above, falls short of it for D >> 1. ValueError for latents of other shapes, levels or surfaces, at the origin, or
-    opposite to each other.
+    The prior's direction is uniform on the sphere and independent of |t|. So interpolated latents of two prior samples are
+    typical prior samples, for every D. The straight line is the projection of the great circle on the augmented hemisphere;
+    its middle is too short for D >> 1.
+
+    Args:
+        a: latents [n, ...].
+        b: latents of the same shape, level and surface.
+        points: number of latents, including both ends.
+
+    Raises:
+        ValueError: if shapes, levels or surfaces differ, a latent is at the origin, or two latents are opposite to each other.
     """
     check_points(points)
     if a.t.shape != b.t.shape or a.level != b.level or a.surface != b.surface:
         raise ValueError(
-            f"latents of shapes {tuple(a.t.shape)}, {tuple(b.t.shape)}, levels {a.level:g}, {b.level:g} on {a.surface}, "
-            f"{b.surface} have no way between them; encode both alike"
+            f"a, b: shapes {tuple(a.t.shape)}, {tuple(b.t.shape)}, levels {a.level:g}, {b.level:g}, surfaces {a.surface}, "
+            f"{b.surface} must agree. Encode both in the same way."
         )
     lengths = [norm(latent.t) for latent in (a, b)]
     if not all(bool((length > 0).all()) for length in lengths):
-        raise ValueError("a latent at t = 0 has no direction; there is no great circle from it")
+        raise ValueError("a, b: a latent at t = 0 has no direction, so no great circle begins there.")
     first, second = (
         latent.t.double() / expand(length, latent.t.double()) for latent, length in zip((a, b), lengths, strict=True)
     )
     angle = torch.acos((first * second).flatten(1).sum(1).clamp(-1, 1))
     if bool((angle > math.pi - 1e-6).any()):
-        raise ValueError("two latents are opposite to each other; no great circle between them is the shortest")
+        raise ValueError("a, b: two latents are opposite to each other, so no great circle between them is the shortest.")
     latents = []
     for fraction in torch.linspace(0, 1, points, dtype=torch.float64).tolist():
-        # sin((1-f) angle)/sin(angle), which is 1 - f for a small angle
+        # weight sin(f angle)/sin(angle), which tends to f as the angle tends to 0
         near, far = (torch.where(angle > 1e-9, (f * angle).sin() / angle.sin(), f) for f in (1 - fraction, fraction))
         length = lengths[0] ** (1 - fraction) * lengths[1] ** fraction
         t = expand(length * near, first) * first + expand(length * far, first) * second

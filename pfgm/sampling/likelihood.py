@@ -1,18 +1,20 @@
-"""The density of a flow, by the change of variables along its lines.
+"""Log-densities by the change of variables along the flow.
 
-With u = x/q, q² = level² + s², theta = arctan(level/s) (`pfgm.sampling.Angle`) on the plane sigma = level,
+In angle coordinates (`pfgm.sampling.coordinates.Angle`: u = x/q, q² = level² + s², theta = arctan(level/s), s = sigma_data), on
+the hyperplane sigma = level,
 
     log p(x at sigma_min) = log p(x at sigma_max) + N log(q_max/q_min) + ∫ div_u(du/dtheta) dtheta,
-    div_u(du/dtheta) = (N s²/q² - tr ∂denoise/∂x) q²/(level s),
+    div_u(du/dtheta) = (N s²/q² - tr ∂denoised/∂x) q²/(level s),
 
-from theta_min to theta_max, where the density is the kernel's own. It is that of data perturbed at sigma_min, not of clean
-data. The trace is exact for few dimensions, otherwise Hutchinson's estimate: the mean of e·(∂denoise/∂x)ᵀe over probes e.
+with the integral from theta_min to theta_max. At sigma_max the density is that of the kernel around 0. The result is the
+density of data perturbed at sigma_min, not of clean data. The trace is exact, or Hutchinson's estimate: the mean of
+e·(∂denoised/∂x)ᵀe over random probes e of mean 0 and covariance I.
 
-Sources: FFJORD (arXiv 1810.01367) for the estimate; PFGM (arXiv 2209.11178) section 3.4 for the likelihood.
+Sources: PFGM (arXiv 2209.11178) section 3.4 for the likelihood; FFJORD (arXiv 1810.01367) for the estimate.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,34 +23,36 @@ from torch import Tensor
 
 from pfgm.core import rng
 from pfgm.core.arguments import checked
-from pfgm.core.tensors import check_levels, check_positive
+from pfgm.core.tensors import check_levels, check_positive, per_sample
 from pfgm.sampling.coordinates import Angle
 from pfgm.sampling.ode import CountedDenoiser, solve
-from pfgm.sampling.solvers import ADAPTIVE, make_solver
+from pfgm.sampling.solvers import ADAPTIVE, SolverConfig
 from pfgm.theory.kernel import StudentTKernel
 
-EXACT_UP_TO = 32
-"""Dimensions up to which the trace is exact if nothing is said."""
+MAX_EXACT = 32  # dimensions up to which the trace is exact by default
 PROBES: dict[str, Callable[[tuple[int, int], torch.Generator], Tensor]] = {
     "rademacher": lambda shape, generator: torch.randint(2, shape, generator=generator) * 2.0 - 1,
     "gaussian": lambda shape, generator: torch.randn(shape, generator=generator, dtype=torch.float64),
 }
-"""Laws of mean 0 and covariance I."""
 
 
 @dataclass
 class LogProb:
-    """`value` [B] in nats, the standard `error` [B] of Hutchinson's estimate over its probes (0 if the trace is exact, nan for
-    a single probe), and the network `calls`, each with one vector-Jacobian product for each probe or dimension."""
+    """Log-densities and their cost.
+
+    Args:
+        value: nats per sample, [B].
+        error: standard error of Hutchinson's estimate over its probes, [B]; 0 for an exact trace, nan for a single probe.
+        calls: network calls, each with one vector-Jacobian product per probe (exact: per dimension).
+    """
 
     value: Tensor
     error: Tensor
     calls: int
 
 
-@checked
 def log_prob(denoiser: Callable[..., Tensor], kernel: StudentTKernel, x: Tensor, **options: Any) -> Tensor:
-    """The value of `estimate_log_prob`: [B] nats."""
+    """Return only the value of `estimate_log_prob`, [B] nats."""
     return estimate_log_prob(denoiser, kernel, x, **options).value
 
 
@@ -66,58 +70,77 @@ def estimate_log_prob(
     probe: str = "rademacher",
     seed: int = 0,
     label: Tensor | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
     method: str = "dopri5",
     rtol: float = 1e-5,
     atol: float = 1e-5,
     differentiable: bool = False,
 ) -> LogProb:
-    """The log-density at sigma_min of `x` [B, ...], in nats, in the units of x.
+    """Estimate the log-density of `x` at noise level sigma_min.
 
-    `exact` traces cost N vector-Jacobian products a call (default up to 32 dimensions), Hutchinson's estimate `probes`. Each
-    `probe` is "rademacher", random signs, or "gaussian", of more variance; those of sample i are a function of (`seed`, i).
-    `method`, `rtol` and `atol` are those of an adaptive method of
-    `solvers.make_solver`. `differentiable` keeps the graph through the solver, for gradients with respect to x; the memory
-    grows with the calls. ValueError for arguments out of range, SolverError if solving fails.
+    Args:
+        denoiser: called as denoiser(x, sigma, **conditions).
+        kernel: perturbation kernel of the denoiser.
+        x: samples [B, ...] in model space.
+        sigma_min: noise level of the density.
+        sigma_max: noise level of the prior.
+        sigma_data: RMS of the centred data, for the angle coordinates.
+        exact: whether to compute the trace by N vector-Jacobian products per call (default: for N <= 32).
+        probes: number of probes of Hutchinson's estimate.
+        probe: "rademacher" (random signs) or "gaussian" (more variance).
+        seed: the probes of sample i are a function of (seed, i).
+        label: shorthand for conditions={"label": label}, [B].
+        conditions: keyword tensors for the denoiser, [B, ...] each.
+        method: adaptive solver.
+        rtol: relative tolerance of the solver.
+        atol: absolute tolerance of the solver, for a state of unit variance.
+        differentiable: whether to keep the graph for gradients with respect to x; memory grows with the number of calls.
+
+    Raises:
+        ValueError: if an argument is out of range.
+        SolverError: if the denoiser returns NaN or infinity, or the tolerance cannot be met.
     """
-    if x.ndim < 2 or not len(x):
-        raise ValueError(f"x has the shape {tuple(x.shape)}; give samples [B, ...], one at least, single numbers as [B, 1]")
+    ratio = per_sample(1.0, x)  # level/sigma on the hyperplane
+    if not len(x):
+        raise ValueError(f"x has the shape {tuple(x.shape)}: no samples. Pass at least one.")
     check_levels(sigma_min, sigma_max)
     check_positive("sigma_data", sigma_data)
     if probes < 1:
-        raise ValueError(f"probes = {probes} must be at least 1")
+        raise ValueError(f"probes = {probes}: must be at least 1.")
     if probe not in PROBES:
-        raise ValueError(f"probe = {probe!r} is unknown; choose one of {', '.join(PROBES)}")
+        raise ValueError(f"probe = {probe!r} is unknown. Choose one of {', '.join(PROBES)}.")
     if method not in ADAPTIVE:
-        raise ValueError(f"method = {method!r}: give an adaptive method, one of {', '.join(ADAPTIVE)}")
-    solver, path, N = make_solver(method=method, rtol=rtol, atol=atol), Angle(sigma_data), x[0].numel()
-    exact = N <= EXACT_UP_TO if exact is None else exact
-    vectors = _basis(x) if exact else _random(x, probes, seed, PROBES[probe])
-    denoise, ones = CountedDenoiser(denoiser, label, dtype=x.dtype), torch.ones(len(x), dtype=torch.float64, device=x.device)
+        raise ValueError(f"method = {method!r} is not adaptive. Choose one of {', '.join(ADAPTIVE)}.")
+    solver, coordinates, N = SolverConfig(method=method, rtol=rtol, atol=atol).solver, Angle(sigma_data), x[0].numel()
+    exact = N <= MAX_EXACT if exact is None else exact
+    vectors = _unit_vectors(x) if exact else _random_probes(x, probes, seed, PROBES[probe])
+    conditions = dict(conditions or {}) | ({} if label is None else {"label": label})
+    denoise = CountedDenoiser(denoiser, conditions, dtype=x.dtype)
 
     def slope(time: float, state: Tensor) -> Tensor:
-        """Of u and of one integral for each probe, or one in all: [B, N + P]."""
-        level = path.level(time)
-        q = path.radius(level)
+        """Compute the derivative of u [B, N] and of the integrals, [B, P], one per probe or a single exact one."""
+        level = coordinates.level(time)
+        q = coordinates.radius(level)
         point = (q * state[:, :N]).reshape(x.shape)
-        denoised, products = _products(lambda p: denoise(p, level, ones), point, vectors, differentiable)
+        denoised, products = _products(lambda p: denoise(p, level, ratio), point, vectors, differentiable)
         trace = products.sum(0, keepdim=True) if exact else products
         divergence = (N * (sigma_data / q) ** 2 - trace) * (q**2 / (level * sigma_data))
-        return torch.cat([path.slope(point, denoised, level).flatten(1), divergence.T], 1)
+        return torch.cat([coordinates.slope(point, denoised, level).flatten(1), divergence.T], 1)
 
-    integrals = 1 if exact else probes
-    times = torch.tensor([path.time(sigma_min), path.time(sigma_max)], dtype=torch.float64, device=x.device)
-    state = torch.cat([x.double().flatten(1) / path.radius(sigma_min), x.new_zeros(len(x), integrals, dtype=torch.float64)], 1)
+    levels, q_min, q_max = [sigma_min, sigma_max], coordinates.radius(sigma_min), coordinates.radius(sigma_max)
+    times = torch.tensor([coordinates.time(level) for level in levels], dtype=torch.float64, device=x.device)
+    integrals = torch.zeros(len(x), 1 if exact else probes, dtype=torch.float64, device=x.device)
+    state = torch.cat([x.double().flatten(1) / q_min, integrals], 1)
     with torch.set_grad_enabled(differentiable):
-        end = solve(denoise, slope, state, [sigma_min, sigma_max], solver, path, times, lambda t, state: None)[0][-1]
-        top = (path.radius(sigma_max) * end[:, :N]).reshape(x.shape)
+        end = solve(denoise, slope, state, levels, solver, coordinates, times, lambda t, state: None)[0][-1]
+        top = (q_max * end[:, :N]).reshape(x.shape)
         prior = kernel.log_prob(top, torch.zeros_like(top), sigma_max)
-        growth = N * math.log(path.radius(sigma_max) / path.radius(sigma_min))
-        values = prior[:, None] + growth + end[:, N:]
-    return LogProb(values.mean(1), _standard_error(values) if not exact else torch.zeros_like(prior), denoise.calls)
+        values = prior[:, None] + N * math.log(q_max / q_min) + end[:, N:]
+    return LogProb(values.mean(1), torch.zeros_like(prior) if exact else _standard_error(values), denoise.calls)
 
 
 def _standard_error(values: Tensor) -> Tensor:
-    """Of the mean over the last dimension; nan for one value."""
+    """Compute the standard error of the mean over the last dimension; nan for a single value."""
     n = values.shape[-1]
     return values.std(-1) / math.sqrt(n) if n > 1 else torch.full_like(values[..., 0], math.nan)
 
@@ -125,10 +148,10 @@ def _standard_error(values: Tensor) -> Tensor:
 def _products(
     denoise: Callable[[Tensor], Tensor], point: Tensor, vectors: Tensor, differentiable: bool
 ) -> tuple[Tensor, Tensor]:
-    """denoise(point) [B, ...] and e·Jᵀe [P, B] for its Jacobian J and `vectors` e [P, B, N]."""
+    """Compute denoise(point) [B, ...] and e·Jᵀe [P, B] for its Jacobian J and the `vectors` e [P, B, N]."""
     with torch.enable_grad():
         point = point if differentiable and point.requires_grad else point.detach().requires_grad_()
-        denoised = denoise(point) + 0 * point  # so that a denoiser that ignores its input has a derivative
+        denoised = denoise(point) + 0 * point  # gives a denoiser that ignores its input a derivative
         rows = []
         for k, e in enumerate(vectors):
             last = k == len(vectors) - 1
@@ -140,14 +163,14 @@ def _products(
     return (denoised, products) if differentiable else (denoised.detach(), products)
 
 
-def _basis(x: Tensor) -> Tensor:
-    """All unit vectors [N, B, N]."""
+def _unit_vectors(x: Tensor) -> Tensor:
+    """Return the N unit vectors for each sample, [N, B, N]."""
     N = x[0].numel()
     return torch.eye(N, dtype=torch.float64, device=x.device)[:, None].expand(N, len(x), N)
 
 
-def _random(x: Tensor, probes: int, seed: int, draw: Callable[[tuple[int, int], torch.Generator], Tensor]) -> Tensor:
-    """Probes [P, B, N], those of sample i a function of (seed, i)."""
+def _random_probes(x: Tensor, probes: int, seed: int, draw: Callable[[tuple[int, int], torch.Generator], Tensor]) -> Tensor:
+    """Sample probes [P, B, N], those of sample i as a function of (seed, i)."""
     shape = (probes, x[0].numel())
-    each = [draw(shape, rng.generator(seed, i, 0, 0, rng.PROBES)) for i in range(len(x))]
-    return torch.stack(each, 1).to(x.device, torch.float64)
+    rows = [draw(shape, rng.generator(seed, i, 0, 0, rng.PROBES)) for i in range(len(x))]
+    return torch.stack(rows, 1).to(x.device, torch.float64)

@@ -1,49 +1,69 @@
-"""Multistep methods: one call of the network a step, the slopes of earlier steps remembered.
+"""Linear multistep methods: one network call per step, with the values of earlier steps in memory.
 
-All are exact integrals of the polynomial through the remembered values, on grids of any spacing:
-
-    adams_bashforth   the slope is the polynomial, u1 = u0 + ∫ slope dt;
-    dpm_solver        the denoised point is the polynomial in t = log(level) (arXiv 2211.01095, data prediction),
-                      x1 = e^h x0 - ∫ e^(t1-t) denoised(t) dt, h = t1 - t0.
+Each method integrates exactly the polynomial through the values it remembers, on grids of any spacing.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-Slope = Callable[[Any, Tensor], Tensor]
-"""Of the state [B, ...] at a time: a float or, where each sample has its own, [B]."""
+from pfgm.sampling.methods import ANGLE, LOG_SIGMA, Method, Slope, on_grid, register
+
+History = Sequence[tuple[float, Tensor]]  # times and values, the newest first
 
 
 def adams_bashforth(slope: Slope, state: Tensor, times: Sequence[float], order: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The states at times[1:], by the method of `order` 2 or 3, each with what one order less makes of the last step.
+    """Integrate d state/dt = slope by the Adams-Bashforth method with variable steps.
 
-    The first step costs one call at order 2 (Euler) and two at order 3 (midpoint), the second uses two slopes: each of these
-    is one step with an error of the order of the step to the power of `order`, which does not lower the order of the whole.
+        u1 = u0 + ∫ P(t) dt,    P = polynomial through the last `order` slopes
+
+    Order 2 begins with an Euler step (one call), order 3 with a midpoint step (two calls) and a step with two slopes. The
+    local error of these steps is of order h^order, so the global order is kept.
+    Source: Hairer, Nørsett, Wanner, Solving Ordinary Differential Equations I, section III.5.
+
+    Args:
+        slope: derivative of the state.
+        state: state [B, ...] at times[0].
+        times: grid of times, increasing or decreasing.
+        order: 2 or 3.
+
+    Yields:
+        The state at each of times[1:], and the same step by the method of one order less.
     """
     history: list[tuple[float, Tensor]] = []
     for start, end in pairwise(times):
-        first = slope(start, state)
+        h, first = end - start, slope(start, state)
         history = [(start, first), *history][:order]
         if len(history) == 1 and order == 3:
-            middle, lower = (start + end) / 2, state + (end - start) * first
-            state = state + (end - start) * slope(middle, state + (middle - start) * first)
+            middle, lower = (start + end) / 2, state + h * first
+            state = state + h * slope(middle, state + (middle - start) * first)
         else:
-            h = end - start
-            moments = [h ** (m + 1) / (m + 1) for m in range(len(history))]
-            lower = state + _one_order_less(history, start, moments)
+            moments = [h ** (m + 1) / (m + 1) for m in range(len(history))]  # ∫ (t - start)^m dt from start to end
+            lower = state + _combine_newest(history, start, moments)
             state = state + _combine(history, start, moments)
         yield state, lower
 
 
 def dpm_solver(slope: Slope, x: Tensor, times: Sequence[float], order: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """DPM-Solver++(2M) or (3M) in x over log(level): the states at times[1:], one call each, as `adams_bashforth`.
+    """Integrate the flow by DPM-Solver++(2M) or (3M), in x over t = log(level), with data prediction.
 
-    Order 2 has the published weights 1 + 1/(2r), -1/(2r) with r = h_before/h, times 1 - e^h.
+        x1 = e^h x0 - ∫ e^(t1-t) P(t) dt,    h = t1 - t0,    P = polynomial through the last `order` denoised points
+
+    Order 2 uses the published weights 1 + 1/(2r) and -1/(2r) with r = h_before/h, times 1 - e^h. They are exact for a constant
+    and approximate the moment of t - t0 by (1 - e^h) h/2. Source: DPM-Solver++ (arXiv 2211.01095), algorithm 2.
+
+    Args:
+        slope: dx/dt = x - denoised.
+        x: state [B, ...] at times[0].
+        times: grid of log(level).
+        order: 2 or 3.
+
+    Yields:
+        The same as `adams_bashforth`.
     """
     history: list[tuple[float, Tensor]] = []
     for start, end in pairwise(times):
@@ -53,27 +73,33 @@ def dpm_solver(slope: Slope, x: Tensor, times: Sequence[float], order: int) -> I
             moments = [-math.expm1(h), -math.expm1(h) * h / 2]
         else:
             moments = _exponential_moments(h, len(history))
-        lower = math.exp(h) * x + _one_order_less(history, start, moments)
+        lower = math.exp(h) * x + _combine_newest(history, start, moments)
         x = math.exp(h) * x + _combine(history, start, moments)
         yield x, lower
 
 
-def _combine(history: Sequence[tuple[float, Tensor]], origin: float, moments: Sequence[float]) -> Tensor:
-    """Σ w_j value_j, where the functional Σ w_j f(t_j) has the given moments, of f = (t - origin)^m."""
+def _combine(history: History, origin: float, moments: Sequence[float]) -> Tensor:
+    """Compute Σ w_j value_j, with weights w such that Σ w_j (t_j - origin)^m = moments[m] for every m."""
     nodes = np.array([time - origin for time, _ in history])
     weights = np.linalg.solve(np.vander(nodes, increasing=True).T, np.array(moments))
     return sum((float(w) * value for w, (_, value) in zip(weights, history, strict=True)), start=0 * history[0][1])
 
 
-def _one_order_less(history: Sequence[tuple[float, Tensor]], origin: float, moments: Sequence[float]) -> Tensor:
-    """The same without the oldest value; with it if there is no other."""
+def _combine_newest(history: History, origin: float, moments: Sequence[float]) -> Tensor:
+    """Combine all values but the oldest, or the only value."""
     keep = max(1, len(history) - 1)
     return _combine(history[:keep], origin, moments[:keep])
 
 
 def _exponential_moments(h: float, number: int) -> list[float]:
-    """-∫_0^h e^(h-t) t^m dt for m < number, by parts."""
+    """Compute -∫ e^(h-t) t^m dt from 0 to h, for m < number, by parts: I_0 = e^h - 1, I_m = m I_(m-1) - h^m."""
     integrals = [math.expm1(h)]
     for m in range(1, number):
         integrals.append(m * integrals[-1] - h**m)
     return [-value for value in integrals]
+
+
+register(Method("ab2", 2, ANGLE, on_grid(partial(adams_bashforth, order=2))))
+register(Method("ab3", 3, ANGLE, on_grid(partial(adams_bashforth, order=3)), grid="paced"))
+register(Method("dpmpp_2m", 2, LOG_SIGMA, on_grid(partial(dpm_solver, order=2)), grid="rho"))
+register(Method("dpmpp_3m", 3, LOG_SIGMA, on_grid(partial(dpm_solver, order=3)), grid="rho"))

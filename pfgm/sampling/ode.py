@@ -1,13 +1,13 @@
-"""The flow's ordinary differential equation, followed by a solver.
+"""The flow's ordinary differential equation and its solution.
 
     dx/dlevel = (x - denoise(x, level/ratio)) / level
 
 with ratio = 1 on the plane sigma = level, and ratio = varsigma/sigma, fixed for each sample, on hemispheres. D does not appear.
-The state is float64; see `pfgm.sampling.coordinates` for its forms and `pfgm.sampling.solvers` for the methods.
+The state is float64; see `pfgm.sampling.coordinates` for its forms and `pfgm.sampling.methods` for the methods.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from pfgm.core.tensors import expand
 from pfgm.sampling.coordinates import Coordinates
 from pfgm.sampling.guidance import cost
-from pfgm.sampling.multistep import Slope
+from pfgm.sampling.methods import OnStep, Slope, SolverStats
 from pfgm.sampling.runge_kutta import StepError
-from pfgm.sampling.solvers import OnStep, Solver, SolverStats
+from pfgm.sampling.solvers import Solver
 
 
 class SolverError(RuntimeError):
@@ -27,49 +27,68 @@ class SolverError(RuntimeError):
 
 
 class OutOfCalls(Exception):
-    """The denoiser was asked more often than allowed."""
+    """A call would exceed the number of network calls allowed."""
 
 
 class CountedDenoiser:
-    """A denoiser as a solver sees it: float64 in and out, calls counted, values that are not finite refused.
+    """Present a denoiser to a solver: float64 in and out, calls counted, non-finite values refused.
 
-    Networks get their input in the dtype of their parameters (or of their attribute `dtype`), denoisers without parameters in
-    `dtype`. After each call `on_call(calls, level)` is told the number of calls so far and the (highest) level that was asked
-    for, also kept as `level`. Beyond `max_calls` calls OutOfCalls is raised.
+    Networks get their input in the dtype of their parameters, or of their attribute `dtype` if they have one.
+
+    Args:
+        denoiser: denoiser in centred model space.
+        conditions: tensors [B, ...] passed to `denoiser` by name with each call.
+        dtype: dtype of the input of denoisers without parameters.
+        on_call: called after each call with the number of calls so far and the level, the highest if samples differ.
+
+    Attributes:
+        calls: network calls so far.
+        level: level of the last call.
+        max_calls: number of calls that must not be exceeded.
+        dtype: dtype of the input.
     """
 
     def __init__(
         self,
         denoiser: Callable[..., Tensor],
-        label: Tensor | None = None,
+        conditions: Mapping[str, Tensor],
         *,
         dtype: torch.dtype,
         on_call: Callable[[int, float], None] | None = None,
     ):
-        self.denoiser, self.label, self.on_call = denoiser, label, on_call
+        self.denoiser, self.conditions, self.on_call = denoiser, conditions, on_call
         self.calls, self.level, self.max_calls = 0, math.nan, math.inf
         self.dtype = input_dtype(denoiser, dtype)
 
     def __call__(self, x: Tensor, level: float | Tensor, ratio: Tensor) -> Tensor:
-        """denoise(x, level/ratio) for `x` [B, ...], `level` (float or [B]) and `ratio` [B]. SolverError if it is not finite."""
+        """Return denoise(x, level/ratio).
+
+        Args:
+            x: points [B, ...] in model space.
+            level: effective noise level, a float or [B].
+            ratio: level/sigma of each sample, [B].
+
+        Raises:
+            OutOfCalls: the call would exceed `max_calls`.
+            SolverError: the denoiser returned another shape than that of x, or values that are not finite.
+        """
         sigma = (level / ratio).to(self.dtype)
-        price = cost(self.denoiser, sigma)
-        if self.calls + price > self.max_calls:
+        calls = cost(self.denoiser, sigma)
+        if self.calls + calls > self.max_calls:
             raise OutOfCalls
-        point = x.to(self.dtype)
-        denoised = self.denoiser(point, sigma) if self.label is None else self.denoiser(point, sigma, label=self.label)
+        denoised = self.denoiser(x.to(self.dtype), sigma, **self.conditions)
         if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
-            got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
+            returned = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
             raise SolverError(
-                f"denoiser returned {got} for x of shape {tuple(x.shape)}; it must return the denoised x, of its shape"
+                f"denoiser returned {returned} for x of shape {tuple(x.shape)}. It must return the denoised x, of its shape."
             )
-        self.calls += price
+        self.calls += calls
         self.level = float(level.max()) if isinstance(level, Tensor) else level
         if not bool(torch.isfinite(denoised).all()):
             bad = int((~torch.isfinite(denoised).flatten(1).all(1)).sum())
             raise SolverError(
                 f"the denoiser returned NaN or infinity for {bad} of {len(x)} samples at level {self.level:.4g} "
-                f"(call {self.calls}); its weights may have diverged in training, or its dtype may be too narrow: try float32"
+                f"(call {self.calls}). Its weights may have diverged in training, or its dtype may be too narrow: try float32."
             )
         if self.on_call is not None:
             self.on_call(self.calls, self.level)
@@ -78,16 +97,21 @@ class CountedDenoiser:
 
 @dataclass
 class Solution:
-    """What following the flow gave: float64 `states` [points, B, ...] at `levels` [points] and what the solver did, `steps`.
+    """Hold what following the flow gave.
 
-    The error in `steps` is in the units of x. If calls ran out, the way is not `complete`: its states are the first and the
-    last that was reached, whose `level` (float or [B]) is above the end.
+    Args:
+        states: points x [points, B, ...] in float64, the first being the start. If calls ran out, the start and the last
+            point reached.
+        levels: levels [points] of the states; NaN if calls ran out.
+        level: level of the last state, a float or, if calls ran out and samples have steps of their own, [B].
+        stats: steps taken, and the estimated error in the unit of x.
+        complete: False if calls ran out before the end.
     """
 
     states: Tensor
     levels: Tensor
     level: float | Tensor
-    steps: SolverStats
+    stats: SolverStats
     complete: bool = True
 
     @property
@@ -106,45 +130,53 @@ def follow(
     ratio: Tensor | None = None,
     points: int = 2,
 ) -> Solution:
-    """Follow the flow from `x` [B, ...] at levels[0] through `levels` to the last, with `ratio` [B] fixed (default 1).
+    """Follow the flow from `x` at levels[0] through `levels` to the last.
 
-    The states of the Way are at `points` levels equally spaced in the coordinate's time; the first is x itself. SolverError if
-    the denoiser is not finite or the tolerance cannot be met.
+    Args:
+        denoise: denoiser whose flow it is.
+        x: points [B, ...] in model space.
+        levels: levels that the solution passes through, rising or falling; a single one returns `x` itself.
+        solver: solver to use.
+        sigma_data: standard deviation of the data, in the unit of x.
+        ratio: level/sigma of each sample, [B], which stays fixed (default 1).
+        points: number of states to return, equally spaced in the coordinates' time.
+
+    Returns:
+        The solution, which is incomplete if `denoise` ran out of calls.
+
+    Raises:
+        SolverError: the denoiser's values are not finite, or the tolerance cannot be met.
     """
-    path = solver.path(sigma_data)
     if len(levels) == 1:
         here = torch.full((points,), levels[0], dtype=torch.float64, device=x.device)
         return Solution(x.double().expand(points, *x.shape), here, levels[0], SolverStats())
-    ratios = torch.ones(len(x)) if ratio is None else ratio
-    ratios = ratios.to(x.device, torch.float64)
+    coordinates = solver.coordinates(sigma_data)
+    ratios = (torch.ones(len(x)) if ratio is None else ratio).to(x.device, torch.float64)
 
     def slope(time: Any, state: Tensor) -> Tensor:
-        level = path.level(time)
+        level = coordinates.level(time)
         wide = expand(level, state) if isinstance(level, Tensor) else level
-        point = path.radius(wide) * state
-        return path.slope(point, denoise(point, level, ratios), wide)
+        point = coordinates.radius(wide) * state
+        return coordinates.slope(point, denoise(point, level, ratios), wide)
 
-    start, end = path.time(levels[0]), path.time(levels[-1])
+    start, end = coordinates.time(levels[0]), coordinates.time(levels[-1])
     times = torch.linspace(start, end, points, dtype=torch.float64, device=x.device)
-    state = x.double() / path.radius(levels[0])
-    reached = _Reached(start, state)
+    state = x.double() / coordinates.radius(levels[0])
+    progress = _Progress(start, state)
     try:
-        states, steps = solve(denoise, slope, state, levels, solver, path, times, reached)
+        states, stats = solve(denoise, slope, state, levels, solver, coordinates, times, progress)
     except OutOfCalls:
-        level = path.level(reached.time)
-        wide = expand(level, x.double()) if isinstance(level, Tensor) else level
-        states, way = torch.stack([x.double(), path.radius(wide) * reached.state]), torch.full((2,), torch.nan)
-        return Solution(states, way, level, SolverStats(reached.steps), complete=False)
-    passed = [levels[0], *map(path.level, times[1:-1].tolist()), levels[-1]]
-    radii = torch.tensor([path.radius(level) for level in passed], dtype=torch.float64, device=x.device)
-    if steps.error is not None:
-        steps.error = steps.error * path.radius(levels[-1])
-    way = torch.tensor(passed, dtype=torch.float64, device=x.device)
-    return Solution(states * radii.reshape(-1, *[1] * x.ndim), way, levels[-1], steps)
+        return progress.solution(x, coordinates)
+    at = [levels[0], *map(coordinates.level, times[1:-1].tolist()), levels[-1]]
+    radii = torch.tensor([coordinates.radius(level) for level in at], dtype=torch.float64, device=x.device)
+    if stats.error is not None:
+        stats.error = stats.error * coordinates.radius(levels[-1])
+    states = states * radii.reshape(-1, *[1] * x.ndim)
+    return Solution(states, torch.tensor(at, dtype=torch.float64, device=x.device), levels[-1], stats)
 
 
-class _Reached:
-    """The time and the state that a solver has reached, and in how many steps."""
+class _Progress:
+    """Keeps the time and the state that a solver has reached, and counts the steps."""
 
     def __init__(self, time: Any, state: Tensor):
         self.time, self.state, self.steps = time, state, 0
@@ -153,6 +185,13 @@ class _Reached:
         self.steps += bool(torch.as_tensor(time != self.time).any())
         self.time, self.state = time, state
 
+    def solution(self, x: Tensor, coordinates: Coordinates) -> Solution:
+        """Return the incomplete solution that began at `x`."""
+        level = coordinates.level(self.time)
+        wide = expand(level, x.double()) if isinstance(level, Tensor) else level
+        states = torch.stack([x.double(), coordinates.radius(wide) * self.state])
+        return Solution(states, torch.full((2,), torch.nan), level, SolverStats(self.steps), complete=False)
+
 
 def solve(
     denoise: CountedDenoiser,
@@ -160,24 +199,25 @@ def solve(
     state: Tensor,
     levels: Sequence[float],
     solver: Solver,
-    path: Coordinates,
+    coordinates: Coordinates,
     times: Tensor,
     on_step: OnStep,
 ) -> tuple[Tensor, SolverStats]:
-    """`solver.follow` for any `state` whose slope asks `denoise`; what it cannot do becomes a SolverError with advice."""
+    """Call `solver.follow` for a `state` whose slope asks `denoise`. Raise SolverError, with advice, if the solver gives up."""
     try:
-        return solver.follow(slope, state, path, levels, times, on_step)
+        return solver.follow(slope, state, coordinates, levels, times, on_step)
     except StepError as error:
         raise SolverError(
-            f"{solver.method} could not meet its tolerance at level {denoise.level:.4g} after {denoise.calls} calls ({error}); "
-            "raise rtol and atol, or use a fixed method such as ab3; if that is no better, the network is not smooth there"
+            f"{solver.method.name} could not meet its tolerance at level {denoise.level:.4g} after {denoise.calls} calls "
+            f"({error}). Raise rtol and atol, or use a method with fixed steps such as ab3. If that is no better, the network "
+            "is not smooth there."
         ) from error
 
 
 def input_dtype(denoiser: Any, default: torch.dtype) -> torch.dtype:
-    """The dtype in which a denoiser wants its samples."""
-    wanted = getattr(denoiser, "dtype", None)
-    if isinstance(wanted, torch.dtype):
-        return wanted
+    """Return the dtype of a denoiser's input: of its attribute `dtype`, of its parameters, or `default`."""
+    own = getattr(denoiser, "dtype", None)
+    if isinstance(own, torch.dtype):
+        return own
     parameters = denoiser.parameters() if isinstance(denoiser, nn.Module) else iter(())
     return next((p.dtype for p in parameters if p.is_floating_point()), default)

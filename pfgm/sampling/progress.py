@@ -1,27 +1,30 @@
-"""The progress bar of a draw: how far down the flow the current batch is, the level reached and the calls made."""
-
-from types import TracebackType
+"""Progress bar of sampling."""
 
 from tqdm import tqdm
 
 from pfgm.sampling.sampler import Sampler
 
 
-class DrawProgress:
-    """A bar over `total` samples, as a context manager.
+class SamplingProgress:
+    """Show finished samples, current noise level and network calls; a context manager.
 
-    It is the `on_call` of a Sampler: `batch(size)` announces the next batch, calls move the bar by its share of the way from
-    sigma_max to the level that is denoised.
+    Pass the object as `on_call` of a Sampler. Announce each batch by `batch(size)`. Within a batch the bar advances with the
+    time of the sampler's coordinates, from sigma_max to the level of the final denoising.
+
+    Args:
+        total: number of samples.
+        sampler: the sampler in use.
+        show: whether to show the bar.
     """
 
     def __init__(self, total: int, sampler: Sampler, show: bool):
         self.bar = tqdm(total=total, unit=" samples", disable=not show, dynamic_ncols=True)
-        self.path = sampler.solver.path(sampler.sigma_data)
+        self.path = sampler.solver.coordinates(sampler.sigma_data)
         self.start, self.end = self.path.time(sampler.sigma_max), self.path.time(sampler.last_level)
         self.done, self.size = 0, 0
 
     def batch(self, size: int) -> None:
-        """The samples announced so far are done, `size` more begin."""
+        """Count the previous batch as finished and begin one of `size` samples."""
         self.done += self.size
         self.size = size
 
@@ -30,8 +33,8 @@ class DrawProgress:
         self.bar.n = round(self.done + self.size * min(1.0, fraction), 1)
         self.bar.set_postfix(level=f"{level:.3g}", calls=calls)
 
-    def __enter__(self) -> "DrawProgress":
+    def __enter__(self) -> "SamplingProgress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.close()

@@ -1,7 +1,7 @@
-"""Embedded Runge-Kutta methods in which each sample of a batch has steps of its own.
+"""Embedded Runge-Kutta methods with separate step sizes for each sample of a batch.
 
-torchdiffeq has one step for a whole batch, so that the hardest sample sets it and the others' results depend on their batch
-mates. Here each sample has its own time, step and decision; a sample that has arrived waits for the others.
+torchdiffeq uses one step size for the whole batch. The hardest sample then sets it, and the result of every sample depends on
+the rest of its batch. Here each sample has its own time, step size and error test. A finished sample waits for the others.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,16 +11,21 @@ import torch
 from torch import Tensor
 
 from pfgm.core.tensors import expand
-from pfgm.sampling.multistep import Slope
+from pfgm.sampling.methods import Integrator, Problem, Slope, SolverStats, rms
 
-SAFETY, SHRINK, GROW = 0.9, 0.2, 2.0
-"""Of the step size: the share of the step that would just do, and the most it may change by."""
+SAFETY = 0.9  # factor of the step size that would just meet the tolerance
+SHRINK, GROW = 0.2, 2.0  # bounds of the ratio of successive step sizes
 
 
 @dataclass(frozen=True)
 class ButcherTableau:
-    """A method of `order` with an error estimate: the rows of the Butcher tableau, the last of which is the solution (its slope
-    is the first of the next step), and the `error` weights of all stages."""
+    """Coefficients of an explicit embedded Runge-Kutta method with the FSAL property.
+
+    Args:
+        order: order of the solution that is propagated.
+        rows: rows a_i of the tableau; the last gives the solution, whose slope is the first of the next step.
+        error: weights of the error estimate for all stages, the difference of the two solutions.
+    """
 
     order: int
     rows: Sequence[Sequence[float]]
@@ -28,9 +33,11 @@ class ButcherTableau:
 
 
 TABLEAUS = {
-    "adaptive_heun": ButcherTableau(2, ((1.0,), (1 / 2, 1 / 2)), (-1 / 2, 1 / 2, 0)),
-    "bosh3": ButcherTableau(3, ((1 / 2,), (0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)), (-5 / 72, 1 / 12, 1 / 9, -1 / 8)),
-    "dopri5": ButcherTableau(
+    "adaptive_heun": ButcherTableau(2, ((1.0,), (1 / 2, 1 / 2)), (-1 / 2, 1 / 2, 0)),  # Heun-Euler
+    "bosh3": ButcherTableau(  # Bogacki-Shampine
+        3, ((1 / 2,), (0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)), (-5 / 72, 1 / 12, 1 / 9, -1 / 8)
+    ),
+    "dopri5": ButcherTableau(  # Dormand-Prince
         5,
         (
             (1 / 5,),
@@ -43,16 +50,22 @@ TABLEAUS = {
         (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
     ),
 }
-"""Heun-Euler, Bogacki-Shampine and Dormand-Prince."""
 
 
 class StepError(RuntimeError):
-    """The steps became too small, or too many."""
+    """Signals that the step size vanished or the number of steps exceeded its limit."""
 
 
 @dataclass
-class Each:
-    """States and what was done: `states` [points, B, ...], steps `accepted` and `rejected` [B], summed local `error` [B]."""
+class PerSampleSolution:
+    """Result of `integrate_per_sample`.
+
+    Args:
+        states: states at the requested times, [points, B, ...].
+        accepted: number of accepted steps, [B].
+        rejected: number of rejected steps, [B].
+        error: sum of the RMS local errors of the accepted steps, [B].
+    """
 
     states: Tensor
     accepted: Tensor
@@ -64,20 +77,37 @@ def integrate_per_sample(
     slope: Slope,
     state: Tensor,
     at: Tensor,
-    pair: ButcherTableau,
+    tableau: ButcherTableau,
     *,
     rtol: float,
     atol: float,
     first_step: float,
     max_steps: int,
     on_step: Callable[[Tensor, Tensor], None],
-) -> Each:
-    """From `state` [B, ...] at time at[0] = 0 to time at[-1] = 1, with the states at all times `at` [points].
+) -> PerSampleSolution:
+    """Integrate d state/dt = slope from t = 0 to t = 1 with a step size for each sample.
 
-    The step is h · .9 error^(-.7/order) error_before^(.4/order) (a PI controller; Hairer and Wanner, Solving Ordinary
-    Differential Equations II, IV.2), the error being the sample's root mean square of error/(atol + rtol |state|). Between
-    steps states are cubic Hermite interpolations. `on_step(times, states)` follows the progress. StepError after `max_steps`,
-    or if a step vanishes.
+    The error of a sample is the RMS of (error estimate)/(atol + rtol |state|). A step is accepted if it is at most 1. A PI
+    controller sets the next step, with k = order of the method:
+
+        h_next = h · .9 error^(-.7/k) error_before^(.4/k)
+
+    Source: Hairer, Wanner, Solving Ordinary Differential Equations II, section IV.2. States between steps come from cubic
+    Hermite interpolation.
+
+    Args:
+        slope: derivative slope(t [B], state [B, ...]).
+        state: float64 state [B, ...] at t = 0.
+        at: increasing times of the output, [points], from 0 to 1.
+        tableau: the method.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        first_step: size of the first step.
+        max_steps: most steps, accepted or rejected, of any sample.
+        on_step: called as on_step(times [B], states) after each step.
+
+    Raises:
+        StepError: if a step size vanishes or `max_steps` steps do not suffice.
     """
     zero = torch.zeros(len(state), dtype=torch.float64, device=state.device)
     time, step, before, total = zero, zero + first_step, zero + 1, zero
@@ -87,11 +117,11 @@ def integrate_per_sample(
     for _ in range(max_steps):
         running = time < 1
         if not bool(running.any()):
-            return Each(states, accepted, rejected, total)
+            return PerSampleSolution(states, accepted, rejected, total)
         end = (time + step).clamp(max=1)
         if bool((running & (end <= time)).any()):
-            raise StepError("a step vanished")
-        after, last, difference = _step(slope, state, time, end - time, first, pair)
+            raise StepError("the step size vanished")
+        after, last, difference = _step(slope, state, time, end - time, first, tableau)
         scale = atol + rtol * torch.maximum(state.abs(), after.abs())
         error = rms(difference / scale).clamp(min=1e-10)
         good = running & (error <= 1)
@@ -100,7 +130,7 @@ def integrate_per_sample(
             if bool(rows.any()):
                 ends = (time[rows], end[rows], state[rows], after[rows], first[rows], last[rows])
                 states[k, rows] = _hermite(moment, *ends)
-        factor = SAFETY * error ** (-0.7 / pair.order) * before ** (0.4 / pair.order)
+        factor = SAFETY * error ** (-0.7 / tableau.order) * before ** (0.4 / tableau.order)
         step = torch.where(running, (end - time) * factor.clamp(SHRINK, GROW), step)
         before = torch.where(good, error.clamp(min=1e-4), before)
         total = total + rms(difference) * good
@@ -108,18 +138,39 @@ def integrate_per_sample(
         time = torch.where(good, end, time)
         state, first = (torch.where(expand(good, old).bool(), new, old) for old, new in ((state, after), (first, last)))
         on_step(time, state)
-    raise StepError(f"{max_steps} steps were not enough")
+    raise StepError(f"more than {max_steps} steps")
+
+
+def per_sample(pair: ButcherTableau) -> Integrator:
+    """Make an integrator of the method `pair` in which each sample has steps of its own."""
+
+    def integrate(problem: Problem) -> tuple[Tensor, SolverStats]:
+        unit = problem.rescaled()
+        each = integrate_per_sample(
+            unit.slope,
+            unit.state,
+            unit.at,
+            pair,
+            rtol=unit.rtol,
+            atol=unit.atol,
+            first_step=unit.first_step,
+            max_steps=unit.max_steps,
+            on_step=unit.on_step,
+        )
+        return each.states, SolverStats(int(each.accepted.max()), int(each.rejected.max()), each.error)
+
+    return integrate
 
 
 def _step(
-    slope: Slope, state: Tensor, time: Tensor, step: Tensor, first: Tensor, pair: ButcherTableau
+    slope: Slope, state: Tensor, time: Tensor, step: Tensor, first: Tensor, tableau: ButcherTableau
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The state after `step`, the slope there and the error."""
+    """Make one step; return the state after it, the slope there and the error estimate."""
     slopes, h, after = [first], expand(step, state), state
-    for row in pair.rows:
+    for row in tableau.rows:
         after = state + h * _sum(row, slopes)
         slopes.append(slope(time + sum(row) * step, after))
-    return after, slopes[-1], h * _sum(pair.error, slopes)
+    return after, slopes[-1], h * _sum(tableau.error, slopes)
 
 
 def _sum(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
@@ -127,12 +178,7 @@ def _sum(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
 
 
 def _hermite(moment: float, t0: Tensor, t1: Tensor, y0: Tensor, y1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
-    """The cubic through (t0, y0) and (t1, y1) with slopes k0 and k1, at `moment`."""
+    """Evaluate at `moment` the cubic through (t0, y0) and (t1, y1) with slopes k0 and k1."""
     h, s = expand(t1 - t0, y0), expand((moment - t0) / (t1 - t0), y0)
     bend = (1 - s) * h * k0 - s * h * k1 + (2 * s - 1) * (y1 - y0)
     return (1 - s) * y0 + s * y1 + s * (1 - s) * bend
-
-
-def rms(error: Tensor) -> Tensor:
-    """Root mean square of each sample, [B]."""
-    return error.flatten(1).square().mean(1).sqrt()

@@ -1,21 +1,29 @@
-"""Exact denoisers of known distributions, as modules that fit wherever a trained network does.
+"""Exact denoisers of known distributions, as modules that can replace a trained network.
 
-They are the independent truths of this project: solvers, likelihoods and networks are tested against them. All in centred
-model space; sigma is a float or [B]; labels are accepted and ignored.
+They serve as ground truth for solvers, likelihoods and networks. Each is called as `denoiser(x, sigma, **conditions)` with `x`
+[B, ...] in centred model space and `sigma` a float or [B]. It returns E[y | x, sigma], like x, and ignores all conditions.
+`kernel` is the perturbation kernel for which it is exact.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pfgm.core.tensors import expand, norm, per_sample
+from pfgm.core.tensors import check_positive, expand, norm, per_sample
 from pfgm.theory.field import posterior_mean
 from pfgm.theory.kernel import StudentTKernel
 
 
 class EmpiricalDenoiser(nn.Module):
-    """The denoiser of a finite data set: charges [L, ...] with `weights` [L] (default equal). See `field.posterior_mean`."""
+    """Denoiser of a finite data set, see `pfgm.theory.field.posterior_mean`.
+
+    Args:
+        charges: data points [L, ...].
+        D: augmented dimensions.
+        weights: probabilities up to a factor, [L] (default: equal).
+    """
 
     charges: Tensor
     weights: Tensor | None
@@ -26,13 +34,17 @@ class EmpiricalDenoiser(nn.Module):
         self.register_buffer("charges", charges)
         self.register_buffer("weights", weights)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        """E[y | x, sigma], like `x` [B, ...]."""
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Any) -> Tensor:
         return posterior_mean(x, sigma, self.charges, self.kernel.D, self.weights)
 
 
 class PointCharge(nn.Module):
-    """All data at one point `y` [...]: denoised = y for every D, and the flow lines are straight."""
+    """Denoiser of data at a single point y: denoised = y for every D, and the flow lines are straight.
+
+    Args:
+        y: the point [...].
+        D: augmented dimensions.
+    """
 
     y: Tensor
 
@@ -41,60 +53,68 @@ class PointCharge(nn.Module):
         self.kernel = StudentTKernel(D)
         self.register_buffer("y", y)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        """y, like `x` [B, ...]."""
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Any) -> Tensor:
         return self.y.to(x.dtype).expand_as(x)
 
 
 class CauchyBlob(nn.Module):
-    """Multivariate Cauchy data of scale s at D = 1: E[y | x, r] = x s/(s + r).
+    """Denoiser of multivariate Cauchy data of scale s at D = 1: E[y | x, r] = x s/(s + r).
 
-    The field of the blob on the plane is that of a point charge at depth s below it (image charge), so p_r is the Cauchy
+    The field of this data is that of a point charge at depth s below the plane r = 0 (image charge). So p_r is the Cauchy
     density of scale s + r, and the flow is x(r) = x_0 (s + r)/(s + r_0).
+
+    Args:
+        scale: s > 0.
     """
 
     def __init__(self, scale: float):
         super().__init__()
-        self.scale, self.kernel = _positive(scale), StudentTKernel(1.0)
+        check_positive("scale", scale)
+        self.scale, self.kernel = scale, StudentTKernel(1.0)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        """E[y | x, sigma], like `x` [B, ...]."""
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Any) -> Tensor:
         return expand(self.scale / (self.scale + per_sample(sigma, x)), x) * x
 
 
 class GaussianBlob(nn.Module):
-    """Data ~ N(0, s² I): E[y | x, sigma] = x s²/(s² + sigma²) at D = inf.
+    """Denoiser of Gaussian data N(0, s² I): E[y | x, sigma] = x s²/(s² + sigma²) at D = inf.
 
-    At finite D the noise is Gaussian of scale sigma/sqrt(kappa), so the factor is averaged over kappa | x, by the trapezoidal
-    rule over log kappa on a grid that closes in on the mass of each sample's posterior.
+    At finite D the noise is Gaussian of scale sigma/sqrt(kappa), and the factor s²/(s² + sigma²/kappa) is averaged over
+    kappa | x. The average is a trapezoidal rule over log kappa; its grid is narrowed around the posterior of each sample.
+
+    Args:
+        scale: s > 0.
+        D: augmented dimensions.
     """
 
-    NODES, ROUNDS, DEPTH = 400, 3, 45.0
+    NODES = 400  # of the quadrature
+    ROUNDS = 3  # of narrowing the grid
+    DEPTH = 45.0  # log-density below its maximum at which the grid ends
 
     def __init__(self, scale: float, D: float = math.inf):
         super().__init__()
-        self.scale, self.kernel = _positive(scale), StudentTKernel(D)
-        self.D = self.kernel.D
+        check_positive("scale", scale)
+        self.scale, self.kernel = scale, StudentTKernel(D)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        """E[y | x, sigma], like `x` [B, ...]."""
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Any) -> Tensor:
         s = per_sample(sigma, x)
-        shrink = self._shrink(s, torch.ones_like(s)) if math.isinf(self.D) else self._average(x, s)
+        shrink = self._shrink(s, torch.ones_like(s)) if math.isinf(self.kernel.D) else self._average(x, s)
         return expand(shrink, x) * x
 
     def _shrink(self, sigma: Tensor, kappa: Tensor) -> Tensor:
         return self.scale**2 / (self.scale**2 + sigma.square() / kappa)
 
     def _average(self, x: Tensor, sigma: Tensor) -> Tensor:
-        q, N, s = norm(x).square()[:, None], x[0].numel(), sigma[:, None]
-        span = 10 * math.sqrt(2 / self.D) + 2 * self.DEPTH / self.D
-        low = torch.log((N + self.D) / (self.D + q / s.square())).clamp(max=0) - span
-        high = torch.full_like(low, math.log1p(N / self.D) + math.log1p(10 * math.sqrt(2 / self.D) + 2 * self.DEPTH / self.D))
+        """Average `_shrink` over kappa | x, [B]."""
+        q, N, s, D = norm(x).square()[:, None], x[0].numel(), sigma[:, None], self.kernel.D
+        width = 10 * math.sqrt(2 / D) + 2 * self.DEPTH / D
+        low = torch.log((N + D) / (D + q / s.square())).clamp(max=0) - width
+        high = torch.full_like(low, math.log1p(N / D) + math.log1p(width))
         unit = torch.linspace(0, 1, self.NODES, dtype=torch.float64, device=x.device)
         for _ in range(self.ROUNDS):
             u = low + (high - low) * unit
             variance = self.scale**2 + s.square() * (-u).exp()
-            log_density = self.D / 2 * (u - u.exp()) - N / 2 * variance.log() - q / (2 * variance)
+            log_density = D / 2 * (u - u.exp()) - N / 2 * variance.log() - q / (2 * variance)
             heavy = log_density > log_density.amax(1, keepdim=True) - self.DEPTH
             first, last = heavy.int().argmax(1, keepdim=True), self.NODES - 1 - heavy.flip(1).int().argmax(1, keepdim=True)
             low, high = u.gather(1, (first - 1).clamp(min=0)), u.gather(1, (last + 1).clamp(max=self.NODES - 1))
@@ -103,23 +123,21 @@ class GaussianBlob(nn.Module):
 
 
 class UniformSegment(nn.Module):
-    """Data uniform on [-1, 1], N = D = 1: E_z and E_x of a charged segment in closed form, denoised = x - z E_x/E_z."""
+    """Denoiser of data uniform on [-1, 1], N = D = 1: denoised = x - z E_x/E_z, with x [B, 1].
+
+    The field of a uniformly charged segment has the closed form
+
+        E_x = [log((x+1)² + z²) - log((x-1)² + z²)]/4,    E_z = [atan((x+1)/z) - atan((x-1)/z)]/2.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.kernel = StudentTKernel(1.0)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        """E[y | x, sigma], like `x` [B, 1]."""
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Any) -> Tensor:
         z = expand(per_sample(sigma, x), x.double())
         right, left = x.double() + 1, x.double() - 1
-        # Without the cancellation of log(right² + z²) - log(left² + z²) and atan(right/z) - atan(left/z) far away.
+        # log1p and a single atan2 avoid the cancellation of the differences far from the segment.
         E_x = torch.log1p(4 * x.double() / (left.square() + z.square())) / 4
         E_z = torch.atan2(2 * z, right * left + z.square()) / 2
         return (x - z * E_x / E_z).to(x.dtype)
-
-
-def _positive(scale: float) -> float:
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale = {scale} must be a positive finite number")
-    return scale

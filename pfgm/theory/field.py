@@ -1,14 +1,14 @@
-"""Field and denoiser are the same thing.
+"""Poisson field, posterior mean and PFGM's normalised field of point charges, each computed exactly.
 
-For charges y_i of weights p_i on the plane r = 0, the posterior of the source of a point (x, r) is a softmax,
+Data points y_i with probabilities p_i are charges on the plane r = 0 of augmented space, r = sigma sqrt(D). The posterior of
+the source of a point (x, r) is a softmax over the charges, and its mean is the denoised point:
 
-    w_i ∝ p_i (|x - y_i|² + r²)^(-(N+D)/2),    denoised = E[y | x, sigma] = Σ w_i y_i,    r = sigma sqrt(D),
+    w_i ∝ p_i (|x - y_i|² + r²)^(-(N+D)/2),    denoised = E[y | x, sigma] = Σ w_i y_i.
 
-and the Poisson field points away from it: E_x / E_r = (x - denoised) / r. PFGM's normalised field is
-v = -sqrt(N) (x - denoised, z) / (|(x - denoised, z)| + gamma), with z = r = sigma at D = 1.
+The Poisson field points away from it: E_x / E_r = (x - denoised) / r. So a denoiser and a field are the same thing.
 
-Distances come from a matrix product in float64, charges in blocks: a product in float32 would lose every digit of |x - y|
-between near-duplicates, and a B x L x N tensor would not fit. Nothing here is larger than B x L.
+Squared distances |x|² + |y|² - 2 x·y come from a matrix product in float64, because float32 loses all digits of |x - y|
+between near-duplicates. Charges are processed in blocks, so that no tensor is larger than B x L or BLOCK_BYTES.
 
 Sources: PFGM (arXiv 2209.11178) section 3, PFGM++ (arXiv 2302.04265) section 3.1.
 """
@@ -19,26 +19,31 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pfgm.core.arguments import checked
 from pfgm.core.tensors import check_shapes, expand, norm, per_sample
 from pfgm.theory.kernel import check_dimensions, power_law
 
-BLOCK_BYTES = 2**25
-"""Size of the float64 copy of a block of charges."""
-TINY = 1e-30
-"""Keeps logarithms and quotients of norms finite in float64."""
+BLOCK_BYTES = 2**25  # size of the float64 copy of one block of charges
+TINY = 1e-30  # keeps logarithms and quotients of norms finite in float64
 
 
-@checked
 def posterior_mean(
     x: Tensor, sigma: float | Tensor, charges: Tensor, D: float, weights: Tensor | None = None, *, check: bool = True
 ) -> Tensor:
-    """The exact denoiser of a finite data set: E[y | x, sigma], like `x` [B, ...].
+    """Compute E[y | x, sigma], the exact denoiser of a finite data set. Differentiable in x and sigma.
 
-    `charges` [L, ...] are the data, `weights` >= 0 their probabilities up to a factor, [L] or for each x its own [B, L]
-    (default: equal), `sigma` > 0 a float or [B]. Computed in float64, returned in the dtype of x. Differentiable in x and
-    sigma. ValueError for shapes that do not fit, D out of range and, unless `check` is False, sigma <= 0 or weights that are
-    negative or all zero: on an accelerator the host has to wait for these values.
+    Args:
+        x: perturbed data [B, ...].
+        sigma: noise level > 0, a float or [B].
+        charges: data points [L, ...].
+        D: augmented dimensions, from .5 to inf.
+        weights: probabilities p_i up to a factor, [L], or [B, L] for a row per sample (default: equal).
+        check: whether to check the values of sigma and weights; on an accelerator the host has to wait for them.
+
+    Returns:
+        The denoised x in the dtype of x, computed in float64.
+
+    Raises:
+        ValueError: if shapes do not match, D is out of range, sigma <= 0, or weights are negative or all zero.
     """
     s = per_sample(sigma, x)
     _check(x, s, charges, "sigma", check)
@@ -47,72 +52,106 @@ def posterior_mean(
     return _mean(w, charges).to(x.dtype).reshape(x.shape)
 
 
-@checked
 def poisson_field(
     x: Tensor, r: float | Tensor, charges: Tensor, D: float, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The field Σ p_i (x - y_i, r) / |(x - y_i, r)|^(N+D) of charges on the plane r = 0.
+    """Compute the Poisson field (E_x, E_r) = Σ p_i (x - y_i, r) / |(x - y_i, r)|^(N+D). Differentiable in x and r.
 
-    `x` [B, ...], `r` > 0 a float or [B], `charges` [L, ...], `weights` [L] or [B, L] normalised to 1 (default: 1/L). Returns
-    E_x like x and E_r [B], without the factor 1/(area of the unit sphere), in the dtype of x. Differentiable in x and r.
-    Its strength is a power N + D - 1 of a distance: from N of about a hundred on it leaves the range of its dtype, and is 0 or
-    inf there; use `normalized_field` or `posterior_mean`.
-    ValueError as for `posterior_mean`, and for D = inf, where the field has no limit (its direction has: `posterior_mean`).
+    The factor 1/(area of the unit sphere) is left out. The strength is a power N + D - 1 of a distance. For N above about a
+    hundred it leaves the range of its dtype and becomes 0 or inf; use `normalized_field` or `posterior_mean` there.
+
+    Args:
+        x: points [B, ...].
+        r: augmented radius > 0, a float or [B].
+        charges: data points [L, ...].
+        D: augmented dimensions, from .5, finite: at D = inf only the direction of the field has a limit.
+        weights: probabilities p_i up to a factor, [L] or [B, L]; they are normalised to sum 1 (default: 1/L).
+
+    Returns:
+        E_x like x and E_r [B], in the dtype of x.
+
+    Raises:
+        ValueError: as for `posterior_mean`, and if D = inf.
     """
     if math.isinf(check_dimensions(D)):
-        raise ValueError("D = inf: the Poisson field needs a finite D; for D = inf use posterior_mean")
+        raise ValueError("D = inf: the Poisson field needs a finite D. Use posterior_mean instead.")
     radius = per_sample(r, x, "r")
     _check(x, radius, charges, "r", True)
     points, N = x.flatten(1).double(), x[0].numel()
     log_weights = _log_weights(weights, x, charges, True)
     log_w = _log_posterior(points, radius / math.sqrt(D), charges, D, log_weights)
     strength = torch.exp(torch.logsumexp(log_w, 1) - torch.logsumexp(log_weights, -1) - (N + D) * radius.log())
-    away = points - _mean(torch.softmax(log_w, dim=1), charges)
-    return (strength[:, None] * away).to(x.dtype).reshape(x.shape), (strength * radius).to(x.dtype)
+    displacement = points - _mean(torch.softmax(log_w, dim=1), charges)
+    return (strength[:, None] * displacement).to(x.dtype).reshape(x.shape), (strength * radius).to(x.dtype)
 
 
-@checked
 def normalized_field(
     x: Tensor, z: float | Tensor, charges: Tensor, gamma: float = 0.0, weights: Tensor | None = None, *, check: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """PFGM's training target: v = -sqrt(N) (x - denoised, z) / (|(x - denoised, z)| + gamma), D = 1.
+    """Compute PFGM's training target, the normalised field at D = 1 (where z = r = sigma).
 
-    `x` [B, ...], `z` > 0 a float or [B], `charges` [L, ...]; `gamma` >= 0 in the units of the data. Returns v_x like x and
-    v_z [B]. Source: PFGM section 3.2 and its official target, sign included. `weights`, `check` and ValueError as for
-    `posterior_mean`.
+        v = -sqrt(N) (x - denoised, z) / (|(x - denoised, z)| + gamma)
+
+    Source: PFGM section 3.2 and the sign of its official code.
+
+    Args:
+        x: points [B, ...].
+        z: augmented coordinate > 0, a float or [B].
+        charges: data points [L, ...].
+        gamma: softening >= 0, in the units of the data.
+        weights: as for `posterior_mean`.
+        check: as for `posterior_mean`.
+
+    Returns:
+        v_x like x and v_z [B], in the dtype of x.
+
+    Raises:
+        ValueError: as for `posterior_mean`, and if gamma is negative or not finite.
     """
     if not 0 <= gamma < math.inf:
-        raise ValueError(f"gamma = {gamma} must be a finite number >= 0, in the units of the data")
+        raise ValueError(f"gamma = {gamma}: must be a finite number >= 0, in the units of the data.")
     height = per_sample(z, x, "z")
     _check(x, height, charges, "z", check)
-    away = x.double() - posterior_mean(x.double(), height, charges, 1.0, weights, check=check)
-    v_x, v_z = field_from_displacement(away, height, gamma)
+    displacement = x.double() - posterior_mean(x.double(), height, charges, 1.0, weights, check=check)
+    v_x, v_z = field_from_displacement(displacement, height, gamma)
     return v_x.to(x.dtype), v_z.to(x.dtype)
 
 
-def field_from_displacement(away: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """The normalised field at `away` = x - denoised [B, ...], `z` [B]: v_x like away, v_z [B]."""
-    R = torch.hypot(norm(away), z.double())
-    factor = -math.sqrt(away[0].numel()) / (R + gamma)
-    return expand(factor, away) * away, (factor * z).to(away.dtype)
+def field_from_displacement(displacement: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Compute the normalised field, v_x [B, ...] and v_z [B], from `displacement` = x - denoised [B, ...] and `z` [B]."""
+    R = torch.hypot(norm(displacement), z.double())
+    factor = -math.sqrt(displacement[0].numel()) / (R + gamma)
+    return expand(factor, displacement) * displacement, (factor * z).to(displacement.dtype)
 
 
-@checked
 def denoised_from_field(x: Tensor, z: float | Tensor, v_x: Tensor, v_z: Tensor, gamma: float) -> Tensor:
-    """Invert the normalised field: the denoised point behind v, like `x` [B, ...].
+    """Invert the normalised field: compute the denoised point from v.
 
-    `v_x` is like x, `v_z` [B], `z` > 0 a float or [B]; finite for every finite v. The direction is that of v_x. The distance
-    rho = |x - denoised|, with R² = rho² + z², follows from v in two ways, each of which fails where the other is good:
+    The denoised point lies in the direction of v_x from x. Its distance rho = |x - denoised|, with R² = rho² + z², has two
+    estimates. Each is accurate where the other is not:
 
-        (a) n = |v_x|/sqrt(N): solve n (R + gamma) = rho;        (b) R + gamma = sqrt(N) z / |v_z|.
+        (a) from n = |v_x|/sqrt(N): solve n (R + gamma) = rho;        (b) from v_z: R + gamma = sqrt(N) z / |v_z|.
 
-    With s = rho²/(R (R + gamma)) a relative error of n is amplified by 1/(1-s) in (a), one of v_z by 1/s in (b). Independent
-    errors of the N components of v_x average out to 1/sqrt(N) in n, but they also lengthen it, by half their mean square: in
-    all n is better known than v_z by a factor of at most 400 in the variance. The inverse-variance weights are (1-s)² M : s²
-    with 1/M = 1/N + 1/400, and where n >= 1, which no distance has, (b) answers alone if it can. s is taken from (b), which
-    knows 1-s = (z² + gamma R)/(R (R + gamma)) without cancellation.
+    With s = rho²/(R (R + gamma)), (a) amplifies a relative error of n by 1/(1-s), and (b) amplifies one of v_z by 1/s. Errors
+    of the N components of v_x average out to 1/sqrt(N) in n, but they also lengthen v_x by half their mean square. The error
+    variance of n is therefore taken to be 1/M of that of v_z, with 1/M = 1/N + 1/400. The result averages (a) and (b) in
+    log rho with inverse-variance weights (1-s)² M : s². If n >= 1, which no distance gives, (b) is used alone unless it is 0.
+    The value of s comes from (b), which gives 1-s = (z² + gamma R)/(R (R + gamma)) without cancellation.
+
+    Args:
+        x: points [B, ...].
+        z: augmented coordinate > 0, a float or [B].
+        v_x: field component like x.
+        v_z: field component [B].
+        gamma: softening of the field.
+
+    Returns:
+        The denoised x, in the dtype of x; finite for every finite v.
+
+    Raises:
+        ValueError: if the shapes do not match.
     """
-    gamma, height, N = float(gamma), per_sample(z, x, "z"), x[0].numel()
+    height, N = per_sample(z, x, "z"), x[0].numel()
     check_shapes(x, v_x, "v_x")
     v_z = per_sample(v_z, x, "v_z")
     v_norm = norm(v_x)
@@ -121,14 +160,14 @@ def denoised_from_field(x: Tensor, z: float | Tensor, v_x: Tensor, v_z: Tensor, 
     rho_a = n * (gamma + torch.sqrt((n * gamma).square() + (1 - n.square()) * height.square())) / (1 - n.square())
     R = torch.maximum(math.sqrt(N) * height / v_z.double().abs().clamp(min=1e-12) - gamma, height)
     rho_b = (R.square() - height.square()).sqrt()
-    s, rest = rho_b.square(), height.square() + gamma * R
+    s, rest = rho_b.square(), height.square() + gamma * R  # s and 1-s, both times R (R + gamma)
     share_b = torch.where((n_raw < 1) | (s == 0), s.square() / (s.square() + M * rest.square()), 1.0)
     rho = torch.exp((1 - share_b) * rho_a.clamp(min=TINY).log() + share_b * rho_b.clamp(min=TINY).log())
     return (x.double() + expand(rho / v_norm.clamp(min=TINY), x.double()) * v_x.double()).to(x.dtype)
 
 
 def _log_posterior(points: Tensor, sigma: Tensor, charges: Tensor, D: float, log_weights: Tensor) -> Tensor:
-    """log p_i - (N+D)/2 log(1 + |x-y_i|²/(D sigma²)), [B, L] in float64, for flat float64 `points` [B, N]."""
+    """Compute log p_i - (N+D)/2 log(1 + |x-y_i|²/(D sigma²)), [B, L] in float64, for flat float64 `points` [B, N]."""
     squares = points.square().sum(1, keepdim=True)
     columns = []
     for block in _blocks(charges):
@@ -138,7 +177,7 @@ def _log_posterior(points: Tensor, sigma: Tensor, charges: Tensor, D: float, log
 
 
 def _mean(w: Tensor, charges: Tensor) -> Tensor:
-    """Σ w_i y_i: [B, L] x [L, ...] -> [B, N]."""
+    """Compute Σ w_i y_i: [B, L] x [L, ...] -> [B, N]."""
     total = w.new_zeros(len(w), charges[0].numel())
     start = 0
     for block in _blocks(charges):
@@ -148,7 +187,7 @@ def _mean(w: Tensor, charges: Tensor) -> Tensor:
 
 
 def _blocks(charges: Tensor) -> Iterator[Tensor]:
-    """The charges [L, ...] as flat float64 blocks of at most BLOCK_BYTES."""
+    """Split the charges [L, ...] into flat float64 blocks of at most BLOCK_BYTES."""
     flat = charges.flatten(1)
     for block in flat.split(max(1, BLOCK_BYTES // (8 * flat.shape[1]))):
         yield block.double()
@@ -160,18 +199,18 @@ def _log_weights(weights: Tensor | None, x: Tensor, charges: Tensor, check: bool
     w = torch.as_tensor(weights, dtype=torch.float64, device=charges.device)
     if w.shape not in ((len(charges),), (len(x), len(charges))):
         raise ValueError(
-            f"weights has shape {tuple(w.shape)}; give one weight for each of the {len(charges)} charges, or a row of them for "
-            f"each of the {len(x)} samples"
+            f"weights has the shape {tuple(w.shape)}, but there are {len(charges)} charges and {len(x)} samples. "
+            "Pass one weight per charge [L], or one row per sample [B, L]."
         )
     if check and not bool((w >= 0).all() & (w.sum(-1) > 0).all() & torch.isfinite(w).all()):
-        raise ValueError("weights must be finite, not negative and not all zero")
+        raise ValueError("weights must be finite, not negative and not all zero.")
     return w.log()
 
 
-def _check(x: Tensor, level: Tensor, charges: Tensor, name: str, values: bool) -> None:
+def _check(x: Tensor, scale: Tensor, charges: Tensor, name: str, values: bool) -> None:
     if len(charges) == 0:
-        raise ValueError("charges is empty; give at least one charge [1, ...]")
+        raise ValueError("charges is empty. Pass at least one data point [1, ...].")
     if x.shape[1:] != charges.shape[1:]:
-        raise ValueError(f"x has samples of shape {tuple(x.shape[1:])}, charges of {tuple(charges.shape[1:])}; they must agree")
-    if values and not bool((level > 0).all()):
-        raise ValueError(f"{name} must be > 0, got a smallest value of {float(level.min())}")
+        raise ValueError(f"x, charges: sample shapes {tuple(x.shape[1:])} and {tuple(charges.shape[1:])} must agree.")
+    if values and not bool((scale > 0).all()):
+        raise ValueError(f"{name} = {float(scale.min())}: must be > 0.")

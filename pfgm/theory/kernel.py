@@ -1,14 +1,15 @@
-"""The one kernel of Poisson flows: the multivariate Student-t.
+"""The perturbation kernel of Poisson flows: a multivariate Student-t.
 
-PFGM++ perturbs data y to x with density p_r(x|y) ∝ (|x - y|² + r²)^(-(N+D)/2), r = sigma sqrt(D). That is Student's t with
-D degrees of freedom, location y and scale sigma² I, so a draw is
+PFGM++ perturbs data y with density p_r(x|y) ∝ (|x - y|² + r²)^(-(N+D)/2), where N is the dimension of the data and D >= .5 the
+number of augmented dimensions. With sigma = r / sqrt(D) this is Student's t with D degrees of freedom, location y and scale
+matrix sigma² I. A sample is
 
-    x = y + sigma n / sqrt(kappa),    n ~ N(0, I_N),    kappa ~ chi²_D / D   (one number for each sample)
+    x = y + sigma n / sqrt(kappa),    n ~ N(0, I_N),    kappa ~ chi²_D / D   (one kappa per sample).
 
-for every real D: D = 1 is the Poisson kernel of PFGM (multivariate Cauchy), D = inf has kappa = 1 and is the Gaussian of
-diffusion models. All of D's influence on training noise, prior and re-noising is in `StudentTKernel`.
+D is any real number. D = 1 gives the Poisson kernel of PFGM (multivariate Cauchy). D = inf gives kappa = 1, the Gaussian
+kernel of diffusion models. Training noise, prior and re-noising depend on D only through `StudentTKernel`.
 
-Sources: PFGM++ (arXiv 2302.04265) section 3.2; t-EDM (arXiv 2410.14171) for the Student-t reading.
+Sources: PFGM++ (arXiv 2302.04265) section 3.2; t-EDM (arXiv 2410.14171) for the Student-t form.
 """
 
 import math
@@ -18,29 +19,32 @@ import torch
 from torch import Tensor
 
 from pfgm.core import rng
-from pfgm.core.arguments import checked
 from pfgm.core.rng import Generators
 from pfgm.core.tensors import check_shapes, expand, norm, per_sample
 
-MIN_D = 0.5
+MIN_D = 0.5  # for smaller D, sigma n / sqrt(kappa) overflows float32 in more than 1 % of the samples
 
 
 def check_dimensions(D: float | str) -> float:
-    """`D`, or its text, as a float; ValueError unless .5 <= D <= inf."""
+    """Convert `D` (a number or its text) to a float and raise ValueError unless .5 <= D <= inf."""
     try:
         value = float(D)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"D = {D!r} is not a number; give a real number from {MIN_D} to inf") from None
+        raise ValueError(f"D = {D!r}: not a number. Choose a real number from {MIN_D} to inf.") from None
     if not value >= MIN_D:
-        raise ValueError(
-            f"D = {D} is out of range: give a real number from {MIN_D} to inf "
-            f"(below, the square of the noise overflows float32 more and more often)"
-        )
+        raise ValueError(f"D = {D}: out of range, the noise would overflow float32. Choose a real number from {MIN_D} to inf.")
     return value
 
 
 class StudentTKernel:
-    """The perturbation kernel of PFGM++ for a real `D` in [.5, inf]; ValueError for any other D."""
+    """Perturbation kernel p(x | y, sigma) of PFGM++.
+
+    Args:
+        D: number of augmented dimensions, a real number from .5 to inf.
+
+    Raises:
+        ValueError: if D is out of range.
+    """
 
     def __init__(self, D: float | str):
         self.D = check_dimensions(D)
@@ -49,47 +53,80 @@ class StudentTKernel:
         return f"StudentTKernel(D={self.D:g})"
 
     def direction(self, shape: Sequence[int], generator: Generators = None, *, like: Tensor) -> Tensor:
-        """t = n / sqrt(kappa): noise at sigma = 1, of `shape` [B, ...], with the dtype and device of `like`."""
+        """Sample the noise direction t = n / sqrt(kappa), which is the noise at sigma = 1.
+
+        Args:
+            shape: [B, ...] of the samples.
+            generator: one generator for the batch, one per sample, or None for torch's global generator.
+            like: tensor that sets dtype and device.
+        """
         n = rng.normal(shape, generator, like=like)
         if math.isinf(self.D):
             return n
         kappa = rng.gamma(self.D / 2, shape[0], generator, device=n.device) * (2 / self.D)
         return n * expand(kappa.rsqrt(), n)
 
-    @checked
     def sample(self, y: Tensor, sigma: float | Tensor, generator: Generators = None) -> Tensor:
-        """Perturbed data x ~ p(. | y, sigma), like `y` [B, ...]; `sigma` is a float or [B], in the units of y."""
+        """Sample perturbed data x ~ p(x | y, sigma).
+
+        Args:
+            y: clean data [B, ...].
+            sigma: noise level in the units of y, a float or [B].
+            generator: as for `direction`.
+
+        Returns:
+            x, with the shape and dtype of y.
+        """
         return y + expand(per_sample(sigma, y), y) * self.direction(y.shape, generator, like=y)
 
-    @checked
     def log_prob(self, x: Tensor, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """log p(x | y, sigma) in nats, [B] in float64, for `x`, `y` [B, ...] and `sigma` float or [B].
+        """Compute log p(x | y, sigma), the log-density of the multivariate Student-t.
 
-        ValueError unless sigma > 0.
+            log Γ((N+D)/2) - log Γ(D/2) - N/2 log(pi D) - N log sigma - (N+D)/2 log(1 + |x-y|²/(D sigma²))
+
+        Args:
+            x: perturbed data [B, ...].
+            y: clean data [B, ...].
+            sigma: noise level > 0, a float or [B].
+
+        Returns:
+            Nats per sample, [B] in float64.
+
+        Raises:
+            ValueError: if sigma <= 0 or the shapes do not match.
         """
         s = per_sample(sigma, x)
         check_shapes(x, y, "y")
         difference = x.double() - y.double()
         N = difference[0].numel()
         if not bool((s > 0).all()):
-            raise ValueError(f"sigma = {sigma}: the kernel has a density for positive numbers only")
+            raise ValueError(f"sigma = {sigma}: the kernel has a density only for sigma > 0.")
         q = (norm(difference) / s).square()
         return _log_normalizer(self.D, N) - N * s.log() - 0.5 * power_law(q, self.D, N)
 
-    @checked
     def renoise(
         self, x: Tensor, source: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, generator: Generators = None
     ) -> Tensor:
-        """Raise the noise of `x` [B, ...] from `sigma` to `sigma_next`, exactly if `source` is the clean data of x.
+        """Raise the noise level of `x` from `sigma` to `sigma_next`, as churn and restarts do.
 
-        Given its source, kappa | x ~ Gamma((N+D)/2, rate (D + |x-y|²/sigma²)/2): the added Gaussian noise has the scale that
-        the sample already carries. With a denoised estimate for `source` it is an approximation.
-        ValueError unless 0 < sigma <= sigma_next.
+        Given the source y, kappa | x ~ Gamma(shape (N+D)/2, rate (D + |x-y|²/sigma²)/2). The added noise is
+        sqrt(sigma_next² - sigma²) n / sqrt(kappa) with this kappa. The law is exact if `source` is the clean data of x, and an
+        approximation if it is the denoised x.
+
+        Args:
+            x: perturbed data [B, ...].
+            source: clean or denoised data [B, ...].
+            sigma: present noise level, a float or [B].
+            sigma_next: noise level to reach, a float or [B].
+            generator: as for `direction`.
+
+        Raises:
+            ValueError: unless 0 < sigma <= sigma_next, or if the shapes do not match.
         """
         low, high = per_sample(sigma, x), per_sample(sigma_next, x, "sigma_next")
         check_shapes(x, source, "source")
         if not bool(((low > 0) & (low <= high)).all()):
-            raise ValueError(f"renoise needs 0 < sigma <= sigma_next, got sigma = {sigma}, sigma_next = {sigma_next}")
+            raise ValueError(f"sigma = {sigma}, sigma_next = {sigma_next}: re-noising needs 0 < sigma <= sigma_next.")
         scale = (high.square() - low.square()).sqrt()
         n = rng.normal(x.shape, generator, like=x)
         if not math.isinf(self.D):
@@ -99,32 +136,41 @@ class StudentTKernel:
         return x + expand(scale, x) * n
 
     def effective_level(self, distance: Tensor, sigma: Tensor, N: int) -> Tensor:
-        """Level of the Gaussian noise that a point carries, seen from its source at `distance` [B]: [B].
+        """Compute the effective noise level, the scale of the Gaussian noise that a point carries relative to its source.
 
-        varsigma² = sigma² / E[kappa | x, y] = a sigma² + (1 - a) distance²/N with a = D/(N+D). Surfaces of constant varsigma
-        are hemispheres around the source in the augmented space; for D = inf varsigma = sigma.
+            level² = sigma² / E[kappa | x, y] = a sigma² + (1 - a) distance²/N,    a = D/(N+D)
+
+        Surfaces of constant level are hemispheres around the source in augmented space. At D = inf, level = sigma.
+
+        Args:
+            distance: |x - y| per sample, [B].
+            sigma: noise level [B].
+            N: dimension of the data.
         """
         a = self.level_weight(N)
         return (a * sigma.square() + (1 - a) * distance.square() / N).sqrt()
 
     def level_weight(self, N: int) -> float:
-        """a = D/(N+D): the share of sigma² in the squared effective noise level."""
+        """Return a = D/(N+D), the weight of sigma² in the squared effective noise level."""
         return 1 / (1 + N / self.D)
 
 
 def power_law(q: Tensor, D: float, N: int) -> Tensor:
-    """(N+D) log(1 + q/D), which is q for D = inf: minus twice the log-density of the kernel at |x-y|² = q sigma²."""
+    """Compute (N+D) log(1 + q/D), -2 times the log-density of the kernel up to a constant, at |x-y|² = q sigma².
+
+    The limit at D = inf is q.
+    """
     return q if math.isinf(D) else (N + D) * torch.log1p(q / D)
 
 
 def _log_normalizer(D: float, N: int) -> float:
-    """log of Γ((N+D)/2) / (Γ(D/2) (πD)^(N/2)), accurate for any D up to inf, where it is -N/2 log 2π."""
+    """Compute log of Γ((N+D)/2) / (Γ(D/2) (πD)^(N/2)); the limit at D = inf is -N/2 log 2π."""
     b = N / 2
     return _log_gamma_ratio(D / 2, b) - b * math.log(2 * math.pi)
 
 
 def _log_gamma_ratio(a: float, b: float) -> float:
-    """log Γ(a+b) - log Γ(a) - b log a, by Stirling's series where the difference of lgamma would lose digits."""
+    """Compute log Γ(a+b) - log Γ(a) - b log a, for large `a` by Stirling's series: the lgamma difference loses digits."""
     if math.isinf(a):
         return 0.0
     if a < 100:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pfgm.training.evaluation_callback import Evaluation
     from pfgm.training.losses import DenoisingLoss, Loss, PoissonFieldLoss
     from pfgm.training.module import PFGM
-    from pfgm.training.noise import LogNormal, LogUniform, NoiseLaw, PoissonFlowNoise
+    from pfgm.training.noise import LogNormal, LogUniform, NoiseLaw, PoissonFlowNoise, ScaledLogNormal
 
 __all__ = [
     "EMA",
@@ -30,6 +30,7 @@ __all__ = [
     "PoissonFlowNoise",
     "PowerAverages",
     "SampleGrid",
+    "ScaledLogNormal",
     "Speed",
 ]
 
@@ -40,7 +41,7 @@ _HOMES = {
     "evaluation_callback": ["Evaluation"],
     "losses": ["DenoisingLoss", "Loss", "PoissonFieldLoss"],
     "module": ["PFGM"],
-    "noise": ["LogNormal", "LogUniform", "NoiseLaw", "PoissonFlowNoise"],
+    "noise": ["LogNormal", "LogUniform", "NoiseLaw", "PoissonFlowNoise", "ScaledLogNormal"],
 }
 
 

@@ -1,4 +1,4 @@
-"""The log of a run: one CSV file that a resumed run continues."""
+"""Logger that writes the metrics of a run to one CSV file, which a resumed run continues."""
 
 import csv
 import os
@@ -12,17 +12,19 @@ from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from pfgm.files.atomic import atomic_write
 
 COLUMNS = ("step", "train_loss", "val_loss", "lr", "grad_norm", "skipped")
-LONGEST = 10_000
-"""Characters of a row; a power cut may leave a block of zeros."""
+MAX_ROW_LENGTH = 10_000  # characters read of a row; after a power cut, a file may contain a block of zeros
 
 
 class MetricsLogger(Logger):
-    """Appends a row to `folder`/metrics.csv for each set of metrics; blanks where a row has no value.
+    """Append a row to metrics.csv for each set of metrics, with blanks where a row has no value.
 
-    Lightning's CSVLogger deletes an earlier file. Here rows at or after the first step logged by this process, left by a run
-    that went on past its last checkpoint, are dropped, and earlier ones kept. Rows that are not whole are dropped, with a
-    warning; a file without a column "step" becomes metrics.damaged.csv. OSError if the disk is full; the rows of before are
-    then as they were.
+    Lightning's CSVLogger deletes an existing file. This logger keeps its rows up to the first step that this process logs;
+    later rows come from a run that went on past its last checkpoint, and are removed. Incomplete rows are removed with a
+    warning. A file without a column "step" is renamed to metrics.damaged.csv. If the disk is full, OSError is raised and the
+    file stays as it was.
+
+    Args:
+        folder: Folder of the run.
     """
 
     def __init__(self, folder: str | Path):
@@ -32,52 +34,61 @@ class MetricsLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Of the run: that of its folder."""
         return self.path.parent.name
 
     @property
     def version(self) -> str:
-        """None of its own."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """The run's folder."""
         return str(self.path.parent)
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """They are in config.yaml already."""
+        """Do nothing: config.yaml has the hyperparameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one row."""
+        """Append one row.
+
+        Args:
+            metrics: Values by column; "epoch" is left out, and new names add columns.
+            step: Optimizer steps completed.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         row = {"step": step or 0} | {name: float(value) for name, value in metrics.items() if name != "epoch"}
         new = [name for name in row if name not in self.columns]
         if not self.started or new:
             self.columns += new
-            self._rewrite(int(row["step"]) if not self.started else None)
+            self._rewrite(None if self.started else int(row["step"]))
             self.started = True
         self._append(row)
 
     def _append(self, row: dict[str, float]) -> None:
-        whole = self.path.stat().st_size
+        size = self.path.stat().st_size
         try:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
         except OSError as error:
-            os.truncate(self.path, whole)
-            raise OSError(f"{self.path} cannot be written: {error.strerror}; make room, and repeat the command") from error
+            os.truncate(self.path, size)
+            raise OSError(
+                f"{self.path} cannot be written: {error.strerror}. Free disk space and repeat the command."
+            ) from error
 
     def _rewrite(self, before: int | None) -> None:
-        """Write the rows again with the present columns, only those of steps < `before` if it is given."""
+        """Rewrite the rows of steps < `before`, or all, with the present columns."""
         rows = []
         if self.path.exists():
             names, found = read_rows(self.path)
             if "step" not in names:
-                other = self.path.with_suffix(".damaged.csv")
-                os.replace(self.path, other)
-                rank_zero_warn(f"{self.path} has no column step, so it is damaged: kept as {other}, and begun anew")
+                damaged = self.path.with_suffix(".damaged.csv")
+                os.replace(self.path, damaged)
+                rank_zero_warn(
+                    f"{self.path} is damaged: it has no column step. It is renamed to {damaged}, and a new log begins."
+                )
                 names, found = (), []
             self.columns += [name for name in names if name not in self.columns]
             rows = [row for row in found if before is None or int(row["step"]) < before]
@@ -89,18 +100,18 @@ class MetricsLogger(Logger):
 
 
 def read_rows(path: Path) -> tuple[Sequence[str], list[dict[str, str]]]:
-    """Columns and rows of a log. Rows that are not whole are left out, with a warning."""
+    """Read the columns and the complete rows of a log; warn about other rows and leave them out."""
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.DictReader(line[:LONGEST].replace("\0", "?") for line in file)
+        reader = csv.DictReader(line[:MAX_ROW_LENGTH].replace("\0", "?") for line in file)
         rows = list(reader)
-    whole = [row for row in rows if (row.get("step") or "").isdigit() and all(map(_is_value, row.values()))]
-    if len(whole) < len(rows):
-        rank_zero_warn(f"{path}: {len(rows) - len(whole)} of {len(rows)} rows are damaged and left out")
-    return reader.fieldnames or [], whole
+    complete = [row for row in rows if (row.get("step") or "").isdigit() and all(map(_is_value, row.values()))]
+    if len(complete) < len(rows):
+        rank_zero_warn(f"{path}: {len(rows) - len(complete)} of {len(rows)} rows are damaged and left out.")
+    return reader.fieldnames or [], complete
 
 
 def _is_value(text: Any) -> bool:
-    """A number or nothing; None stands for what a row lacks, a list for what it has too much."""
+    """Tell numbers and blanks from None, which csv gives for missing cells, and a list, which it gives for excess cells."""
     try:
         return text == "" or isinstance(float(text), float)
     except (TypeError, ValueError):

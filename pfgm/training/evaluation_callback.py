@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from pfgm.core import rng
 from pfgm.core.arguments import checked
+from pfgm.data.batches import SampleSet
 from pfgm.data.datamodule import DataModule
 from pfgm.evaluation import metrics, plots
 from pfgm.evaluation.features import extract, load_features, name_of
@@ -66,11 +67,11 @@ class Evaluation(Callback):
                 raise ValueError(f"data: {len(part)} {name} samples; a test compares with two or more, give more data")
         if self.features is None:
             return
-        if flow.value_range is None or not plots.is_image(flow.shape):
+        if flow.summary.value_range is None or not plots.is_image(flow.shape):
             raise ValueError(f"features = {self.features}: they are of images, not of {flow.shape}; leave it out")
         self.net = load_features(self.features)
         try:
-            extract(self.net, data.held_out.x[:1], flow.value_range, pl_module.device)
+            extract(self.net, data.held_out.x[:1], flow.summary.value_range, pl_module.device)
         except RuntimeError as error:
             raise ValueError(f"features = {self.features}: this network does not take images {flow.shape}: {error}") from error
 
@@ -79,9 +80,8 @@ class Evaluation(Callback):
         assert isinstance(pl_module, PFGM)
         data = _data(trainer)
         given = data.prepared(data.train[shuffled(len(data.train)).repeat(-(-self.n // len(data.train)))[: self.n]])
-        draws = [
-            pl_module.flow.sample(self.n, seed=seed, labels=given.label, condition=given.condition) for seed in range(self.sets)
-        ]
+        under: Any = {"labels": given.label, "condition": _conditions(given)}
+        draws = [pl_module.flow.sample(self.n, seed=seed, **under) for seed in range(self.sets)]
         sets = [FeatureSet(self._compared(pl_module, draw.x)) for draw in draws]
         every = self._compared(pl_module, data.train.x)
         train = FeatureSet(every[shuffled(len(every))[: self.reference]])
@@ -106,7 +106,7 @@ class Evaluation(Callback):
             temporary.write_text(json.dumps(result, indent=2) + "\n")
         if plots.is_image(pl_module.flow.shape):
             picture = Path(trainer.default_root_dir) / "nearest.png"
-            save_nearest(picture, draws[0].x, sets[0], data.train.x, known, pl_module.flow.value_range)
+            save_nearest(picture, draws[0].x, sets[0], data.train.x, known, pl_module.flow.summary.value_range)
         print(table(result))
 
     def _what(self, module: PFGM) -> str:
@@ -125,8 +125,8 @@ class Evaluation(Callback):
             if self.net is None:
                 parts.append(_averaged(module.flow.to_model(batch)))
             else:
-                assert module.flow.value_range is not None
-                parts.append(extract(self.net, batch, module.flow.value_range, module.device))
+                assert module.flow.summary.value_range is not None
+                parts.append(extract(self.net, batch, module.flow.summary.value_range, module.device))
         return torch.cat(parts)
 
     def _bits_per_dim(self, module: PFGM, data: DataModule) -> list[float] | str:
@@ -144,11 +144,16 @@ class Evaluation(Callback):
     def _bits(self, module: PFGM, data: DataModule) -> Iterator[Tensor]:
         """Of held-out data, by batches."""
         part = data.held_out[shuffled(len(data.held_out))[: self.likelihood]]
-        part = dataclasses.replace(part, condition=data.prepared(part).condition)
+        part = dataclasses.replace(part, conditions=data.prepared(part).conditions)
         for k, i in enumerate(range(0, len(part), BATCH)):
             batch = part[slice(i, i + BATCH)]
-            x, given = batch.x.to(module.device), {"labels": batch.label, "condition": batch.condition}
+            x, given = batch.x.to(module.device), {"labels": batch.label, "condition": _conditions(batch)}
             yield module.flow.bits_per_dim(x, seed=k, rtol=1e-3, atol=1e-3, **given)
+
+
+def _conditions(samples: SampleSet) -> dict[str, Tensor] | None:
+    """Return the conditions of samples without their labels; None for none."""
+    return {key: value for key, value in samples.conditions.items() if key != "label"} or None
 
 
 def _data(trainer: pl.Trainer) -> DataModule:

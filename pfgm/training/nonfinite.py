@@ -1,39 +1,51 @@
-"""Steps that are not finite: kept from the weights, counted on the device, traced to a sample when training stops."""
+"""Counting of training steps that are skipped because their loss or gradient is not finite."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-MAX_SKIPPED = 32
-"""Steps in a row after which training stops; float16's scaler needs some to find its scale."""
+MAX_SKIPPED = 32  # consecutive skipped steps that end training; the scaler of float16 skips some while it finds its scale
 
 
 class NonFiniteLoss(RuntimeError):
-    """The training loss or its gradient was NaN or infinite for MAX_SKIPPED steps."""
+    """Signal that training cannot go on: too many skipped steps in a row, or weights that are not finite."""
 
 
 class SkippedSteps:
-    """How many steps were skipped, in all and in a row. Only `state` waits for an accelerator."""
+    """Count skipped steps on the device of the loss, without waiting for an accelerator.
+
+    Args:
+        state: Skipped steps in total and in a row, as a checkpoint stores them.
+    """
 
     def __init__(self, state: Sequence[int] = (0, 0)):
-        self._counts, self.told = torch.tensor(state), state[0]
+        self._counts = torch.tensor(state)
+        self.reported = state[0]  # skipped steps that the user has been warned about
 
     @property
     def total(self) -> Tensor:
-        """In all, on the device."""
+        """Return the total number of skipped steps as a tensor on the device."""
         return self._counts[0]
 
     @property
     def state(self) -> list[int]:
-        """In all, and in a row."""
+        """Return the skipped steps in total and in a row; this waits for the accelerator."""
         return self._counts.tolist()
 
-    def add(self, loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer, world: int = 1) -> None:
-        """Count a step with this loss and norm of the gradient, on any of `world` ranks; if it is not finite, a fused
-        optimizer then leaves the weights alone. float16 has a scaler that does so by itself."""
+    def add(self, loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer, world_size: int = 1) -> None:
+        """Count a step, and have a fused optimizer skip it if its loss or gradient is not finite on any rank.
+
+        Gradient scaling, which float16 uses, skips such steps by itself.
+
+        Args:
+            loss: Loss of the step on this rank.
+            norm: Norm of the gradient.
+            optimizer: Optimizer whose next step the decision concerns.
+            world_size: Number of ranks.
+        """
         bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).long()
-        if world > 1:  # the loss is that of this rank
+        if world_size > 1:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         if optimizer.defaults.get("fused", False):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as a gradient scaler does

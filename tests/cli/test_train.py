@@ -18,12 +18,10 @@ import pfgm
 from pfgm.cli import train
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
-from pfgm.data.batches import HeldOutBatches, SampleSet, TrainingStream, stream_indices
-from pfgm.flow.loading import PREFIX
+from pfgm.data.batches import Batch, HeldOutBatches, SampleSet, TrainingStream, stream_indices
 from pfgm.nn import TimeMLP, UNet
 from pfgm.theory.data_summary import DataSummary
-from pfgm.training.ema import EMA
-from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
+from pfgm.training.losses import DenoisingLoss
 from pfgm.training.module import PFGM
 from pfgm.training.nonfinite import NonFiniteLoss
 from tests.helpers import ROOT, SMALL, TOY, fit, last
@@ -74,7 +72,7 @@ def test_every_config_fits_two_steps_and_samples(config, tmp_path):
     assert trained.trainer.global_step == 2
     flow = pfgm.load(tmp_path / "checkpoints" / "last.ckpt")
     assert flow.kernel.D == trained.model.flow.kernel.D
-    condition = None if flow.condition_shape is None else torch.zeros(flow.condition_shape)
+    condition = {key: torch.zeros(shape) for key, shape in flow.summary.conditions.items()} or None
     assert flow.sample(2, condition=condition).x.shape == (2, *flow.shape)
     assert {"config.yaml", "loss.png", "metrics.csv", "checkpoints", "grids"} <= {p.name for p in tmp_path.iterdir()}
     rows = log_rows(tmp_path)
@@ -148,37 +146,6 @@ def test_a_new_process_draws_the_same_samples(tmp_path):
     assert torch.allclose(loaded, here, atol=1e-6)
 
 
-def test_checkpoints_hold_the_average_and_the_raw_weights(tmp_path):
-    """The average is written out by hand from the raw weights of each step."""
-    raws = []
-
-    class Record(pl.Callback):
-        def on_train_batch_end(self, trainer, module, *args):
-            raws.append({k: v.clone() for k, v in module.state_dict().items()})
-
-    data = Toy(size=200, batch_size=16)
-    model = PFGM(TimeMLP((2,), 0, 1, width=8, depth=1), data.summary, PoissonFieldLoss(0.5, 100), D=1, lr=0.05, warmup_steps=0)
-    from pfgm.training.checkpointing import LastCheckpoint
-
-    callbacks = [EMA(half_life=40, warmup=0.5), Record(), LastCheckpoint()]
-    settings = {"max_epochs": -1, "max_steps": 6, "logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    pl.Trainer(**settings, callbacks=callbacks, default_root_dir=tmp_path, accelerator="cpu", enable_model_summary=False).fit(
-        model, data
-    )
-    average = dict(raws[0])
-    for n, raw in enumerate(raws[1:], 1):
-        decay = 0.5 ** (16 / min(40, 0.5 * 16 * n))
-        average = {k: decay * average[k] + (1 - decay) * v for k, v in raw.items()}
-    checkpoint, name = last(tmp_path), f"{PREFIX}denoiser.net.last.weight"
-    assert torch.allclose(checkpoint["state_dict"][name], average[name], atol=1e-6)
-    assert torch.equal(checkpoint["current_model_state"][name], raws[-1][name])
-    assert not torch.allclose(average[name], raws[-1][name], atol=1e-4)
-    path = tmp_path / "checkpoints" / "last.ckpt"
-    assert torch.equal(pfgm.load(path).denoiser.net.last.weight, checkpoint["state_dict"][name])
-    assert torch.equal(pfgm.load(path, ema=False).denoiser.net.last.weight, raws[-1][name])
-    assert torch.equal(model.flow.denoiser.net.last.weight, checkpoint["state_dict"][name]), "fitting leaves the average"
-
-
 class Spy(DenoisingLoss):
     """Remembers what it is given."""
 
@@ -186,17 +153,18 @@ class Spy(DenoisingLoss):
         super().__init__()
         self.seen = []
 
-    def __call__(self, denoiser, y, label=None, *, reference=None, reference_label=None, generator=None, **others):
-        self.seen.append((y, label, reference, reference_label, (generator.generator.initial_seed(), generator.first)))
+    def __call__(self, denoiser, y, conditions, *, charges, generator, **others):
+        noise = generator.generator.initial_seed(), generator.first
+        self.seen.append((y, conditions["label"], charges.y, charges.label, noise))
         return y.sum(1)
 
 
 def test_the_objective_gets_centred_data_labels_and_noise_of_its_own():
     x, label, spy = 100 + 10 * torch.randn(40, 2), torch.arange(40) % 3, Spy()
-    model = PFGM(TimeMLP((2,), 3, width=8, depth=1), DataSummary.of(x, scale=20.0, num_classes=3), spy, D=2, seed=4)
-    batch = {"x": x[:8], "label": label[:8], "reference": x, "reference_label": label}
+    model = PFGM(TimeMLP((2,), 3, width=8, depth=1), DataSummary.from_data(x, scale=20.0, num_classes=3), spy, D=2, seed=4)
+    charges = SampleSet(x, {"label": label})
     for stream, step, first in ((2, 0, 0), (2, 1, 0), (2, 0, 8), (3, 0, 0), (3, 8, 0), (2, 0, 0)):
-        model._loss(batch | {"step": step, "rows": (first, 16)}, stream)
+        model._loss(Batch(x[:8], {"label": label[:8]}, step, (first, 16), charges=charges), stream)
     centred = (x - x.mean(0)) / 20
     for y, y_label, reference, reference_label, _ in spy.seen:
         assert torch.allclose(y, centred[:8], atol=1e-5)
@@ -209,7 +177,7 @@ def test_the_objective_gets_centred_data_labels_and_noise_of_its_own():
 
 
 def test_the_learning_rate_warms_up():
-    model = PFGM(TimeMLP((2,), width=8, depth=1), DataSummary.of(torch.randn(9, 2)), lr=0.1, warmup_steps=4)
+    model = PFGM(TimeMLP((2,), width=8, depth=1), DataSummary.from_data(torch.randn(9, 2)), lr=0.1, warmup_steps=4)
     parts, rates = model.configure_optimizers(), []
     for _ in range(7):
         rates.append(parts["optimizer"].param_groups[0]["lr"])
@@ -240,15 +208,6 @@ def test_held_out_batches_and_steps_have_their_own_randomness():
     batches = [stream.batch(step) for step in (0, 13)]
     a, b = (set(v["reference"].flatten().tolist()) - set(v["x"].flatten().tolist()) for v in batches)
     assert len(a & b) < 40
-
-
-def test_the_average_halves_in_its_half_life():
-    """After the warm-up, `half_life` images halve a weight, in steps of any size; before, a share of the images seen does."""
-    ema = EMA(half_life=1000, warmup=0.1)
-    for images in (1, 10, 250):
-        assert math.prod(ema.decay(50_000 + i, images) for i in range(0, 1000, images)) == pytest.approx(0.5)
-    assert ema.decay(4000, 40) ** 10 == pytest.approx(0.5)
-    assert ema.decay(0, 64) == EMA(half_life=0).decay(10**6, 64) == 0
 
 
 def test_resuming_with_other_settings_is_refused_and_names_them(tmp_path):
@@ -382,17 +341,17 @@ def test_every_pass_of_the_stream_is_a_permutation_and_ranks_share_it():
     one = TrainingStream(SampleSet(x), batch_size=4, seed=4, start=0, rank=0, world=1, reference_size=0)
     two = [TrainingStream(SampleSet(x), batch_size=2, seed=4, start=0, rank=r, world=2, reference_size=0) for r in (0, 1)]
     for step in (0, 3):
-        assert torch.equal(one.batch(step)["x"], torch.cat([t.batch(step)["x"] for t in two]))
-    assert torch.equal(next(iter(one))["x"], one.batch(0)["x"])
+        assert torch.equal(one.batch(step).x, torch.cat([t.batch(step).x for t in two]))
+    assert torch.equal(next(iter(one)).x, one.batch(0).x)
 
 
 def test_reference_charges_contain_the_batch_and_do_not_repeat():
     x = torch.arange(100.0)[:, None]
     for size, length in ((20, 20), (3, 8), (1000, 100)):
         batch = TrainingStream(SampleSet(x), batch_size=8, seed=0, start=0, rank=0, world=1, reference_size=size).batch(5)
-        reference = batch["reference"].flatten().tolist()
+        reference = batch.charges.x.flatten().tolist()
         assert len(reference) == len(set(reference)) == length
-        assert set(batch["x"].flatten().tolist()) <= set(reference)
+        assert set(batch.x.flatten().tolist()) <= set(reference)
 
 
 def test_digits_are_split_at_random_with_each_class_in_proportion():
@@ -479,6 +438,6 @@ def test_networks_made_in_python_load_without_arguments(tmp_path):
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     flow = pfgm.load(tmp_path / "x.ckpt")
-    assert (flow.sigma_max, flow.sigma_data, flow.kernel.D) == (20.0, 0.6, math.inf)
+    assert (flow.sigma_max, flow.summary.sigma_data, flow.kernel.D) == (20.0, 0.6, math.inf)
     again = PFGM.load_from_checkpoint(tmp_path / "x.ckpt")
     assert torch.equal(again.flow.sample(2).x, flow.sample(2).x)

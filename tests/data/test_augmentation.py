@@ -1,4 +1,4 @@
-"""Augmentation: warps of functions known everywhere, labels that say what was done, and images left alone."""
+"""Augmentation: warps of known functions, labels that describe the changes, and images that stay as they are."""
 
 import math
 
@@ -8,9 +8,8 @@ import torch
 
 from pfgm.core import rng
 from pfgm.data import DataModule
-from pfgm.data import augmentation as augmentation_module
-from pfgm.data.augmentation import Augment, diagonal, rotation, warp
-from pfgm.data.batches import SampleSet
+from pfgm.data.augmentation import Augment, Changes, diagonal, rotation, warp
+from pfgm.data.batches import SampleSet, TrainingStream
 from pfgm.nn import UNet
 from pfgm.theory.data_summary import DataSummary
 from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
@@ -39,49 +38,48 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_warps_take_pixels_from_where_they_say(case):
-    """On images that are not square, against the function at the other place, away from the border."""
+def test_warped_pixels_come_from_the_mapped_positions(case):
+    """Compare images that are not square with the function at the mapped positions, away from the border."""
     matrix, shift = CASES[case][0], torch.tensor(CASES[case][1])
     p = pixels()
-    found = warp(smooth(*p)[None], matrix, shift)[0]
+    warped = warp(smooth(*p)[None], matrix, shift)[0]
     there = torch.einsum("ij,jhw->ihw", matrix[0], p) + shift[0, :, None, None]
     inside = (there[0].abs() < WIDTH / 2 - 3) & (there[1].abs() < HEIGHT / 2 - 3)
     assert float(inside.double().mean()) > 0.4
-    assert float((found - smooth(*there))[:, inside].abs().max()) < 0.01
+    assert float((warped - smooth(*there))[:, inside].abs().max()) < 0.01
 
 
-def one_of(which, x, probability=1.0):
-    """An augmentation in which `which` alone is drawn as it would be, and all else is not done."""
+def only(which, x):
+    """Images with the changes `which` alone, and their labels."""
 
     class Only(Augment):
-        def _draw(self, x, generator):
-            drawn = super()._draw(x, generator)
-            return [d if i in which else torch.zeros_like(d) for i, d in enumerate(drawn)]
+        def sample(self, x, generator=None):
+            changes = super().sample(x, generator)
+            return changes._replace(**{name: torch.zeros_like(getattr(changes, name)) for name in set(Changes._fields) - which})
 
-    return Only(probability)(x, rng.generator(5))
+    return Only(1.0)(x, rng.generator(5))
 
 
-def test_labels_say_what_was_done():
-    """From the label alone, the same change is made by hand."""
+def test_labels_suffice_to_repeat_the_changes():
     x = smooth(*pixels())[None].repeat(12, 1, 1, 1)
-    out, label = one_of([0, 1], x)
+    out, label = only({"mirrored", "upside_down"}, x)
     for image, (mirror, over, *rest) in zip(out, label.tolist(), strict=True):
         by_hand = np.flip(x[0].numpy(), [axis for axis, done in ((2, mirror), (1, over)) if done])
         assert np.array_equal(image.numpy(), by_hand)
         assert not any(rest)
     assert len({tuple(row) for row in label.tolist()}) > 2
-    out, label = one_of([2], x)
+    out, label = only({"scale"}, x)
     matrix = diagonal(*[torch.exp2(-0.2 * label[:, 2])] * 2)
     assert torch.allclose(out, warp(x, matrix, torch.zeros(12, 2)), atol=1e-6)
-    out, label = one_of([3], x)
+    out, label = only({"angle"}, x)
     angle = torch.atan2(label[:, 4], label[:, 3] + 1)
     assert torch.allclose(out, warp(x, rotation(-angle), torch.zeros(12, 2)), atol=1e-4)
     assert float(angle.abs().max()) > math.pi / 2
-    out, label = one_of([4, 5], x)
+    out, label = only({"stretch", "direction"}, x)
     stretch, direction = label[:, 5:7].norm(dim=1), torch.atan2(label[:, 6], label[:, 5]) / 2
     axes = rotation(direction) @ diagonal(torch.exp2(-0.2 * stretch), torch.exp2(0.2 * stretch)) @ rotation(-direction)
     assert torch.allclose(out, warp(x, axes, torch.zeros(12, 2)), atol=1e-4), "one label, one change"
-    out, label = one_of([6, 7], x)
+    out, label = only({"right", "down"}, x)
     extent = torch.tensor([0.125 * WIDTH, 0.125 * HEIGHT])
     assert torch.allclose(out, warp(x, torch.eye(2).expand(12, 2, 2), -extent * label[:, 7:]), atol=1e-5)
     assert bool(label[:, 7:].ne(0).all())
@@ -96,8 +94,7 @@ def test_a_positive_scale_enlarges_and_a_shift_moves_right_and_down():
     assert torch.allclose(moved, spot.roll((2, 3), dims=(2, 3)), atol=1e-5)
 
 
-def test_most_images_are_left_alone_and_the_rest_have_the_shares():
-    """With probability .12 of each of five changes; half of them mirrored, which the label tells too."""
+def test_changes_occur_with_their_probabilities_and_other_images_stay_as_they_are():
     x = torch.rand(4000, 1, 8, 8)
     out, label = Augment(0.12)(x, rng.generator(0))
     done = torch.stack([label[:, 2].ne(0), label[:, 4].ne(0), label[:, 5].ne(0), label[:, 7].ne(0)])
@@ -120,8 +117,7 @@ def images(**options):
     return DataModule(SampleSet(x), SampleSet(x[:9]), batch_size=16, seed=0, **options)
 
 
-def test_networks_are_trained_on_changed_images_with_their_labels(tmp_path):
-    """In training only, and in the units of the data; the network's weights for them move."""
+def test_networks_train_on_changed_images_and_their_labels_but_validate_without(tmp_path):
     seen = []
 
     class Spy(DenoisingLoss):
@@ -137,18 +133,16 @@ def test_networks_are_trained_on_changed_images_with_their_labels(tmp_path):
     train_steps(data, module, 2, folder=tmp_path, **options)
     assert [training for *_, training in seen] == [True, False, True, False]
     generator = rng.Rows(rng.generator(0, rng.AUGMENTATION, 0), 0, 16)
-    from pfgm.data.batches import TrainingStream
-
     batch = TrainingStream(data.train, batch_size=16, seed=0, start=0, reference_size=0).batch(0)
-    x, label = Augment(1.0)(batch["x"], generator)
+    x, label = Augment(1.0)(batch.x, generator)
     assert torch.allclose(seen[0][0], module.flow.to_model(x), atol=1e-6)
     assert torch.equal(seen[0][1], label)
     assert seen[1][1] is None
     assert not torch.equal(module.flow.denoiser.net.embedding.augmentation.weight, before)
 
 
-def test_what_cannot_be_augmented_is_named():
-    data, summary = images(), DataSummary.of(torch.randn(9, 3, 8))
+def test_unusable_combinations_with_augmentation_are_named():
+    data, summary = images(), DataSummary.from_data(torch.randn(9, 3, 8))
     for arguments, message in [
         ((UNet(data.shape, width=8), data.summary), "give a UNet with augmentation_size = 9"),
         ((UNet((3, 8), width=8, augmentation_size=9), summary), r"it changes images \(3, 8\)"),
@@ -161,4 +155,3 @@ def test_what_cannot_be_augmented_is_named():
         PFGM(net, data.summary, PoissonFieldLoss(), D=1, augment=Augment())
     with pytest.raises(ValueError, match=r"probability = 1.5"):
         Augment(1.5)
-    assert augmentation_module.SIZE == 9

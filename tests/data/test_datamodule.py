@@ -1,5 +1,6 @@
 """Data modules: conditions, dequantisation, labels that are dropped."""
 
+import dataclasses
 import json
 import math
 
@@ -11,13 +12,13 @@ import pfgm
 from pfgm.cli import train
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
-from pfgm.data.batches import HeldOutBatches, Preparation, SampleSet, TrainingStream
-from pfgm.data.degradations import AddNoise, Downsample, Grey
+from pfgm.data.batches import Batch, HeldOutBatches, Preparation, SampleSet, TrainingStream
+from pfgm.data.degradations import Downsample
 from pfgm.flow import checkpoints
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.theory.data_summary import DataSummary
-from pfgm.training.losses import DenoisingLoss, PoissonFieldLoss
+from pfgm.training.losses import Charges, DenoisingLoss, PoissonFieldLoss
 from pfgm.training.module import PFGM
 from tests.helpers import ROOT, SMALL, fit, last
 
@@ -34,82 +35,60 @@ def test_dequantisation_fills_the_gaps_evenly_and_anew_each_step():
     noisy = stream(SampleSet(levels), Preparation(width=0.125), batch_size=2000)
     first, second = (noisy.batch(step)["x"] for step in (0, 1))
     assert bool((first - (first * 8).round() / 8).abs().max() <= 0.0625)
-    noise = stream(SampleSet(torch.zeros(2000, 3)), Preparation(width=0.125), batch_size=2000).batch(0)["x"]
+    noise = stream(SampleSet(torch.zeros(2000, 3)), Preparation(width=0.125), batch_size=2000).batch(0).x
     assert torch.allclose(noise.flatten().sort().values, torch.linspace(-0.0625, 0.0625, 6000), atol=4e-3), "uniform"
     assert not torch.equal(first.sort(0).values, second.sort(0).values)
-    assert torch.equal(noisy.batch(1)["x"], second)
+    assert torch.equal(noisy.batch(1).x, second)
     zeros = SampleSet(torch.zeros(2000, 3))
-    ranks = [stream(zeros, Preparation(width=1.0), batch_size=50, rank=rank, world=2).batch(0)["x"] for rank in (0, 1)]
+    ranks = [stream(zeros, Preparation(width=1.0), batch_size=50, rank=rank, world=2).batch(0).x for rank in (0, 1)]
     assert not torch.equal(*(x.flatten().sort().values for x in ranks)), "each rank has its own"
 
 
 @pytest.mark.parametrize("size", [20, 1000])
 def test_dequantised_charges_contain_the_dequantised_batch(size):
     x = torch.arange(100.0)[:, None]
-    batch = stream(SampleSet(x, torch.arange(100)), Preparation(width=1.0), reference_size=size).batch(5)
-    where = (batch["reference_label"] == batch["label"][:, None]).int().argmax(1)
-    assert torch.equal(batch["reference"][where], batch["x"])
-    assert torch.equal(batch["x"].round()[:, 0].long(), batch["label"])
+    batch = stream(SampleSet(x, {"label": torch.arange(100)}), Preparation(width=1.0), reference_size=size).batch(5)
+    label = batch.conditions["label"]
+    where = (batch.charges.label == label[:, None]).int().argmax(1)
+    assert torch.equal(batch.charges.x[where], batch.x)
+    assert torch.equal(batch.x.round()[:, 0].long(), label)
     held_out = HeldOutBatches(SampleSet(x), Preparation(width=1.0), batch_size=30, seed=0, reference_size=size)[1]
-    assert set(held_out["x"].flatten().tolist()) <= set(held_out["reference"].flatten().tolist())
-    assert held_out["x"].round().flatten().tolist() == list(range(30, 60))
+    assert set(held_out.x.flatten().tolist()) <= set(held_out.charges.x.flatten().tolist())
+    assert held_out.x.round().flatten().tolist() == list(range(30, 60))
 
 
 def test_held_out_noise_is_the_same_every_time_and_differs_between_batches():
     held_out = HeldOutBatches(SampleSet(torch.zeros(60, 4)), Preparation(width=1.0), batch_size=30, seed=0, reference_size=0)
-    assert torch.equal(held_out[0]["x"], held_out[0]["x"])
-    assert not torch.equal(held_out[0]["x"], held_out[1]["x"])
+    assert torch.equal(held_out[0].x, held_out[0].x)
+    assert not torch.equal(held_out[0].x, held_out[1].x)
 
 
 def test_conditions_follow_their_samples_and_are_made_before_dequantisation():
     x = torch.randint(17, (100, 1, 8, 8)).float()
     batch = stream(SampleSet(x), Preparation(Downsample(4), 1.0), batch_size=100).batch(2)
-    assert torch.allclose(batch["condition"], torch.nn.functional.avg_pool2d(batch["x"].round(), 4))
-    stored = stream(SampleSet(x, condition=x.flatten(1)[:, :3]), Preparation()).batch(7)
-    assert torch.equal(stored["condition"], stored["x"].flatten(1)[:, :3])
-
-
-def test_degradations():
-    x = torch.randn(2, 3, 6, 4)
-    blocks = x.reshape(2, 3, 3, 2, 2, 2).mean((3, 5))
-    assert torch.allclose(Downsample(2)(x), blocks, atol=1e-6)
-    assert Downsample(2).shape((3, 6, 4)) == blocks.shape[1:] == (3, 3, 2)
-    assert torch.allclose(Grey()(x), (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None])
-    assert Grey().shape((3, 6, 4)) == (1, 6, 4)
-    noise = AddNoise(0.3)(torch.zeros(2000, 2), torch.Generator().manual_seed(0))
-    assert float(noise.std()) == pytest.approx(0.3, rel=0.05)
-    assert AddNoise(0.3).shape((2,)) == (2,)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Downsample(1), "factor = 1 must be a whole number"),
-        (lambda: Digits(degrade=Downsample(3)), "factor = 3 does not divide images of 8 x 8"),
-        (lambda: Digits(degrade=Grey()), "images of 1 channels have no colour"),
-        (lambda: Downsample(2).shape((4,)), r"samples of shape \(4,\) are no images"),
-        (lambda: AddNoise(-1), "std = -1"),
-    ],
-)
-def test_degradations_that_do_not_fit_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+    assert torch.allclose(batch.conditions["image"], torch.nn.functional.avg_pool2d(batch.x.round(), 4))
+    stored = stream(SampleSet(x, {"vector": x.flatten(1)[:, :3]}), Preparation()).batch(7)
+    assert torch.equal(stored.conditions["vector"], stored.x.flatten(1)[:, :3])
 
 
 def test_the_summary_knows_levels_and_conditions():
     data = Digits(degrade=Downsample(2), dequantize=True)
     summary, plain = data.summary, Digits().summary
-    assert (summary.levels, summary.dequantized, summary.condition_shape) == (17, True, (1, 4, 4))
-    assert (plain.levels, plain.dequantized, plain.condition_shape) == (17, False, None)
+    assert (summary.levels, summary.dequantized, summary.conditions) == (17, True, {"image": (1, 4, 4)})
+    assert (plain.levels, plain.dequantized, plain.conditions) == (17, False, {})
     low = torch.nn.functional.avg_pool2d(data.train.x, 2)
-    assert float(summary.condition_mean) == pytest.approx(float(low.mean()), rel=1e-5)
-    assert float(summary.condition_std) == pytest.approx(float(low.std()), rel=1e-3)
+    assert float(summary.image_mean) == pytest.approx(float(low.mean()), rel=1e-5)
+    assert float(summary.image_std) == pytest.approx(float(low.std()), rel=1e-3)
     assert summary.sigma_data**2 - plain.sigma_data**2 == pytest.approx(0.125**2 / 12, rel=0.2)
-    flat = DataSummary.of(torch.randn(1437, 2), condition=torch.full((1437, 1, 4, 4), 0.1, dtype=torch.float64))
-    assert float(flat.condition_std) == 1, "whatever rounding makes of it"
-    each = DataSummary.of(torch.randn(9, 2), condition=torch.stack([torch.arange(9.0), torch.full((9,), 4.0)], 1))
-    assert each.condition_mean.tolist() == [4, 4]
-    assert each.condition_std.tolist() == pytest.approx([math.sqrt(60 / 9), 1]), "a constant is left alone"
+    flat = DataSummary.from_data(
+        torch.randn(1437, 2), conditions={"image": torch.full((1437, 1, 4, 4), 0.1, dtype=torch.float64)}
+    )
+    assert float(flat.image_std) == 1, "whatever rounding makes of it"
+    each = DataSummary.from_data(
+        torch.randn(9, 2), conditions={"vector": torch.stack([torch.arange(9.0), torch.full((9,), 4.0)], 1)}
+    )
+    assert each.vector_mean.tolist() == [4, 4]
+    assert each.vector_std.tolist() == pytest.approx([math.sqrt(60 / 9), 1]), "a constant is left alone"
 
 
 def test_levels_of_arrays(tmp_path):
@@ -133,8 +112,8 @@ def test_arrays_with_conditions_of_their_own_train_and_draw(tmp_path):
     base += ["--model.net.init_args.width=16", *SMALL]
     fit(tmp_path / "run", "--trainer.max_steps=2", base=base)
     flow = pfgm.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert flow.condition_shape == (2,)
-    assert float((flow.condition_mean - torch.tensor(c).mean(0)).abs().max()) < 0.5
+    assert flow.summary.conditions == {"vector": (2,)}
+    assert float((flow.summary.vector_mean - torch.tensor(c).mean(0)).abs().max()) < 0.5
     assert flow.sample(2, condition=torch.tensor([3.0, 1.0])).x.shape == (2, 2)
     np.savez(tmp_path / "b.npz", x=c, y=c)
     with pytest.raises(ValueError, match="has no array 'conditions'"):
@@ -142,7 +121,7 @@ def test_arrays_with_conditions_of_their_own_train_and_draw(tmp_path):
     np.savez(tmp_path / "b.npz", x=c, conditions=c[:5])
     with pytest.raises(ValueError, match="conditions need finite numbers for each of 60 samples"):
         Arrays(tmp_path / "b.npz", conditions=True)
-    with pytest.raises(ValueError, match="conditions, degrade: give one of them"):
+    with pytest.raises(ValueError, match="conditions = True, degrade: both make conditions"):
         Arrays(tmp_path / "a.npz", conditions=True, degrade=Downsample())
 
 
@@ -161,7 +140,7 @@ def test_bits_per_dim_of_held_out_digits_are_reported(tmp_path, capsys):
     assert f"held-out bits/dim {mean:.3f} ({error:.3f})" in capsys.readouterr().out
     data = Digits(degrade=Downsample(2), dequantize=True)
     part = data.held_out[torch.randperm(360, generator=rng.generator(0))[:8]]
-    condition = data.prepared(part).condition
+    condition = data.prepared(part).conditions["image"]
     flow = pfgm.load(tmp_path / "checkpoints" / "last.ckpt")
     bits = flow.bits_per_dim(part.x, condition=condition, rtol=1e-3, atol=1e-3)
     assert mean == pytest.approx(float(bits.mean()), rel=1e-3)
@@ -172,16 +151,16 @@ def test_labels_are_dropped_in_training_only_and_in_their_share():
     seen = []
 
     class Spy(DenoisingLoss):
-        def __call__(self, denoiser, y, label=None, **options):
-            seen.append(label)
+        def __call__(self, denoiser, y, conditions, **options):
+            seen.append(conditions["label"])
             return y.flatten(1).sum(1)
 
-    data = DataSummary.of(torch.randn(50, 2), num_classes=3)
+    data = DataSummary.from_data(torch.randn(50, 2), num_classes=3)
     module = PFGM(TimeMLP((2,), 3, width=8), data, Spy(), label_dropout=0.25)
     label = torch.arange(2000) % 3
-    batch = {"x": torch.randn(2000, 2), "label": label, "step": 0, "rows": (0, 2000)}
+    batch = Batch(torch.randn(2000, 2), {"label": label}, 0, (0, 2000))
     module._loss(batch, rng.TRAINING)
-    module._loss(batch | {"step": 1}, rng.TRAINING)
+    module._loss(dataclasses.replace(batch, step=1), rng.TRAINING)
     module._loss(batch, rng.VALIDATION)
     kept = seen[0] == label
     assert float(kept.double().mean()) == pytest.approx(0.75, abs=0.03)
@@ -195,11 +174,13 @@ def test_labels_are_dropped_in_training_only_and_in_their_share():
 def test_without_a_label_the_target_comes_from_all_charges():
     y = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     denoiser = PreconditionedDenoiser(TimeMLP((1,), 2, width=8).double(), 8.0, 1.0, 0.1)
-    data, loss = DataSummary.of(y, num_classes=2), DenoisingLoss(reference_size=2)
-    options = {"data": data, "reference": y}
-    none = loss(denoiser, y, torch.tensor([2, 2]), reference_label=torch.tensor([0, 1]), generator=rng.generator(0), **options)
-    plain = loss(denoiser, y, generator=rng.generator(0), **options)
-    own = loss(denoiser, y, torch.tensor([0, 1]), reference_label=torch.tensor([0, 1]), generator=rng.generator(0), **options)
+    data, loss = DataSummary.from_data(y, num_classes=2), DenoisingLoss(reference_size=2)
+    charges = Charges(y, torch.tensor([0, 1]))
+
+    def value(conditions):
+        return loss(denoiser, y, conditions, summary=data, charges=charges, generator=rng.generator(0))
+
+    none, plain, own = (value(one) for one in ({"label": torch.tensor([2, 2])}, {}, {"label": torch.tensor([0, 1])}))
     assert torch.equal(none, plain)
     assert not torch.allclose(own, plain)
 
@@ -214,7 +195,7 @@ def test_without_a_label_the_target_comes_from_all_charges():
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(options, message):
-    data = DataSummary.of(torch.randn(50, 2), condition=torch.randn(50, 3))
+    data = DataSummary.from_data(torch.randn(50, 2), conditions={"vector": torch.randn(50, 3)})
     net = TimeMLP((2,), 0, int(options.get("D") == 1), {"vector": (3,)}, width=8)
     with pytest.raises(ValueError, match=message):
         PFGM(net, data, **options)
@@ -281,9 +262,9 @@ def test_flipped_images_are_mirrored_half_of_the_time_in_training_only(tmp_path)
 
 def test_summaries_of_large_data_are_made_in_blocks(monkeypatch):
     x = 3 + torch.randn(50, 2, 3, 4)
-    whole = DataSummary.of(x, scale=2.0)
+    whole = DataSummary.from_data(x, scale=2.0)
     monkeypatch.setattr("pfgm.theory.data_summary.BLOCK_BYTES", 8 * 24 * 7)
-    blocks = DataSummary.of(x, scale=2.0)
+    blocks = DataSummary.from_data(x, scale=2.0)
     assert torch.allclose(blocks.mean, (x / 2).mean(0), atol=1e-6)
     for name in ("sigma_data", "norm", "power_std"):
         assert getattr(blocks, name) == pytest.approx(getattr(whole, name), rel=1e-12)

@@ -327,7 +327,7 @@ def test_samples_are_shown_beside_their_nearest_training_images(mirrored, tmp_pa
         (["--out=a.pt"], "out = a.pt: give a file ending in .safetensors"),
         (["--out=a.safetensors", "--width=5"], "width = 5"),
         (["--out=a.safetensors", "--steps=0"], "steps = 0"),
-        (["--out=a.safetensors", "--config", str(ROOT / "configs" / "heart.yaml")], r"not of samples of shape \(2,\)"),
+        (["--out=a.safetensors", "--config", str(ROOT / "configs" / "heart.yaml")], r"not samples of shape \(2,\)"),
     ],
 )
 def test_bad_options_of_features_are_named(words, message, tmp_path):

@@ -9,13 +9,13 @@ from scipy import integrate, stats
 from torch import nn
 
 import pfgm
-from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.sampling.guidance import GuidedDenoiser
 from pfgm.sampling.inverse import Mask, Measurement
 from pfgm.theory.analytic import GaussianBlob
-from tests.helpers import FAST, conditional, labelled, make_flow
+from pfgm.theory.data_summary import condition_key
+from tests.helpers import FAST, conditional, flow_of, labelled, make_flow
 
 CALLS = {"preset": "fast"}
 
@@ -50,7 +50,7 @@ def test_autoguidance_leads_away_from_the_guide_with_the_same_labels():
     one, other = flow.denoise(x, 1.0, 2), guide.denoise(x, 1.0, 2)
     assert torch.allclose(flow.denoise(x, 1.0, 2, guide=guide, guidance=1.5), other + 1.5 * (one - other), atol=1e-5)
     plain = make_flow()
-    plain.mean.copy_(flow.mean)
+    plain.summary.mean.copy_(flow.summary.mean)
     assert torch.allclose(flow.denoise(x, 1.0, 2, guide=plain, guidance=3.0), 3 * one - 2 * plain.denoise(x, 1.0), atol=1e-5), (
         "a guide without labels gets none"
     )
@@ -147,7 +147,7 @@ def test_guides_of_other_data_are_refused(options, message):
 def test_conditions_of_any_kind_reach_the_network_normalised(shape, condition_shape):
     channels = (condition_shape[0], *[1] * (len(condition_shape) - 1))
     mean, std = 5 * torch.ones(channels), 2 * torch.ones(channels)
-    flow = conditional(shape, condition_shape, condition_mean=mean, condition_std=std)
+    flow = conditional(shape, condition_shape, condition_stats={condition_key(condition_shape): (mean, std)})
     plain, c = conditional(shape, condition_shape), torch.randn(4, *condition_shape)
     one, other = flow.sample(4, condition=5 + 2 * c, **CALLS).x, plain.sample(4, condition=c, **CALLS).x
     assert torch.allclose(one, other, atol=1e-4)
@@ -158,10 +158,10 @@ def test_conditions_of_any_kind_reach_the_network_normalised(shape, condition_sh
 
 
 def test_conditions_survive_an_export(tmp_path):
-    flow = conditional(condition_mean=torch.tensor([1.0, 2.0, 3.0])).eval()
+    flow = conditional(condition_stats={"vector": (torch.tensor([1.0, 2.0, 3.0]), torch.ones(3))}).eval()
     flow.save_pretrained(tmp_path)
     again, c = pfgm.load(tmp_path), torch.randn(3)
-    assert again.condition_shape == (3,)
+    assert again.summary.conditions == {"vector": (3,)}
     assert torch.equal(again.sample(2, condition=c, **CALLS).x, flow.sample(2, condition=c, **CALLS).x)
 
 
@@ -173,7 +173,7 @@ def test_unet_refuses_conditions_that_are_neither_image_nor_vector():
 def test_measurements_are_in_the_users_units():
     """At D = inf and Gaussian data of scale s about a mean m: each known pixel has mean m + (b - m) s²/(s² + noise²)."""
     mean, scale, s = torch.tensor([1.0, -1.0, 0.5]), 4.0, 0.5
-    flow = PoissonFlow(GaussianBlob(s), shape=(3,), sigma_min=1e-3, sigma_max=80.0, mean=mean, scale=scale)
+    flow = flow_of(GaussianBlob(s), shape=(3,), sigma_min=1e-3, sigma_max=80.0, mean=mean, scale=scale)
     measurement = Measurement(Mask(torch.tensor([True, True, False])), torch.tensor([6.0, -5.0]), noise=1.5)
     x = flow.sample(4000, measurement=measurement, batch_size=1500).x.double()
     shrink = (s * scale) ** 2 / ((s * scale) ** 2 + 1.5**2)
@@ -186,7 +186,7 @@ def test_measurements_are_in_the_users_units():
 def discrete(levels=5, **options):
     settings = {"value_range": (-1.0, 1.0), "levels": levels, "dequantized": True, "scale": 2.0} | options
     settings |= {"shape": (1,)} | options
-    return PoissonFlow(GaussianBlob(0.3), sigma_min=0.01, sigma_max=400.0, sigma_data=0.3, **settings)
+    return flow_of(GaussianBlob(0.3), sigma_min=0.01, sigma_max=400.0, sigma_data=0.3, **settings)
 
 
 def test_bits_per_dim_is_the_integral_over_the_gap():
@@ -282,7 +282,7 @@ def test_variations_are_those_of_the_model_in_any_units_and_batches():
 
 def test_a_variation_of_a_gaussian_has_its_closed_form():
     """D = inf, data N(0, s²): x + level n flows to (x + level n) sqrt((s² + min²)/(s² + level²))."""
-    flow = PoissonFlow(GaussianBlob(0.5), shape=(2,), sigma_min=0.01, sigma_max=40.0)
+    flow = flow_of(GaussianBlob(0.5), shape=(2,), sigma_min=0.01, sigma_max=40.0)
     x = torch.tensor([[1.0, -2.0]]).repeat(3000, 1)
     v = flow.vary(x, 0.5, method="dopri5", rtol=1e-4, atol=1e-4, batch_size=3000).x.double()
     factor = math.sqrt((0.25 + 1e-4) / (0.25 + 0.25)) * 0.25 / (0.25 + 1e-4)
@@ -307,15 +307,15 @@ def both(**options):
         "sigma_min": 0.01,
         "sigma_max": 40.0,
         "num_classes": 3,
-        "condition_shape": (3,),
+        "conditions": {"vector": (3,)},
         "unconditional": True,
     } | options
-    return PoissonFlow(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), shape=(2,), **settings)
+    return flow_of(PreconditionedDenoiser(net, 8.0, 0.5, 0.1), shape=(2,), **settings)
 
 
 def test_labels_conditions_guidance_and_measurements_work_together():
     """Against the same denoisers combined by hand."""
-    flow, guide, x, c = both(), both(condition_std=torch.ones(3)), torch.randn(4, 2), torch.randn(4, 3)
+    flow, guide, x, c = both(), both(condition_stats={}), torch.randn(4, 2), torch.randn(4, 3)
     for parameter in guide.denoiser.parameters():
         parameter.data *= 0.5
     label = torch.tensor([0, 1, 2, 0])

@@ -1,15 +1,19 @@
 """Files of version 0.1 keep loading: checkpoints, exports and configurations with the class paths of that version."""
 
+import json
+import shutil
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import pfgm
 from pfgm.core.configurable import ALIASES, public_path, renamed
-from pfgm.flow.checkpoints import read_checkpoint
+from pfgm.flow.checkpoints import CheckpointError, read_checkpoint
+from pfgm.flow.integrity import digest
 from tests.helpers import FIXTURES, SMALL, last
 from tests.helpers import fit as fit_run
 
@@ -76,6 +80,18 @@ def test_runs_of_version_0_1_resume_by_their_configuration(run):
 def test_an_export_of_version_0_1_gives_its_samples():
     x = pfgm.load(OLD / "export").sample(4, seed=1).x
     torch.testing.assert_close(x, stored("pfgmpp"), rtol=0, atol=1e-6)
+
+
+def test_an_export_of_version_0_1_with_two_D_is_refused(tmp_path):
+    shutil.copytree(OLD / "export", tmp_path / "export")
+    config = json.loads((OLD / "export" / "config.json").read_text())
+    config["flow"]["D"] = 8.0
+    content = {name: value for name, value in config.items() if name != "digest"} | {
+        "tensors": load_file(OLD / "export" / "model.safetensors")
+    }
+    (tmp_path / "export" / "config.json").write_text(json.dumps(config | {"digest": digest(content)}))
+    with pytest.raises(CheckpointError, match=r"D = 8\.0 of the flow is not that of its denoiser"):
+        pfgm.load(tmp_path / "export")
 
 
 @pytest.mark.parametrize(("old", "new"), ALIASES.items())

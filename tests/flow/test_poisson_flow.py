@@ -19,12 +19,11 @@ from pfgm.cli import main
 from pfgm.cli.trajectories import _rescaled
 from pfgm.core.configurable import build
 from pfgm.flow import checkpoints
-from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.sampling.likelihood import log_prob
 from pfgm.sampling.sampler import seed_pairs
 from pfgm.theory.analytic import GaussianBlob
-from tests.helpers import FAST, make_flow
+from tests.helpers import FAST, flow_of, make_flow
 
 
 @pytest.mark.parametrize("D", [1, 128.0, math.inf])
@@ -42,24 +41,12 @@ def test_an_export_gives_the_same_samples_and_is_strict_json(D, tmp_path):
 def test_a_flow_has_the_kernel_and_the_sigma_data_of_its_denoiser():
     flow = make_flow(D=8.0)
     assert flow.kernel is flow.denoiser.kernel
-    assert flow.sigma_data == flow.denoiser.sigma_data == 0.5
-    settings = {"shape": (1, 8, 8), "sigma_min": 0.01, "sigma_max": 40.0}
-    with pytest.raises(TypeError, match="positional"):
-        PoissonFlow(flow.denoiser, 128.0, **settings)
+    assert flow.summary.sigma_data == flow.denoiser.sigma_data == 0.5
     with pytest.raises(ValueError, match=r"sigma_data = 0\.7: the denoiser was made with sigma_data = 0\.5"):
-        PoissonFlow(flow.denoiser, sigma_data=0.7, **settings)
+        flow_of(flow.denoiser, (1, 8, 8), sigma_data=0.7)
     with pytest.raises(ValueError, match="denoiser = Identity: it has no StudentTKernel"):
-        PoissonFlow(torch.nn.Identity(), **settings)
-    assert PoissonFlow(GaussianBlob(0.3, 16.0), **settings).kernel.D == 16
-
-
-def test_a_description_with_two_D_is_refused(tmp_path):
-    flow = make_flow(shape=(5,))
-    checkpoints.write_export(tmp_path / "same", flow.config | {"D": 128.0}, flow.state_dict())
-    assert pfgm.load(tmp_path / "same").kernel.D == 128
-    checkpoints.write_export(tmp_path / "other", flow.config | {"D": 8.0}, flow.state_dict())
-    with pytest.raises(ValueError, match=r"D = 8\.0 of the flow is not that of its denoiser, 128"):
-        pfgm.load(tmp_path / "other")
+        flow_of(torch.nn.Identity(), (1, 8, 8))
+    assert flow_of(GaussianBlob(0.3, 16.0), (1, 8, 8)).kernel.D == 16
 
 
 def test_samples_come_in_the_users_units():
@@ -68,7 +55,7 @@ def test_samples_come_in_the_users_units():
     options = {"method": "midpoint", "steps": 8}
     assert torch.allclose(scaled.sample(4, **options).x, flow.sample(4, **options).x * 127.5, rtol=1e-5)
     model = flow.sampler(**options).sample(4).x
-    assert torch.allclose(flow.sample(4, **options).x, model + flow.mean)
+    assert torch.allclose(flow.sample(4, **options).x, model + flow.summary.mean)
     x = scaled.sample(4, **options).x
     assert torch.allclose(scaled.to_user(scaled.to_model(x)), x, rtol=1e-4, atol=1e-3)
     noisy, sigma = x + 10 * torch.randn_like(x), torch.full((4,), 10.0)
@@ -230,7 +217,7 @@ class Elsewhere(pfgm.nn.Network):
 
 
 def test_classes_from_elsewhere_need_trust(tmp_path):
-    flow = PoissonFlow(PreconditionedDenoiser(Elsewhere((3,)), 4.0, 0.5, 0.06), shape=(3,), sigma_min=0.01, sigma_max=40.0)
+    flow = flow_of(PreconditionedDenoiser(Elsewhere((3,)), 4.0, 0.5, 0.06), shape=(3,), sigma_min=0.01, sigma_max=40.0)
     flow.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pass trust="):
         pfgm.load(tmp_path)
@@ -265,7 +252,7 @@ def test_a_trajectory_is_shown_with_the_spread_of_the_data_about_their_mean():
     flow = make_flow(D=1, shape=(1, 16, 16), scale=3.0)
     for options in ({}, {"method": "euler", "steps": 3, "s_churn": 1.0}):
         way = flow.trajectory(seed_pairs(40), 4, **options)
-        start = (_rescaled(flow, way)[0] / 3 - flow.mean).flatten(1)
+        start = (_rescaled(flow, way)[0] / 3 - flow.summary.mean).flatten(1)
         assert start.square().mean(1).sqrt().numpy() == pytest.approx(0.5, rel=0.5 if options else 0.03)
         assert float(start.square().mean(1).sqrt().median()) == pytest.approx(0.5, rel=0.02)
 
@@ -362,7 +349,7 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
         (["--n=0"], "n = 0"),
         (["--seeds=5-1"], "seeds = '5-1'"),
         (["--seeds=1,1", "--out=folder"], "given twice"),
-        (["--preset=fast", "--steps=3"], "leave out either preset or steps"),
+        (["--preset=fast", "--steps=3"], "Leave out either preset or steps"),
         (["--trajectory=samples.png"], "give two names"),
         (["--out=new/x.png", "--method=foo"], "method = 'foo'"),
         (["--labels=[5]"], "labels = 5: this model was trained without labels"),
@@ -377,7 +364,7 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
         (["--trajectory=x.jpg"], r"trajectory = x\.jpg"),
         (["--trajectory=/proc/none/x.png"], "trajectory = /proc/none/x.png cannot be written"),
         (["--out=new/x.png", "--grid=[9,1]"], "grid begins at 9"),
-        (["--steps=1000000"], "steps = 1000000: the fixed method ab3 needs a number of steps from 1 to 100000"),
+        (["--steps=1000000"], "steps = 1000000: ab3 takes fixed steps. Choose a number from 1 to 100000"),
         (["--max_calls=3", "--trajectory=x.png"], "a trajectory is whole"),
         (["--max_calls=0"], "max_calls = 0 must be at least 1"),
         (["--s_churn=5"], "s_churn = 5.0: noise before each step needs fixed steps"),

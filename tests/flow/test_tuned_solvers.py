@@ -10,13 +10,12 @@ import torch
 
 import pfgm
 from pfgm.cli import main
-from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.flow.tuned_solvers import grid_file, optimize_grid, store_grid, stored_grid
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
-from pfgm.sampling.grids import PacedGrid
 from pfgm.theory.analytic import EmpiricalDenoiser
 from pfgm.theory.kernel import StudentTKernel
+from tests.helpers import flow_of
 
 CHARGES = torch.randn(12, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -34,14 +33,14 @@ class Exact(torch.nn.Module):
 def flow(num_classes=0):
     denoiser = Exact()
     denoiser.num_classes = num_classes
-    return PoissonFlow(denoiser, shape=(3,), sigma_min=0.02, sigma_max=80.0, sigma_data=1.0, scale=2.0, num_classes=num_classes)
+    return flow_of(denoiser, shape=(3,), sigma_min=0.02, sigma_max=80.0, sigma_data=1.0, scale=2.0, num_classes=num_classes)
 
 
 @pytest.fixture
 def export(tmp_path):
     net = TimeMLP((2,), width=16, depth=1)
     torch.nn.init.normal_(net.last.weight, std=0.1)
-    model = PoissonFlow(PreconditionedDenoiser(net, 4.0, 0.5, 0.1), shape=(2,), sigma_min=0.01, sigma_max=40.0)
+    model = flow_of(PreconditionedDenoiser(net, 4.0, 0.5, 0.1), shape=(2,), sigma_min=0.01, sigma_max=40.0)
     model.save_pretrained(tmp_path / "export")
     return str(tmp_path / "export")
 
@@ -73,24 +72,6 @@ def test_conditional_flows_have_grids_too():
 def test_bad_numbers_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         optimize_grid(flow(), *arguments)
-
-
-def test_the_paced_grid():
-    from pfgm.sampling.coordinates import Angle, LogSigma
-
-    path, grid = Angle(0.5), PacedGrid(6)
-    last = grid.last(path, 40.0, 0.01)
-    times = [path.time(level) for level in grid.levels(path, 40.0, last)]
-    steps = [a - b for a, b in itertools.pairwise(times)]
-    unit = steps[2]
-    assert [*steps, times[-1]] == pytest.approx([1.1 * unit, 0.8 * unit, unit, unit, unit, 0.8 * unit, 0.3 * unit])
-    assert PacedGrid(400).last(path, 40.0, 0.01) == 0.01
-    assert grid.last(LogSigma(), 40.0, 0.01) == 0.01
-    up = grid.levels(path, 0.01, 40.0)
-    assert up[0] == 0.01
-    assert up[-1] == 40.0
-    assert all(a < b for a, b in itertools.pairwise(up))
-    assert [len(PacedGrid(n).levels(path, 40.0, 0.01)) for n in (1, 2, 3)] == [2, 3, 4]
 
 
 def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
@@ -136,7 +117,7 @@ def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--method=midpoint", "--steps=3"], "such grids are for ab3, not midpoint"),
-        (["--preset=fast"], "leave out either preset or"),
+        (["--preset=fast"], "Leave out either preset or"),
         ([], "needs a number of steps"),
         (["--steps=3", "--max_calls=0"], "max_calls = 0"),
     ],

@@ -205,7 +205,7 @@ class Clairvoyant(nn.Module):
 def test_the_target_of_a_class_comes_from_its_own_charges(loss, D):
     """The exact class-conditional model has no loss; with charges of all classes it would."""
     y, label = torch.tensor([[-1.0], [1.0]], dtype=F64).repeat(50, 1), torch.tensor([0, 1]).repeat(50)
-    settings = {"data": DataSummary.of(y, num_classes=2), "generator": rng.generator(1)}
+    settings = {"data": DataSummary.from_data(y, num_classes=2), "generator": rng.generator(1)}
     value = loss(Clairvoyant(D), y, label, reference=y[:4], reference_label=label[:4], **settings)
     assert float(value.max()) < 1e-12
     with pytest.raises(ValueError, match="reference_label = None"):

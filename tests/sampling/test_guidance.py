@@ -117,7 +117,7 @@ class Remembering(nn.Module):
 
 def test_guidance_extrapolates_away_from_the_reference():
     x, label, one = torch.zeros(4, 2), torch.tensor([5, 6, 7, 8]), Remembering(3.0)
-    guided = GuidedDenoiser(one, ConditionedDenoiser(one, takes_label=False), torch.tensor([1.0, 0.0, 2.0, 4.0]))
+    guided = GuidedDenoiser(one, ConditionedDenoiser(one, drop=("label",)), torch.tensor([1.0, 0.0, 2.0, 4.0]))
     assert guided(x, 1.0, label=label)[:, 0].tolist() == [5, 3, 3 + 2 * 4, 3 + 4 * 5]
     assert [asked[1] is None for asked in one.asked] == [False, True]
     assert cost(guided) == cost(guided, torch.ones(4)) == 2
@@ -126,7 +126,7 @@ def test_guidance_extrapolates_away_from_the_reference():
 def test_the_reference_is_asked_only_where_it_counts():
     x, label = torch.zeros(3, 2), torch.tensor([5, 6, 7])
     own, reference = Remembering(0.0), Remembering(3.0)
-    guided = GuidedDenoiser(own, ConditionedDenoiser(reference, takes_label=False), 2.0, (0.5, 1.0))
+    guided = GuidedDenoiser(own, ConditionedDenoiser(reference, drop=("label",)), 2.0, (0.5, 1.0))
     assert guided(x, torch.tensor([0.4, 0.5, 1.1]), label=label)[:, 0].tolist() == [5, 3 + 2 * 3, 7]
     assert guided(x, torch.tensor([0.4, 1.0, 1.1]), label=label)[:, 0].tolist() == [5, 3 + 2 * 3, 7], "both ends belong to it"
     own.asked.clear()

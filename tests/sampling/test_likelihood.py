@@ -1,4 +1,4 @@
-"""Densities by the flow against those known in closed form."""
+"""Compare log-densities along the flow with closed forms."""
 
 import math
 
@@ -24,8 +24,8 @@ def cauchy(x, scale):
 
 
 @pytest.mark.parametrize("N", [1, 2, 3, 6])
-def test_cauchy_data(N):
-    """The density at sigma_min is Cauchy of scale s + sigma_min; the prior leaves s out, an error that falls as 1/sigma_max."""
+def test_density_of_cauchy_data(N):
+    """The density at sigma_min is Cauchy of scale s + sigma_min. The prior neglects s, an error that falls as 1/sigma_max."""
     x, errors = StudentTKernel(1).sample(torch.zeros(200, N, dtype=F64), 0.31), []
     for sigma_max in (100.0, 1000.0):
         value = log_prob(CauchyBlob(0.3), StudentTKernel(1), x, sigma_min=0.01, sigma_max=sigma_max, **TIGHT)
@@ -38,7 +38,7 @@ def test_cauchy_data(N):
 
 @pytest.mark.parametrize("shape", [(2,), (1, 3, 2)])
 @pytest.mark.parametrize("sigma_data", [0.2, 0.7])
-def test_gaussian_data(shape, sigma_data):
+def test_density_of_gaussian_data(shape, sigma_data):
     x = 0.5 * torch.randn(50, *shape, dtype=F64)
     settings = {"sigma_min": 0.02, "sigma_max": 400.0, "sigma_data": sigma_data}
     value = log_prob(GaussianBlob(0.4), INF, x, **settings, **TIGHT)
@@ -57,7 +57,7 @@ def test_total_mass_on_the_line_is_one(D):
 
 @pytest.mark.parametrize("D", [1.0, 8.0, math.inf])
 def test_total_mass_in_the_plane_is_one(D):
-    """In polar coordinates, the radius by Gauss-Legendre in r/(1 + r), so that no tail is cut off."""
+    """Integrate in polar coordinates, over r/(1 + r) by Gauss-Legendre, so that no tail is cut off."""
     charges = torch.tensor([[-0.6, 0.2], [0.1, -0.5], [0.9, 0.4]], dtype=F64)
     nodes, weights = (torch.tensor(v) for v in np.polynomial.legendre.leggauss(60))
     s, angle = (nodes + 1) / 2, torch.arange(40, dtype=F64) * 2 * math.pi / 40
@@ -69,7 +69,7 @@ def test_total_mass_in_the_plane_is_one(D):
 
 
 @pytest.mark.parametrize("D", [1.0, 8.0, math.inf])
-def test_charges_have_the_kernels_density(D):
+def test_density_of_charges_is_a_mixture_of_kernels(D):
     charges, kernel = torch.randn(4, 3, dtype=F64), StudentTKernel(D)
     x = kernel.sample(charges[torch.arange(40) % 4], 0.3)
     value = log_prob(EmpiricalDenoiser(charges, D), kernel, x, sigma_min=0.3, sigma_max=3e4, rtol=1e-7, atol=1e-7)
@@ -77,14 +77,14 @@ def test_charges_have_the_kernels_density(D):
     assert torch.allclose(value, exact, atol=3e-4)
 
 
-def test_a_denoiser_that_ignores_its_input():
+def test_density_of_a_denoiser_that_ignores_its_input():
     y = torch.zeros(2, dtype=F64)
     value = log_prob(PointCharge(y), StudentTKernel(4.0), torch.ones(3, 2, dtype=F64), sigma_min=0.5, sigma_max=50.0, **TIGHT)
     assert torch.allclose(value, StudentTKernel(4.0).log_prob(torch.ones(3, 2), y.expand(3, 2), 0.5), atol=1e-6)
 
 
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
-def test_hutchinson_is_unbiased_and_its_standard_error_true(probe):
+def test_hutchinson_estimate_is_unbiased_and_its_standard_error_right(probe):
     charges, kernel, x = torch.randn(6, 4, dtype=F64), StudentTKernel(8.0), torch.randn(1, 4, dtype=F64).repeat(300, 1)
     settings = {"sigma_min": 0.3, "sigma_max": 60.0, "rtol": 1e-3, "atol": 1e-3, "probe": probe}
     exact = log_prob(EmpiricalDenoiser(charges, 8.0), kernel, x[:1], exact=True, **settings)
@@ -95,12 +95,12 @@ def test_hutchinson_is_unbiased_and_its_standard_error_true(probe):
     assert abs(float(deviation.mean())) < 3 * spread / math.sqrt(300)
     assert float(out.error.square().mean().sqrt()) == pytest.approx(spread, rel=0.15)
     one = estimate_log_prob(EmpiricalDenoiser(charges, 8.0), kernel, x[:5], exact=False, probes=8, **settings)
-    assert torch.allclose(one.value, out.value[:5], rtol=0.01), "each sample has probes of its own seed and index"
+    assert torch.allclose(one.value, out.value[:5], rtol=0.01), "the probes of a sample depend on its seed and index only"
     assert bool(estimate_log_prob(EmpiricalDenoiser(charges, 8.0), kernel, x[:2], exact=False, **settings).error.isnan().all())
 
 
-def test_it_is_the_sum_of_prior_and_change_of_volume():
-    """The log-determinant of the flow's own map, by differences."""
+def test_density_is_the_prior_times_the_determinant_of_the_flow():
+    """Compute the determinant of the sampler's map by finite differences."""
     charges, kernel, x = torch.randn(5, 2, dtype=F64), StudentTKernel(3.0), torch.randn(1, 2, dtype=F64)
     denoiser, h = EmpiricalDenoiser(charges, 3.0), 1e-4
     flow = Sampler(denoiser, kernel, shape=(2,), sigma_min=0.3, sigma_max=60.0, method="dopri5", rtol=1e-10, atol=1e-10)
@@ -111,7 +111,7 @@ def test_it_is_the_sum_of_prior_and_change_of_volume():
     assert torch.allclose(log_prob(denoiser, kernel, x, sigma_min=0.3, sigma_max=60.0, **TIGHT), expected, atol=1e-5)
 
 
-def test_gradients_reach_x():
+def test_differentiable_density_has_the_gradient_of_the_closed_form():
     x = torch.tensor([[0.3, -0.8]], dtype=F64, requires_grad=True)
     settings = {"sigma_min": 0.02, "sigma_max": 400.0, "rtol": 1e-6, "atol": 1e-6}
     value = log_prob(GaussianBlob(0.4), INF, x, differentiable=True, **settings)
@@ -120,7 +120,7 @@ def test_gradients_reach_x():
     assert not log_prob(GaussianBlob(0.4), INF, x, **settings).requires_grad
 
 
-def test_one_network_evaluation_a_call():
+def test_calls_count_network_evaluations_and_label_reaches_the_network():
     class Counting(nn.Module):
         count = 0
 
@@ -134,20 +134,32 @@ def test_one_network_evaluation_a_call():
     out = estimate_log_prob(denoiser, INF, torch.randn(2, 40), probes=3, **settings)
     assert out.calls == denoiser.count
     assert out.value.dtype == F64
-    assert bool((out.error > 0).all()), "40 dimensions are estimated"
+    assert bool((out.error > 0).all()), "the trace is estimated in 40 dimensions"
+
+
+def test_conditions_reach_the_denoiser_and_label_is_shorthand_for_one():
+    label, vector, x = torch.tensor([1, 0]), torch.tensor([[0.5], [2.0]], dtype=F64), torch.randn(2, 3, dtype=F64)
+
+    def denoiser(x, sigma, *, label, vector):
+        return x * (label + 0.1 * vector[:, 0])[:, None] / 4
+
+    settings = {"sigma_min": 0.1, "sigma_max": 10.0, "rtol": 1e-3, "atol": 1e-3}
+    both = log_prob(denoiser, INF, x, label=label, conditions={"vector": vector}, **settings)
+    assert torch.equal(both, log_prob(denoiser, INF, x, conditions={"label": label, "vector": vector}, **settings))
+    assert not torch.allclose(both, log_prob(denoiser, INF, x, label=1 - label, conditions={"vector": vector}, **settings))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"probes": 0}, "probes = 0 must be at least 1"),
-        ({"probe": "sphere"}, "probe = 'sphere' is unknown; choose one of rademacher, gaussian"),
-        ({"method": "ab3"}, "method = 'ab3': give an adaptive method"),
+        ({"probes": 0}, "probes = 0: must be at least 1"),
+        ({"probe": "sphere"}, "probe = 'sphere' is unknown. Choose one of rademacher, gaussian"),
+        ({"method": "ab3"}, "method = 'ab3' is not adaptive"),
         ({"sigma_max": 0.01}, "sigma_min = 0.1, sigma_max = 0.01"),
         ({"sigma_data": -1.0}, "sigma_data = -1"),
         ({"rtol": 0.0}, "rtol = 0"),
     ],
 )
-def test_bad_numbers_are_named(options, message):
+def test_errors_name_the_argument(options, message):
     with pytest.raises(ValueError, match=message):
         log_prob(GaussianBlob(0.4), INF, torch.zeros(1, 2), **({"sigma_min": 0.1, "sigma_max": 10.0} | options))

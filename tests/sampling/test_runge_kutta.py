@@ -1,4 +1,4 @@
-"""Steps for each sample: against scipy's tableaux, flows in closed form, and the sample drawn alone."""
+"""Compare per-sample steps with scipy's tableaux, with flows in closed form and with samples alone in a batch."""
 
 import math
 
@@ -22,20 +22,20 @@ def sampler(denoiser, D=1.0, shape=(3,), **options):
 
 
 @pytest.mark.parametrize(("name", "oracle"), [("bosh3", integrate.RK23), ("dopri5", integrate.RK45)])
-def test_pairs_are_scipys(name, oracle):
-    pair, stages = TABLEAUS[name], oracle.n_stages
+def test_tableaux_equal_scipys(name, oracle):
+    tableau, stages = TABLEAUS[name], oracle.n_stages
     rows = [[*oracle.A[i, :i]] for i in range(1, stages)] + [[*oracle.B]]
-    assert [pytest.approx(row, abs=1e-15) for row in rows] == [list(row) for row in pair.rows]
-    assert [abs(e) for e in pair.error] == pytest.approx([abs(e) for e in oracle.E], abs=1e-15)
-    assert sum(pair.error) == pytest.approx(0, abs=1e-15)
-    assert pair.order == oracle.order
+    assert [pytest.approx(row, abs=1e-15) for row in rows] == [list(row) for row in tableau.rows]
+    assert [abs(e) for e in tableau.error] == pytest.approx([abs(e) for e in oracle.E], abs=1e-15)
+    assert sum(tableau.error) == pytest.approx(0, abs=1e-15)
+    assert tableau.order == oracle.order
 
 
-def test_heun_and_euler_are_the_other_pair():
-    """Of orders 2 and 1: the error is their difference, (k2 - k1) h/2."""
-    pair = TABLEAUS["adaptive_heun"]
-    assert (pair.order, [list(row) for row in pair.rows]) == (2, [[1.0], [0.5, 0.5]])
-    assert list(pair.error) == [0.5 - 1, 0.5, 0]
+def test_adaptive_heun_is_the_heun_euler_tableau():
+    """The error estimate is the difference of Heun and Euler, (k2 - k1) h/2."""
+    tableau = TABLEAUS["adaptive_heun"]
+    assert (tableau.order, [list(row) for row in tableau.rows]) == (2, [[1.0], [0.5, 0.5]])
+    assert list(tableau.error) == [0.5 - 1, 0.5, 0]
 
 
 @pytest.mark.parametrize("coordinates", ["angle", "log_sigma"])
@@ -49,20 +49,20 @@ def test_lines_to_a_point_charge_are_straight(method, tolerance, coordinates):
     assert torch.allclose(s.integrate(x, 0.5, 40.0), y + (x - y) * 80, atol=100 * accuracy)
 
 
-def test_the_way_between_the_steps_is_the_flow():
+def test_states_between_steps_follow_the_flow():
     s = sampler(CauchyBlob(0.3), method="bosh3", rtol=1e-8, atol=1e-8, independent=True)
-    way = s.trajectory(seed_pairs(5), 9)
-    law = (0.3 + way.sigma) / (0.3 + way.sigma[0])
-    assert torch.allclose(way.x, way.x[0] * law[..., None], rtol=1e-5, atol=1e-6)
+    path = s.trajectory(seed_pairs(5), 9)
+    law = (0.3 + path.sigma) / (0.3 + path.sigma[0])
+    assert torch.allclose(path.x, path.x[0] * law[..., None], rtol=1e-5, atol=1e-6)
 
 
 def two_charges(n=40):
-    """Starts from those that decide late between two charges to one for which there is nothing to decide."""
+    """Return a denoiser of two charges and n starts, from those near the separatrix to those far from it."""
     x = torch.logspace(-2, 1.5, n, dtype=F64)[:, None]
     return EmpiricalDenoiser(torch.tensor([[-0.5], [0.5]], dtype=F64), math.inf), x
 
 
-def test_each_sample_is_the_one_drawn_alone():
+def test_result_of_a_sample_does_not_depend_on_its_batch():
     denoiser, x = two_charges()
     loose = {"method": "bosh3", "rtol": 0.02, "atol": 0.02}
     each, shared = (sampler(denoiser, math.inf, (1,), independent=i, **loose) for i in (True, False))
@@ -72,11 +72,11 @@ def test_each_sample_is_the_one_drawn_alone():
     assert torch.allclose(each.integrate(x[5:7], 40.0, 0.05), together[5:7], atol=1e-10)
     assert torch.allclose(each.integrate(x.flip(0), 40.0, 0.05), together.flip(0), atol=1e-10)
     coupled = shared.integrate(x, 40.0, 0.05)
-    assert float((shared.integrate(x[5:7], 40.0, 0.05) - coupled[5:7]).abs().max()) > 1e-5, "the coupling that this removes"
+    assert float((shared.integrate(x[5:7], 40.0, 0.05) - coupled[5:7]).abs().max()) > 1e-5, "shared steps couple the samples"
 
 
 def replay(slope, state, tolerance, h):
-    """The controller as published, for one number: times of the steps tried, their size and what became of them."""
+    """Apply the published controller to a scalar: time, size, acceptance and error of each attempted step, and the end."""
     time, before, tried = 0.0, 1.0, []
     while time < 1:
         h = min(h, 1 - time)
@@ -97,8 +97,8 @@ def replay(slope, state, tolerance, h):
 
 
 @pytest.mark.parametrize(("tolerance", "first_step"), [(1e-3, 0.2), (1e-4, 0.9), (1e-4, 0.01)])
-def test_steps_follow_the_controller(tolerance, first_step):
-    """A sharp bump of the slope, so that steps are rejected, shrunk and grown again."""
+def test_step_sizes_follow_the_published_controller(tolerance, first_step):
+    """Use a sharp bump of the slope, so that steps are rejected, shrink and grow again."""
 
     def bump(t, y):
         return 30 * math.exp(-(((t - 0.6) / 0.03) ** 2)) + 3 - y
@@ -128,7 +128,7 @@ def test_steps_follow_the_controller(tolerance, first_step):
     assert float(each.error) == pytest.approx(sum(gap for _, _, good, gap in tried if good))
 
 
-def test_steps_are_counted_for_each_sample():
+def test_steps_are_counted_per_sample():
     denoiser, x = two_charges(3)
 
     def slope(t, state):
@@ -160,10 +160,10 @@ def test_steps_are_counted_for_each_sample():
         {"method": "dpmpp_3m", "steps": 20},
     ],
 )
-def test_estimated_errors_are_of_the_right_size(options):
-    """Of 200 samples of a blob: most are below the estimate, and the estimate is not absurd."""
+def test_estimated_errors_have_the_right_size(options):
+    """Compare with the true errors of 200 samples: most are below the estimate, and within a factor of 300 of it."""
     tight = {"method": "dopri5", "rtol": 1e-9, "atol": 1e-9}
-    if options["method"].startswith("ab"):  # ends where its grid does
+    if options["method"].startswith("ab"):  # compare at the level where its grid ends
         level = sampler(CauchyBlob(0.3), **options).last_level
         tight = {"method": "rk4", "grid": [40 * (level / 40) ** (i / 400) for i in range(401)]}
     exact = sampler(CauchyBlob(0.3), **tight).sample(200).x.double()
@@ -185,7 +185,7 @@ def test_estimated_errors_have_the_units_of_x(method):
     assert torch.allclose(error(20.0), 20 * error(1.0), rtol=0.1)
 
 
-def test_a_draw_counts_the_steps_of_its_slowest_sample():
+def test_samples_report_the_steps_of_the_slowest_sample():
     denoiser = EmpiricalDenoiser(torch.randn(5, 3, dtype=F64), 1.0)
     s = sampler(denoiser, method="bosh3", rtol=1e-3, atol=1e-3, independent=True)
     alone = [s.draw([(0, i)]) for i in range(6)]
@@ -194,23 +194,23 @@ def test_a_draw_counts_the_steps_of_its_slowest_sample():
     assert together.rejected == max(one.rejected for one in alone)
 
 
-def test_errors_of_the_network_are_not_taken_for_the_solvers():
+def test_exceptions_of_the_network_pass_through():
     def denoiser(x, sigma, label=None):
-        raise AssertionError("my own")
+        raise AssertionError("of the network")
 
-    with pytest.raises(AssertionError, match="my own"):
+    with pytest.raises(AssertionError, match="of the network"):
         sampler(denoiser, rtol=0.1).sample(2)
 
 
-def test_runge_kutta_with_fixed_steps_claims_no_error():
+def test_fixed_runge_kutta_steps_have_no_error_estimate():
     assert sampler(CauchyBlob(0.3), method="midpoint", steps=5).sample(3).error is None
 
 
 @pytest.mark.parametrize("independent", [True, False])
-def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch, independent):
+def test_unreachable_tolerance_raises_an_error_with_advice(monkeypatch, independent):
     monkeypatch.setattr(solvers, "MAX_STEPS", 50)
     s = sampler(lambda x, sigma, label=None: torch.rand_like(x), rtol=1e-12, atol=1e-12, independent=independent)
-    with pytest.raises(ode.SolverError, match=r"bosh3 could not meet its tolerance at level \d.* after \d+ calls .*raise rtol"):
+    with pytest.raises(ode.SolverError, match=r"bosh3 could not meet its tolerance at level \d.* after \d+ calls .*Raise rtol"):
         s.sample(2)
 
 
@@ -225,7 +225,7 @@ def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch, ind
     ],
 )
 @pytest.mark.parametrize("most", [1, 2, 5, 8])
-def test_max_calls_ends_with_the_state_reached(options, most):
+def test_max_calls_denoises_the_last_state(options, most):
     levels = []
     s = sampler(CauchyBlob(0.3), **options)
     out = s.sample(4, max_calls=most, on_call=lambda calls, level: levels.append(level))
@@ -236,7 +236,9 @@ def test_max_calls_ends_with_the_state_reached(options, most):
     assert bool(torch.isfinite(out.x).all())
     ratio = ((1 + t.square().sum(1)) / 4).sqrt()[:, None]
     start = 40 / ratio * t * 0.3 / (0.3 + 40 / ratio)
-    assert torch.allclose(out.x.double(), start, rtol=1e-5 if most == 1 else 0.3), "all of the way is denoised to one point"
+    assert torch.allclose(out.x.double(), start, rtol=1e-5 if most == 1 else 0.3), (
+        "every state of a trajectory is denoised to the same point"
+    )
     assert out.error is None
     assert out.accepted < whole.accepted
     if options.get("method") != "heun2":
@@ -244,8 +246,8 @@ def test_max_calls_ends_with_the_state_reached(options, most):
 
 
 @pytest.mark.parametrize("D", [1.0, math.inf])
-def test_samples_of_a_network_depend_on_their_seed_alone_on_fixed_grids(D):
-    """Not on the batch's size, members or order: within 1e-6 on the CPU, in float32."""
+def test_network_samples_on_fixed_grids_depend_on_their_seed_only(D):
+    """Vary batch size, members and order; results in float32 on the CPU agree to 1e-6."""
     torch.manual_seed(0)
     net = UNet((1, 8, 8), width=16, multipliers=(1, 2), blocks=1)
     torch.nn.init.normal_(net.last[-1].weight, std=0.02)

@@ -148,7 +148,7 @@ def test_no_run_follows_one_that_ran_out_of_calls(most):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"s_churn": 1.0}, r"s_churn = 1\.0: .*ab3 does not have them, choose method euler"),
+        ({"s_churn": 1.0}, r"s_churn = 1\.0: .*ab3 does not have them\. Choose method euler"),
         ({"s_churn": 1.0, "rtol": 0.1}, "bosh3 does not have them"),
         ({"s_churn": -1.0}, r"s_churn = -1\.0 must be a finite number"),
         ({"s_churn": 1.0, "method": "euler", "steps": 3, "s_tmin": 2.0, "s_tmax": 1.0}, r"s_tmin = 2\.0, s_tmax = 1\.0"),

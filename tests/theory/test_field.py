@@ -1,4 +1,4 @@
-"""The field against physics (Gauss, no curl, closed forms) and against the direct sum."""
+"""Compare the field with physics (Gauss's law, zero curl, closed forms) and with the direct sum over charges."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ WEIGHTS = torch.rand(7, generator=rng.generator(2), dtype=F64)
 
 
 def direct_field(x, r, charges, D, p):
-    """The defining sum, one charge at a time."""
+    """Sum the field over the charges, one at a time."""
     E_x, E_r = torch.zeros_like(x), torch.zeros(len(x), dtype=F64)
     for y, weight in zip(charges, p / p.sum(), strict=True):
         size = ((x - y).square().sum(1) + r**2) ** (-(x.shape[1] + D) / 2)
@@ -35,7 +35,7 @@ def test_field_is_the_sum_over_charges(D):
 
 
 def derivatives(D, weights=None):
-    """Jacobian of (E_x, E_r) by (x, r) at five points."""
+    """Compute points (x, r), the field (E_x, E_r) there, and its Jacobian."""
     points = torch.cat([torch.randn(5, 3, dtype=F64), 0.5 + torch.rand(5, 1, dtype=F64)], dim=1)
 
     def field(point):
@@ -59,13 +59,13 @@ def test_field_has_no_divergence_and_no_curl(D):
 
 
 def test_flux_through_a_circle_is_two_pi_per_unit_charge():
-    """Gauss's law for N = D = 1: the charge lies inside, one outside must not count."""
+    """Check Gauss's law for N = D = 1, with one charge inside the circle and one outside."""
     angle = torch.linspace(0, 2 * math.pi, 4001, dtype=F64)[:-1]
     normal = torch.stack([angle.cos(), angle.sin()], dim=1)
     charges, weights = torch.tensor([[0.3], [9.0]], dtype=F64), torch.tensor([0.25, 0.75])
     upper = normal[:, 1] > 1e-9
     E_x, E_r = poisson_field(2 * normal[upper][:, :1], 2 * normal[upper][:, 1], charges, 1, weights)
-    flux = 2 * (2 * math.pi * 2 / 4000) * (E_x[:, 0] * normal[upper][:, 0] + E_r * normal[upper][:, 1]).sum()  # both halves
+    flux = 2 * (2 * math.pi * 2 / 4000) * (E_x[:, 0] * normal[upper][:, 0] + E_r * normal[upper][:, 1]).sum()
     on_axis = (
         2
         * (2 * math.pi / 4000)
@@ -84,7 +84,7 @@ def test_uniform_segment_has_the_closed_form():
 
 
 @pytest.mark.parametrize("D", [1, 4])
-def test_far_field_is_that_of_one_charge_with_error_of_second_order(D):
+def test_far_field_is_that_of_one_charge_with_an_error_of_order_two(D):
     centre, errors = CHARGES.mean(0, keepdim=True), []
     for distance in (50.0, 100.0, 200.0):
         x = distance * torch.nn.functional.normalize(torch.ones(1, 3, dtype=F64)) + centre
@@ -95,7 +95,7 @@ def test_far_field_is_that_of_one_charge_with_error_of_second_order(D):
 
 
 @pytest.mark.parametrize("D", [0.5, 1, 128, 1e12, math.inf])
-def test_posterior_mean_is_the_weighted_mean_under_the_kernels_density(D):
+def test_posterior_mean_weights_charges_by_the_kernels_density(D):
     x, kernel = torch.randn(5, 3, dtype=F64), StudentTKernel(D)
     log_p = torch.stack([kernel.log_prob(x, y.expand_as(x), 0.6) for y in CHARGES], dim=1) + WEIGHTS.log()
     expected = torch.softmax(log_p, dim=1) @ CHARGES
@@ -105,7 +105,7 @@ def test_posterior_mean_is_the_weighted_mean_under_the_kernels_density(D):
     assert torch.allclose(posterior_mean(x, sigma, CHARGES, D), single)
 
 
-def test_blocks_of_charges_do_not_change_the_result(monkeypatch):
+def test_block_size_does_not_change_the_posterior_mean(monkeypatch):
     x, images = torch.randn(4, 1, 2, 3, dtype=F64), torch.randn(50, 1, 2, 3, dtype=F64)
     whole = posterior_mean(x, 0.5, images, 3)
     monkeypatch.setattr("pfgm.theory.field.BLOCK_BYTES", 8 * 6 * 7)
@@ -115,8 +115,8 @@ def test_blocks_of_charges_do_not_change_the_result(monkeypatch):
 
 @pytest.mark.parametrize("D", [1.0, 128.0])
 @pytest.mark.parametrize("data", ["digits", "random"])
-def test_target_from_float32_is_accurate_at_every_level(D, data):
-    """|target - float64 target| <= 1e-3 |x - denoised|, also between near-duplicates."""
+def test_posterior_mean_of_float32_data_is_accurate_at_every_sigma(D, data):
+    """Bound the error by 1e-3 |x - denoised|, also between near-duplicates."""
     from sklearn.datasets import load_digits
 
     y = torch.tensor(load_digits().data[:1000] / 8 - 1) if data == "digits" else torch.rand(1000, 64, dtype=F64) * 2 - 1
@@ -130,13 +130,13 @@ def test_target_from_float32_is_accurate_at_every_level(D, data):
         assert float(error.max()) < 1e-3
 
 
-def test_gradients_flow_through_the_posterior_mean():
+def test_posterior_mean_is_differentiable():
     x, sigma = torch.randn(3, 3, dtype=F64, requires_grad=True), torch.full((3,), 0.7, dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, s: posterior_mean(a, s, CHARGES, 2.0), (x, sigma))
 
 
 def test_normalised_field_has_pfgms_sign_and_scale():
-    """For one charge at 0: v = -sqrt(N) (x, z)/(|(x, z)| + gamma), which points to the data."""
+    """Check v = -sqrt(N) (x, z)/(|(x, z)| + gamma), which points to the data, for one charge at 0."""
     x, z = torch.tensor([[3.0, 0.0]], dtype=F64), 4.0
     v_x, v_z = normalized_field(x, z, torch.zeros(1, 2, dtype=F64), gamma=1.0)
     assert torch.allclose(v_x, -math.sqrt(2) * x / 6)
@@ -154,7 +154,7 @@ def test_inverse_of_the_normalised_field_is_exact(gamma, z):
 
 
 def blurred_inverse(N, z, gamma, error):
-    """True distance, and distance recovered from a field with relative `error` in each component."""
+    """Return the true distances, the displacements from a field with relative `error` in each component, and its v_x."""
     x = StudentTKernel(1).sample(torch.zeros(500, N, dtype=F64), z, rng.generator(6))
     v_x, v_z = field_from_displacement(x, torch.full((500,), z, dtype=F64), gamma)
     g = rng.generator(7)
@@ -163,7 +163,7 @@ def blurred_inverse(N, z, gamma, error):
 
 
 @pytest.mark.parametrize(("z", "bound"), [(40.0, 0.04), (1.0, 0.01), (0.01, 0.01)])
-def test_inverse_tolerates_an_imprecise_field(z, bound):
+def test_inverse_is_accurate_for_a_field_with_two_percent_error(z, bound):
     rho, away, _ = blurred_inverse(3072, z, 5.0, 0.02)
     assert float(((norm(away) - rho).abs() / rho).median()) < bound
 
@@ -178,7 +178,7 @@ def test_inverse_is_finite_and_keeps_the_direction_for_any_field(error):
     assert bool(torch.isfinite(zero).all())
 
 
-def test_bad_arguments_are_named():
+def test_errors_name_the_argument():
     x = torch.zeros(2, 3)
     for call, name in (
         (lambda: posterior_mean(x, 0.0, CHARGES, 1), "sigma"),
@@ -197,8 +197,8 @@ def test_bad_arguments_are_named():
 @pytest.mark.parametrize("error", [0.02, 0.1])
 @pytest.mark.parametrize("z", [0.01, 1.0, 5.0, 10.0, 40.0])
 @pytest.mark.parametrize(("N", "n"), [(64, 500), (3072, 300), (12288, 100)])
-def test_inverse_is_never_much_worse_than_the_better_of_the_two(N, n, z, error):
-    """(a) by bisection of n (R + gamma) = rho, (b) from v_z alone; medians over samples."""
+def test_inverse_is_within_1_5_times_the_better_single_inverse(N, n, z, error):
+    """Compare median errors with (a) bisection of n (R + gamma) = rho and (b) the estimate from v_z alone."""
     gamma, height = 5.0, torch.full((n,), z, dtype=F64)
     x, g = StudentTKernel(1).sample(torch.zeros(n, N, dtype=F64), z, rng.generator(6)), rng.generator(7)
     v_x, v_z = (
@@ -216,7 +216,7 @@ def test_inverse_is_never_much_worse_than_the_better_of_the_two(N, n, z, error):
     assert errors[0] < 1.5 * min(errors[1:])
 
 
-def test_normalised_field_of_weighted_charges():
+def test_normalised_field_weights_the_charges():
     x, z, y, p = torch.tensor([[0.4]], dtype=F64), 0.7, torch.tensor([[-1.0], [1.0]], dtype=F64), torch.tensor([0.9, 0.1])
     k = p / ((0.4 - y[:, 0]) ** 2 + z**2)
     away = 0.4 - float((k * y[:, 0]).sum() / k.sum())
@@ -226,8 +226,8 @@ def test_normalised_field_of_weighted_charges():
     assert float(v_z) == pytest.approx(-z / (R + 0.5))
 
 
-def test_each_point_may_weigh_the_charges_by_itself():
-    """A row of weights for each point, as one call for each; and a point of which all but one charge have no weight."""
+def test_weights_per_sample_equal_separate_calls():
+    """Include a row in which a single charge has all the weight."""
     x, sigma = torch.randn(3, 3, dtype=F64), torch.tensor([0.2, 1.0, 5.0], dtype=F64)
     rows = torch.rand(3, len(CHARGES), dtype=F64)
     rows[2] = 0
@@ -243,4 +243,4 @@ def test_each_point_may_weigh_the_charges_by_itself():
         assert torch.allclose(E_r[i], single[1][0], rtol=1e-12)
     with pytest.raises(ValueError, match="weights must be"):
         posterior_mean(x, sigma, CHARGES, 2.0, rows * torch.tensor([1.0, 0.0, 1.0])[:, None])
-    assert bool(torch.isnan(posterior_mean(x, 1.0, CHARGES, 2.0, 0 * rows, check=False)).all()), "not checked, as asked"
+    assert bool(torch.isnan(posterior_mean(x, 1.0, CHARGES, 2.0, 0 * rows, check=False)).all()), "check=False"

@@ -1,7 +1,8 @@
-"""When checkpoints are written, what they never hold, and what signals do to a run."""
+"""When checkpoints are saved, that they hold finite weights, and how signals end a run."""
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -19,10 +20,12 @@ from pfgm.training import run_directory
 from pfgm.training.checkpointing import LastCheckpoint, Stopped
 from pfgm.training.module import PFGM
 from pfgm.training.nonfinite import NonFiniteLoss
+from tests.helpers import full_disk
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_save_the_step_in_progress_and_end_with_a_code_of_their_own(number, tmp_path):
+def test_signals_save_the_step_in_progress_and_set_the_exit_code(number, tmp_path):
     arguments = [*kills.command(tmp_path, "denoising", 100_000), "--checkpoint.every_n_steps=100000"]
     arguments += ["--trainer.val_check_interval=100000", "--averages.every_n_steps=0"]
     process = kills.start(arguments)
@@ -36,7 +39,7 @@ def test_signals_save_the_step_in_progress_and_end_with_a_code_of_their_own(numb
 
 
 @pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
-def test_weights_that_a_step_ruined_replace_no_good_ones(tmp_path):
+def test_ruined_weights_replace_no_checkpoint(tmp_path):
     run = [*kills.command(tmp_path, "denoising", 40), "--model.lr=1e38", "--model.warmup_steps=0"]
     with pytest.raises(NonFiniteLoss, match=r"At step \d+ sample .*The last checkpoint is of before, and is kept.* --run_dir"):
         train.main(run)
@@ -45,15 +48,16 @@ def test_weights_that_a_step_ruined_replace_no_good_ones(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
-def test_checkpoints_wait_for_a_step_that_is_finite(tmp_path, monkeypatch):
-    """And a signal leaves the one of before, from which the same command resumes to the same end."""
+@pytest.mark.process
+def test_saving_waits_for_a_finite_step(tmp_path, monkeypatch):
+    """A signal keeps the earlier checkpoint, from which the same command resumes to the same end."""
     whole, seen = PFGM._loss, []
 
     def bad(self, batch, stream):
         if self.global_step == 12 and stop:
             os.kill(os.getpid(), signal.SIGTERM)
         seen.append(checkpoints.read_checkpoint(run_directory.checkpoint_path(run))["global_step"])
-        return whole(self, batch, stream) * (torch.nan if 8 <= batch["step"] < 13 else 1)
+        return whole(self, batch, stream) * (torch.nan if 8 <= batch.step < 13 else 1)
 
     monkeypatch.setattr(PFGM, "_loss", bad)
     for name, stops in (("whole", (False,)), ("run", (True, False))):
@@ -70,7 +74,7 @@ def test_checkpoints_wait_for_a_step_that_is_finite(tmp_path, monkeypatch):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
-    """Even right after a step whose loss was finite."""
+    """This holds even right after a step with a finite loss."""
     start = LastCheckpoint.on_train_batch_start
 
     def ruin(self, trainer, module, *args):
@@ -93,11 +97,11 @@ def test_training_stops_after_32_steps_without_a_finite_loss(tmp_path, monkeypat
 
 
 def signals_in_step_3(monkeypatch, number):
-    """SIGINT, so many times, in the middle of a step; what came after each."""
+    """Send SIGINT `number` times within a step, and return the list of steps reached after each signal."""
     whole, after = PFGM._loss, []
 
     def loss(self, batch, stream):
-        for _ in range(number if batch["step"] == 3 else 0):
+        for _ in range(number if batch.step == 3 else 0):
             os.kill(os.getpid(), signal.SIGINT)
             after.append(self.global_step)
         return whole(self, batch, stream)
@@ -116,7 +120,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path, monkeypatch, capsy
     assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 0
 
 
-def test_a_signal_that_is_ignored_stops_no_run(tmp_path, monkeypatch):
+def test_an_ignored_signal_does_not_stop_a_run(tmp_path, monkeypatch):
     after = signals_in_step_3(monkeypatch, 2)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -127,15 +131,79 @@ def test_a_signal_that_is_ignored_stops_no_run(tmp_path, monkeypatch):
     assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 8
 
 
-def test_a_run_in_a_thread_listens_to_no_signals(tmp_path):
+def test_a_run_in_a_thread_installs_no_signal_handlers(tmp_path):
     with ThreadPoolExecutor() as pool:
         pool.submit(train.main, kills.command(tmp_path, "denoising", 8)).result()
     assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 8
 
 
-def test_only_the_first_rank_ends_with_the_code_of_the_signal():
-    """Lightning kills all as soon as one that it started ends with another code than 0."""
+def test_only_the_first_rank_exits_with_the_code_of_the_signal():
+    """Lightning kills all processes as soon as one that it started exits with another code than 0."""
     checkpoint = LastCheckpoint()
     checkpoint.saved = (4, False)
     codes = [checkpoint._stopped(SimpleNamespace(is_global_zero=first), signal.SIGUSR1).code for first in (True, False)]
     assert codes == [138, 0]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.process
+def test_only_an_interrupted_validation_is_repeated(tmp_path, monkeypatch):
+    def die(*_):
+        raise Killed
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train.main(kills.command(whole, "denoising", 24))
+    with monkeypatch.context() as patch:
+        patch.setattr(PFGM, "validation_step", die)
+        with pytest.raises(Killed):
+            train.main(kills.command(run, "denoising", 20))
+    assert kills.reached(run) == 15
+    train.main(kills.command(run, "denoising", 20))
+    train.main(kills.command(run, "denoising", 24))
+    assert kills.fingerprint(run) == kills.fingerprint(whole)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = run_directory.checkpoint_path(tmp_path / "run")
+    names, before = sorted(path.parent.iterdir()), path.read_bytes()
+    with (
+        full_disk(20_000),
+        pytest.raises(OSError, match=r"last\.ckpt cannot be written: .*is unchanged; make room"),
+    ):
+        train.main(kills.command(tmp_path / "run", "denoising", 12))
+    assert path.read_bytes() == before
+    assert sorted(path.parent.iterdir()) == names
+    train.main(kills.command(tmp_path / "run", "denoising", 12))
+    assert checkpoints.read_checkpoint(path)["global_step"] == 12
+
+
+def test_a_signal_during_the_agreement_of_ranks_counts_next_time():
+    """Otherwise one rank would stop while the others wait for it."""
+    callback = LastCheckpoint()
+
+    class Strategy:
+        def reduce_boolean_decision(self, decision, all):
+            callback.signal = signal.SIGUSR1
+            return decision
+
+    class Trainer:
+        world_size, strategy = 2, Strategy()
+
+    assert [callback._agreed_signal(Trainer()) for _ in range(2)] == [0, signal.SIGUSR1]
+    callback.signal = 0
+    Strategy.reduce_boolean_decision = lambda *_, **__: True
+    assert callback._agreed_signal(Trainer()) == signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_evaluation_stopped_by_a_signal_exits_with_its_code(number, run, monkeypatch, capsys):
+    monkeypatch.setattr(PFGM, "test_step", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(sys, "argv", ["train.py", "test", *kills.command(run, "denoising", 10)[1:]])
+    with pytest.raises(SystemExit) as end:
+        train.run()
+    assert end.value.code == 128 + number
+    assert f"stopped by {signal.Signals(number).name}; " in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """The training step: the same gradient in any parts, nothing waited for, nothing not finite let into the weights."""
 
-import functools
 import itertools
 import math
 import re
@@ -14,12 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfgm.core import rng
 from pfgm.data import DataModule
-from pfgm.data.batches import SampleSet, TrainingStream
+from pfgm.data.batches import Batch, SampleSet, TrainingStream
 from pfgm.data.degradations import AddNoise
 from pfgm.nn import TimeMLP
 from pfgm.theory.field import normalized_field, poisson_field, posterior_mean
 from pfgm.theory.kernel import StudentTKernel
-from pfgm.training.callbacks import Speed
 from pfgm.training.checkpointing import LastCheckpoint
 from pfgm.training.ema import EMA, PowerAverages
 from pfgm.training.module import PFGM
@@ -67,9 +65,9 @@ def test_accumulated_batches_have_the_gradient_of_a_large_one(objective, tmp_pat
 
 def test_ranks_share_out_what_a_large_batch_has():
     """Samples, conditions and charges of two ranks with two batches each are those of one process."""
-    part = SampleSet(torch.randn(300, 1, 2, 2), torch.arange(300) % 3)
+    part = SampleSet(torch.randn(300, 1, 2, 2), {"label": torch.arange(300) % 3})
     data = DataModule(part, part, batch_size=8, seed=5, degrade=AddNoise(std=0.5))
-    common = {"part": part, "preparation": data.preparation, "seed": 5, "start": 0}
+    common = {"samples": part, "preparation": data.preparation, "seed": 5, "start": 0}
     for size in (0, 100):
         whole = TrainingStream(**common, batch_size=32, reference_size=size).batch(7)
         parts = [
@@ -77,11 +75,12 @@ def test_ranks_share_out_what_a_large_batch_has():
             for i in (0, 1)
             for rank in (0, 1)
         ]
-        for name in ("x", "label", "condition"):
-            assert torch.equal(whole[name], torch.cat([p[name] for p in parts]))
-        assert [p["rows"] for p in parts] == [(0, 32), (8, 32), (16, 32), (24, 32)]
+        assert torch.equal(whole.x, torch.cat([p.x for p in parts]))
+        for key in ("label", "image"):
+            assert torch.equal(whole.conditions[key], torch.cat([p.conditions[key] for p in parts]))
+        assert [p.rows for p in parts] == [(0, 32), (8, 32), (16, 32), (24, 32)]
         if size:
-            assert all(torch.equal(p["reference"], whole["reference"]) for p in parts)
+            assert all(torch.equal(p.charges.x, whole.charges.x) for p in parts)
 
 
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
@@ -149,7 +148,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, monkeypatch):
 
         def loss(self, batch, stream, which=which, whole=whole):
             value = whole(self, batch, stream)
-            if batch["step"] not in (2, 3):
+            if batch.step not in (2, 3):
                 return value
             bias = self.flow.denoiser.net.last[-1].bias
             return value * math.nan if which == "loss" else value + (bias - bias.detach()).sum().abs().sqrt()
@@ -177,15 +176,15 @@ def test_training_that_only_skips_stops_and_names_sample_and_level(objective, wh
     data.train = data.train[slice(0, 32)]
     size = OBJECTIVES[objective]["loss"].reference_size
     batch = TrainingStream(data.train, batch_size=32, seed=0, start=0, reference_size=size).batch(4)
-    bad = int(batch["index"][place])
+    bad = int(batch.index[place])
 
     def loss(self, batch, stream):
         values, bias = whole(self, batch, stream), self.flow.denoiser.net.last[-1].bias
-        if bad not in batch["index"] or batch["step"] < 2:
+        if bad not in batch.index or batch.step < 2:
             return values
         if what == "gradient":
             return values + (bias - bias.detach()).sum().abs().sqrt()
-        return torch.where(batch["index"] == bad, math.nan, values)
+        return torch.where(batch.index == bad, math.nan, values)
 
     module = model(data, objective)
     monkeypatch.setattr(PFGM, "_loss", loss)
@@ -214,7 +213,7 @@ def test_training_that_only_skips_stops_and_names_sample_and_level(objective, wh
 @pytest.mark.filterwarnings("ignore:1 of 2 steps were skipped so far")
 def test_a_run_that_is_resumed_keeps_the_count_of_skipped_steps(tmp_path, monkeypatch):
     whole, data, rows = PFGM._loss, digits(), []
-    monkeypatch.setattr(PFGM, "_loss", lambda self, b, s: whole(self, b, s) * (math.nan if b["step"] in (1, 2, 4) else 1))
+    monkeypatch.setattr(PFGM, "_loss", lambda self, b, s: whole(self, b, s) * (math.nan if b.step in (1, 2, 4) else 1))
     options = {"max_epochs": -1, "log_every_n_steps": 1, "limit_val_batches": 0, "enable_progress_bar": False}
     options |= {"accelerator": "cpu", "default_root_dir": tmp_path, "logger": Log(rows)}
     for steps, path, message in ((3, None, "2 of 3 steps"), (6, tmp_path / "checkpoints" / "last.ckpt", "3 of 5 steps")):
@@ -322,7 +321,7 @@ def test_a_run_stopped_between_two_parts_of_a_batch_is_resumed_at_a_step(parts, 
 
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            seen.append((batch["step"], batch["rows"][0] // 8, trainer.global_step))
+            seen.append((batch.step, batch.rows[0] // 8, trainer.global_step))
             trainer.should_stop = len(seen) == 14
 
     for accumulate in parts:
@@ -334,39 +333,6 @@ def test_a_run_stopped_between_two_parts_of_a_batch_is_resumed_at_a_step(parts, 
     first = [(step, i, step + (i == 3)) for step in range(4) for i in range(4)][:14]
     rest = [(step, i, step + (i == parts[1] - 1)) for step in (3, 4) for i in range(parts[1])]
     assert seen == first + rest
-
-
-def test_averages_count_optimizer_steps(tmp_path):
-    """Those of a step in four parts are those of one large batch, whose gradient is the same."""
-    found = []
-    for parts in (1, 4):
-        averages, data = PowerAverages(every_n_steps=100), digits(batch_size=32 // parts)
-        options = {"accumulate_grad_batches": parts, "precision": "64-true"}
-        train_steps(data, model(data), 5, EMA(), averages, folder=tmp_path, **options)
-        assert averages.step == 5
-        found.append(averages.averages)
-    for width, part in found[0].items():
-        for name, value in part.items():
-            assert torch.allclose(value, found[1][width][name], rtol=1e-6, atol=1e-9), name
-
-
-def test_averages_of_a_bfloat16_model_are_in_float32(tmp_path):
-    """In bfloat16 small steps of an average would be rounded away."""
-    seen, averages = [], PowerAverages(every_n_steps=100)
-
-    class Look(pl.Callback):
-        def on_train_batch_end(self, trainer, module, *args):
-            seen.append(
-                (
-                    module.flow.denoiser.net.first.weight.dtype,
-                    {p.dtype for p in trainer.callbacks[0]._average_model.parameters()},
-                )
-            )
-
-    data = digits()
-    train_steps(data, model(data), 2, EMA(), averages, Look(), folder=tmp_path, precision="bf16-true")
-    assert seen[-1] == (torch.bfloat16, {torch.float32})
-    assert {p.dtype for part in averages.averages.values() for p in part.values()} == {torch.float32}
 
 
 def test_dropout_is_a_function_of_the_step(tmp_path):
@@ -448,31 +414,7 @@ def test_the_network_runs_in_bfloat16_and_the_rest_does_not(monkeypatch):
     whole = PFGM._loss
     monkeypatch.setattr(PFGM, "_loss", lambda *args: seen.setdefault("loss", whole(*args)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        module.training_step(data.train[slice(8)].batch() | {"step": 0, "rows": (0, 8)}, 0)
+        module.training_step(Batch(data.train.x[:8], {}, 0, (0, 8)), 0)
     assert seen["loss"].dtype == torch.float32
     assert seen["c_noise"] == seen["x"] == torch.float32
     assert seen["out"] == torch.bfloat16
-
-
-def test_a_compiled_run_is_the_same_run(tmp_path, monkeypatch):
-    """Compiled and in channels_last: the same weights, under the same names, laid out otherwise; validated uncompiled."""
-    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
-    data, weights, stances = digits(batch_size=8), [], []
-
-    class Stance(pl.Callback):
-        def on_validation_epoch_start(self, trainer, module):
-            stances.append(torch._dynamo.eval_frame._stance.stance)
-
-    for speed in (Speed(), Speed(compile=True, channels_last=True)):
-        module = model(data)
-        names = list(module.state_dict())
-        options = {"limit_val_batches": 1, "val_check_interval": 1, "num_sanity_val_steps": 0, "check_val_every_n_epoch": None}
-        weights.append(train_steps(data, module, 3, speed, EMA(half_life=0), Stance(), folder=tmp_path, **options))
-        assert list(module.state_dict()) == names
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*weights, strict=True))
-    assert stances[0] == "default"
-    assert stances[-1] == "force_eager"
-    assert module.flow.denoiser.net.first.weight.is_contiguous(memory_format=torch.channels_last)
-    flat = DataModule(SampleSet(torch.randn(40, 3)), SampleSet(torch.randn(9, 3)), batch_size=8, seed=0)
-    with pytest.raises(ValueError, match=r"speed.channels_last = True: .* not for samples of shape \(3,\)"):
-        train_steps(flat, PFGM(TimeMLP((3,), width=8), flat.summary), 1, Speed(channels_last=True), folder=tmp_path)

@@ -1,4 +1,4 @@
-"""Training laws of sigma against their distributions, and what is recommended from data."""
+"""Noise levels of training against their published distributions, and recommended ranges."""
 
 import math
 from pathlib import Path
@@ -12,20 +12,46 @@ from pfgm.cli import train
 from pfgm.core import rng
 from pfgm.core.configurable import build
 from pfgm.core.tensors import norm
-from pfgm.theory.data_summary import DataSummary
+from pfgm.training.losses import DenoisingLoss
 from pfgm.training.module import PFGM
-from pfgm.training.noise import LogNormal, LogUniform, NoiseLaw, PoissonFlowNoise, recommended_sigma_max, recommended_sigma_min
+from pfgm.training.noise import (
+    LogNormal,
+    LogUniform,
+    NoiseLaw,
+    PoissonFlowNoise,
+    ScaledLogNormal,
+    recommended_sigma_max,
+    recommended_sigma_min,
+)
 
 F64 = torch.float64
 Y = torch.zeros(4000, 8, dtype=F64)
+OLD_LEVELS = [0.912799712295358, 0.10369771777972385, 0.09935149393027538]
 
 
-def test_levels_follow_their_laws():
-    levels = LogNormal(-0.5, 1.2).sample(Y, 0.3, rng.generator(1))
+def test_noise_levels_follow_their_distributions():
+    levels = LogNormal(-0.9, 1.4).sample(Y, 0.3, rng.generator(1))
+    assert stats.kstest(levels.log().numpy(), stats.norm(-0.9, 1.4).cdf).pvalue > 1e-3
+    levels = ScaledLogNormal(-0.5, 1.2).sample(Y, 0.3, rng.generator(1))
     assert stats.kstest((levels / 0.3).log().numpy(), stats.norm(-0.5, 1.2).cdf).pvalue > 1e-3
     levels = LogUniform(0.01, 50).sample(Y, 0.3, rng.generator(1))
     low, high = math.log(0.003), math.log(15)
     assert stats.kstest(levels.log().numpy(), stats.uniform(low, high - low).cdf).pvalue > 1e-3
+
+
+def test_log_normal_equals_the_scaled_one_with_its_mean_shifted_by_log_sigma_data():
+    for sigma_data in (0.5, 3.0):
+        levels = LogNormal(-0.5 + math.log(sigma_data), 1.2).sample(Y, sigma_data, rng.generator(1))
+        scaled = ScaledLogNormal(-0.5, 1.2).sample(Y, sigma_data, rng.generator(1))
+        torch.testing.assert_close(levels, scaled, rtol=1e-12, atol=0)
+
+
+def test_noise_of_version_0_1_keeps_its_meaning():
+    """Its LogNormal was relative to sigma_data, and so was the default of its loss. The values were drawn with that version."""
+    old = build({"class_path": "pfgm.noise.LogNormal", "init_args": {"mean": -0.3, "std": 1.1}})
+    assert old.spec == {"class_path": "pfgm.training.ScaledLogNormal", "init_args": {"mean": -0.3, "std": 1.1}}
+    assert old.sample(Y[:3], 0.7, rng.generator(5)).tolist() == pytest.approx(OLD_LEVELS, rel=1e-14)
+    assert DenoisingLoss().noise.spec == ScaledLogNormal(-0.5, 1.2).spec
 
 
 LAW = """
@@ -43,7 +69,8 @@ class Triangular(NoiseLaw):
 """
 
 
-def test_a_law_of_the_users_own_trains_resumes_and_loads_from_a_trusted_module(tmp_path, monkeypatch):
+@pytest.mark.process
+def test_a_custom_noise_law_trains_resumes_and_loads_from_a_trusted_module(tmp_path, monkeypatch):
     (tmp_path / "my_laws.py").write_text(LAW)
     monkeypatch.syspath_prepend(str(tmp_path))
     config = Path(__file__).parent.parent.parent / "configs" / "heart.yaml"
@@ -64,12 +91,12 @@ def test_a_law_of_the_users_own_trains_resumes_and_loads_from_a_trusted_module(t
     assert torch.equal(pfgm.load(checkpoint).sample(2).x, module.flow.eval().sample(2).x), "the flow does not need the law"
 
 
-def test_a_law_that_draws_nothing_is_refused():
+def test_a_noise_law_without_sample_is_refused():
     with pytest.raises(TypeError, match="abstract"):
         NoiseLaw()
 
 
-def test_poisson_flow_noise_is_the_published_one():
+def test_poisson_flow_noise_has_the_published_distribution():
     """log z and log |x - y| are each a uniform exponent plus the log of a chi, and independent given the exponent."""
     noise = PoissonFlowNoise(sigma_end=0.01, tau=0.03, M=200)
     x, z = noise.perturb(Y, 1.0, rng.generator(2))
@@ -91,38 +118,27 @@ def test_exponent_and_height_follow_the_published_rule():
     assert PoissonFlowNoise(M=100).exponent(28.0, 3072) == 100
 
 
-def test_recommended_values_are_the_published_ones():
-    """The range in units of sigma_data, and EDM's P_mean and P_std, given for sigma_data = .5."""
+def test_recommended_values_are_those_of_edm():
+    """EDM states P_mean = -1.2 and P_std = 1.2 for sigma_data = 0.5."""
     assert (recommended_sigma_max(0.5), recommended_sigma_min(0.5)) == (40.0, 0.01)
-    assert (LogNormal().mean + math.log(0.5), LogNormal().std) == pytest.approx((-1.2, 1.2), abs=0.01)
-    assert DataSummary.of(torch.tensor([[0.0], [4.0]]), scale=2.0, mean=2.0).mean.tolist() == [1.0]
-
-
-def test_summary_by_hand():
-    data = torch.tensor([[0.0, 0.0], [4.0, 0.0], [2.0, 6.0]])
-    summary = DataSummary.of(data, scale=2.0)
-    assert torch.equal(summary.mean, torch.tensor([1.0, 1.0]))  # centred: (-1, -1), (1, -1), (0, 2)
-    assert summary.sigma_data == pytest.approx(math.sqrt((2 + 2 + 4) / 6))
-    assert summary.norm == pytest.approx((2 * math.sqrt(2) + 2) / 3)
-    assert summary.power_std == pytest.approx(math.sqrt((2 * (1 - 4 / 3) ** 2 + (2 - 4 / 3) ** 2) / 3))
-    assert torch.equal(DataSummary.of(data, mean=0.0).mean, torch.zeros(2))
-    again = build(summary.spec)
-    assert (again.sigma_data, again.shape, again.scale) == (summary.sigma_data, (2,), 2.0)
+    assert (LogNormal().P_mean, LogNormal().P_std) == (-1.2, 1.2)
+    assert (ScaledLogNormal().mean + math.log(0.5), ScaledLogNormal().std) == pytest.approx((-1.2, 1.2), abs=0.01)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LogNormal(math.nan), "mean = nan"),
-        (lambda: LogNormal(0.0, 0.0), "std = 0"),
-        (lambda: LogUniform(2.0, 1.0), "low = 2.0"),
+        (lambda: LogNormal(math.inf), "P_mean = inf"),
+        (lambda: LogNormal(0.0, -1.0), "P_std = -1"),
+        (lambda: ScaledLogNormal(math.nan), "mean = nan"),
+        (lambda: ScaledLogNormal(0.0, 0.0), "std = 0"),
+        (lambda: LogUniform(2.0, 1.0), "low = 2.0, high = 1.0"),
         (lambda: PoissonFlowNoise(tau=-1.0), "tau = -1"),
         (lambda: PoissonFlowNoise(M=0.0), "M = 0"),
-        (lambda: PoissonFlowNoise(M=1e5).z_max(1.0, 3), r"M = 100000 .* give another M"),
+        (lambda: PoissonFlowNoise(M=1e5).z_max(1.0, 3), r"M = 100000, .*between 1 and e\^100"),
         (lambda: PoissonFlowNoise(sigma_end=1.0).z_max(0.1, 3), "M = -"),
-        (lambda: DataSummary.of(torch.ones(3, 2)), "all 3 samples are equal"),
     ],
 )
-def test_bad_values_are_named(make, message):
+def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Advice: what is measured, by closed forms, and that its configurations train."""
+"""Measurements of data against closed forms, and recommended configurations, which train."""
 
 import math
 
@@ -13,39 +13,39 @@ from pfgm.core import rng
 from pfgm.data import Arrays, Digits
 from pfgm.theory.data_summary import DataSummary
 from pfgm.training import recommend as recommend_module
-from pfgm.training.recommend import DataMeasurements, Recommendation, mirrored, recommend, to_yaml, widest
+from pfgm.training.recommend import DataMeasurements, Recommendation, mirror_accuracy, principal_std, recommend, to_yaml
 from tests.helpers import SMALL, fit, last
 
 F64 = torch.float64
 
 
-def test_the_widest_direction_is_measured_on_other_samples_than_it_was_found_on():
+def test_principal_std_does_not_overestimate():
     noise = torch.randn(400, 2000, generator=rng.generator(0), dtype=F64)
-    assert widest(noise) == pytest.approx(1.0, abs=0.15), "the largest eigenvalue of the sample would say 3.2"
+    assert principal_std(noise) == pytest.approx(1.0, abs=0.15), "the largest eigenvalue of the sample would say 3.2"
     direction = torch.randn(2000, generator=rng.generator(1), dtype=F64)
     along = torch.randn(400, 1, generator=rng.generator(2), dtype=F64) * direction / direction.norm()
-    assert widest(noise + 30 * along) == pytest.approx(math.sqrt(30**2 + 1), rel=0.12)
-    # at sqrt(5) times it, variance ratio .2, the Kullback-Leibler divergence of two Gaussians:
+    assert principal_std(noise + 30 * along) == pytest.approx(math.sqrt(30**2 + 1), rel=0.12)
+    # The Kullback-Leibler divergence of two Gaussians whose variances differ by 20%, as at sqrt(5) times the deviation:
     assert (0.2 - math.log(1.2)) / 2 < 0.01
 
 
-def test_images_are_told_from_their_mirror_images():
+def test_digits_differ_from_their_mirror_images():
     digits = Digits().train.x.double()
-    assert mirrored(digits) > 0.6
+    assert mirror_accuracy(digits) > 0.6
     coin = torch.rand(len(digits), generator=rng.generator(3)) < 0.5
     either = torch.where(coin[:, None, None, None], digits.flip(3), digits)
-    assert mirrored(either) == pytest.approx(0.5, abs=0.05)
+    assert mirror_accuracy(either) == pytest.approx(0.5, abs=0.05)
 
 
 def measured(shape=(3, 32, 32), count=50_000, **changes):
     summary = DataSummary(shape, 0.5, 0.5 * math.sqrt(math.prod(shape)), 0.1)
-    values = {"count": count, "summary": summary, "widest": 5.0, "furthest": 1.0, "mirrored": 0.51 if len(shape) == 3 else None}
-    values |= {"pairs": 1000}
+    values = {"count": count, "summary": summary, "principal_std": 5.0, "max_rms": 1.0}
+    values |= {"mirror_accuracy": 0.51 if len(shape) == 3 else None, "mirror_pairs": 1000}
     return DataMeasurements(**values | changes)
 
 
 def values(settings):
-    """Without the reasons."""
+    """Remove the reasons."""
     if isinstance(settings, Recommendation):
         return values(settings.value)
     return {k: values(v) for k, v in settings.items()} if isinstance(settings, dict) else settings
@@ -54,7 +54,7 @@ def values(settings):
 DATA = {"class_path": "pfgm.data.ImageDataModule", "init_args": {"path": "x"}}
 
 
-def test_for_cifar10_it_is_nearly_the_published_configuration():
+def test_the_configuration_for_cifar10_is_nearly_the_published_one():
     found = values(recommend(measured(), DATA, 128, gpu=True))
     model, net = found["model"], found["model"]["net"]["init_args"]
     assert (model["sigma_data"], model["D"], model["lr"], net["width"], net["blocks"]) == (0.5, 128, 1e-3, 128, 4)
@@ -66,16 +66,16 @@ def test_for_cifar10_it_is_nearly_the_published_configuration():
     assert net["augmentation_size"] == 9
 
 
-def test_each_figure_follows_what_was_measured():
+def test_recommended_values_follow_the_measurements():
     def model(gpu=True, D=128, **changes):
         return values(recommend(measured(**changes), DATA, D, gpu))["model"]
 
     assert model()["sigma_max"] == 40
-    assert model(widest=100.0)["sigma_max"] == pytest.approx(100 * math.sqrt(5), rel=0.01)
+    assert model(principal_std=100.0)["sigma_max"] == pytest.approx(100 * math.sqrt(5), rel=0.01)
     large = model(shape=(3, 256, 256))
     law = large["loss"]["init_args"]["noise"]["init_args"]
     assert law["mean"] == pytest.approx(-0.5 + math.log(4), abs=0.01)
-    assert law["mean"] - 2 * law["std"] == pytest.approx(-0.5 - 2 * 1.2, abs=0.02), "small noise is met as often"
+    assert law["mean"] - 2 * law["std"] == pytest.approx(-0.5 - 2 * 1.2, abs=0.02), "low noise levels stay as frequent"
     assert large["net"]["init_args"]["multipliers"] == [1, 1, 2, 2, 4, 4]
     assert large["net"]["init_args"]["attention_levels"] == [4]
     slices = values(recommend(measured(shape=(1, 512, 512), count=20_000), DATA, 128, True))
@@ -84,7 +84,7 @@ def test_each_figure_follows_what_was_measured():
     assert signals["loss"]["init_args"]["noise"]["init_args"]["mean"] == -0.5, "no more numbers than 32 x 32 pixels"
     assert signals["net"]["init_args"]["attention_levels"] == [5]
     assert "start" not in model()
-    assert model(furthest=10.0)["start"] == "hyperplane"
+    assert model(max_rms=10.0)["start"] == "hyperplane"
     pfgm = model(D=1)
     rule = 0.75 * math.log(0.25 * 3072 / (2 * math.sqrt(3072) * 0.01**2)) / math.log(1.03)
     assert pfgm["loss"]["init_args"]["noise"]["init_args"]["M"] == pytest.approx(rule, rel=0.005)
@@ -101,13 +101,13 @@ def test_each_figure_follows_what_was_measured():
     assert model(count=900)["net"]["init_args"]["dropout"] == 0.2
     assert model(shape=(7,))["net"]["class_path"] == "pfgm.nn.TimeMLP"
     assert model(D="inf")["D"] == "inf"
-    for changes in ({"mirrored": 0.6}, {"mirrored": 0.45, "pairs": 60}, {"mirrored": 0.55}):
+    for changes in ({"mirror_accuracy": 0.6}, {"mirror_accuracy": 0.45, "mirror_pairs": 60}, {"mirror_accuracy": 0.55}):
         assert not values(recommend(measured(**changes), DATA, 128, True))["data"]["init_args"]["flip"]
     text = to_yaml(recommend(measured(), DATA, 128, True))
     assert "so P_mean = -1.19" in text
 
 
-def test_reasons_stand_above_their_values():
+def test_reasons_are_comments_above_their_values():
     text = to_yaml(
         {"a": Recommendation(3, "since " * 30), "b": {"c": [1, 2], "d": "torchvision:MNIST", "e": Recommendation("inf", "why")}}
     )
@@ -119,13 +119,13 @@ def test_reasons_stand_above_their_values():
 
 
 def pictures(folder):
-    """Coloured ramps, brighter to the right, of two sizes and two classes."""
+    """Write coloured ramps, brighter to the right, of two sizes and two classes."""
     g = np.random.default_rng(0)
     for i in range(60):
-        place = folder / "ab"[i % 2] / f"{i:02}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
+        path = folder / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         ramp = np.linspace(0, 1, 20 + 4 * (i % 2))[None, :, None] * g.random(3) * np.ones((20, 1, 1))
-        Image.fromarray((255 * ramp).astype(np.uint8)).save(place)
+        Image.fromarray((255 * ramp).astype(np.uint8)).save(path)
     return str(folder)
 
 
@@ -134,6 +134,7 @@ def vectors(path):
     return str(path)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -142,7 +143,7 @@ def vectors(path):
         (lambda d: vectors(d / "x.npy"), ["--D=inf"]),
     ],
 )
-def test_advice_is_a_configuration_that_trains(make, options, tmp_path, capsys):
+def test_recommended_configurations_train(make, options, tmp_path, capsys):
     path = make(tmp_path)
     prepare.prepare(["advise", path, *options, "--run_dir", str(tmp_path / "run")])
     text = capsys.readouterr().out
@@ -155,25 +156,25 @@ def test_advice_is_a_configuration_that_trains(make, options, tmp_path, capsys):
     settings, stored = yaml.safe_load(text), last(tmp_path / "run")["hyper_parameters"]
     assert stored["sigma_max"] == settings["model"]["sigma_max"]
     if "photos" in path:
-        assert not settings["data"]["init_args"]["flip"], "ramps know right from left"
+        assert not settings["data"]["init_args"]["flip"], "ramps differ from their mirror images"
         assert settings["data"]["init_args"]["size"] == (8 if "--size=8" in options else 16)
         assert settings["data"]["init_args"].get("labels", False) == ("--labels=true" in options)
 
 
-def test_centred_random_samples_are_measured(tmp_path, monkeypatch):
-    """Of samples far from zero, sorted: first those of one place, then those of another."""
+def test_a_random_subset_is_centred_and_measured(tmp_path, monkeypatch):
+    """The samples are far from zero, and sorted into two clusters."""
     x = torch.randn(400, 3, generator=rng.generator(1), dtype=F64)
     x[200:, 0] += 20
     np.save(tmp_path / "x.npy", (x + 1000).numpy())
     data = Arrays(tmp_path / "x.npy", held_out=0.1)
     data.train = type(data.train)(data.train.x[data.train.x[:, 0].argsort()])
-    monkeypatch.setattr(recommend_module, "SAMPLES", 100)
+    monkeypatch.setattr(recommend_module, "MAX_SAMPLES", 100)
     found = DataMeasurements.of(data)
-    assert found.widest * data.summary.scale == pytest.approx(math.sqrt(101), rel=0.1)
-    assert found.furthest * data.summary.scale < 10
+    assert found.principal_std * data.summary.scale == pytest.approx(math.sqrt(101), rel=0.1)
+    assert found.max_rms * data.summary.scale < 10
 
 
-def test_heavy_tails_are_seen(tmp_path):
+def test_heavy_tails_start_on_the_hyperplane(tmp_path):
     np.save(tmp_path / "t.npy", np.random.default_rng(1).standard_t(1.5, size=(3000, 3)))
     data = Arrays(tmp_path / "t.npy")
     assert values(recommend(DataMeasurements.of(data), data.spec, 128, False))["model"]["start"] == "hyperplane"
@@ -186,17 +187,17 @@ def test_three_images_are_enough_for_advice(tmp_path, capsys):
     assert "flip" not in yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
 
 
-def test_what_cannot_be_looked_at_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="path = nowhere does not exist"):
+def test_unusable_data_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="path = nowhere: no such folder"):
         prepare.prepare(["advise", "nowhere"])
     np.save(tmp_path / "x.npy", np.zeros((9, 4)))
     with pytest.raises(ValueError, match="all 8 samples are equal"):
         prepare.prepare(["advise", str(tmp_path / "x.npy")])
     np.save(tmp_path / "y.npy", np.random.default_rng(0).normal(size=(9, 4)))
-    with pytest.raises(ValueError, match=r"D = 0.2 is out of range"):
+    with pytest.raises(ValueError, match=r"D = 0.2: out of range"):
         prepare.prepare(["advise", str(tmp_path / "y.npy"), "--D=.2"])
 
 
-def test_round_figures():
+def test_values_are_rounded():
     assert [recommend_module.round_down(x) for x in (0.3, 7, 99.9, 123, 98765)] == [1, 7, 99, 120, 98000]
-    assert recommend_module.figure(0.123456) == 0.123
+    assert recommend_module.three_digits(0.123456) == 0.123

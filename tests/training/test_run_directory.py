@@ -1,133 +1,37 @@
-"""Runs and draws that are killed, and folders that only one process writes to. The bench of kills in small."""
+"""Runs that were killed or whose checkpoints are damaged resume, and end as if nothing had happened."""
 
 import os
-import platform
+import random
 import re
-import signal
+import shutil
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from filelock import FileLock, Timeout
 
-from benchmarks.faulty import draws, kills
-from benchmarks.faulty.forks import forks
+import pfgm
+from benchmarks.faulty import damage, kills
 from pfgm.cli import train
 from pfgm.files import locking
+from pfgm.flow import checkpoints
 from pfgm.training import run_directory
 from pfgm.training.module import PFGM
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("objective", "seed"), list(zip(kills.OBJECTIVES, (4, 5), strict=True)))
-def test_killed_runs_go_on_as_if_nothing_had_happened(objective, seed, tmp_path):
+def test_killed_runs_resume_to_the_same_result(objective, seed, tmp_path):
     counts = kills.chain(tmp_path, objective, kills=1, seed=seed, steps=20)
     assert counts["kills"] == 1
     assert counts["different"] == counts["torn"] == counts["failed"] == counts["unexpected"] == 0
 
 
-class Killed(BaseException):
-    pass
-
-
-def test_a_validation_that_was_cut_short_is_repeated_and_no_other(tmp_path, monkeypatch):
-    def die(*_):
-        raise Killed
-
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    train.main(kills.command(whole, "denoising", 24))
-    with monkeypatch.context() as patch:
-        patch.setattr(PFGM, "validation_step", die)
-        with pytest.raises(Killed):
-            train.main(kills.command(run, "denoising", 20))
-    assert kills.reached(run) == 15
-    train.main(kills.command(run, "denoising", 20))
-    train.main(kills.command(run, "denoising", 24))
-    assert kills.fingerprint(run) == kills.fingerprint(whole)
-
-
-def hold(folder, ready):
-    with locking.lock_folder(folder):
-        ready.send("locked")
-        time.sleep(60)
-
-
-def test_one_process_writes_to_a_folder_and_a_dead_one_is_replaced(tmp_path):
-    ready, there = forks().Pipe()
-    owner = forks().Process(target=hold, args=(tmp_path, there))
-    owner.start()
-    assert ready.recv() == "locked"
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / ".partial-last-xyz.ckpt").write_text("of the owner, who is writing it")
-    with (
-        pytest.raises(BlockingIOError, match=rf"run_dir = .* is in use by process {owner.pid} on "),
-        locking.lock_folder(tmp_path),
-    ):
-        pass
-    assert list((tmp_path / "checkpoints").iterdir())
-    owner.kill()
-    owner.join()
-    with locking.lock_folder(tmp_path):
-        assert f"process {os.getpid()} " in (tmp_path / ".owner").read_text()
-        run_directory.clear(tmp_path)
-        assert not list((tmp_path / "checkpoints").iterdir())
-    (tmp_path / ".owner").write_bytes(b"\xff\0 process")
-    with locking.lock_folder(tmp_path):
-        pass
-
-
-def test_a_lock_ends_with_its_block_and_its_owner_is_named_while_it_begins(tmp_path, monkeypatch):
-    lock = FileLock(tmp_path / ".lock")
-    monkeypatch.setattr(locking, "PATIENCE", 0.1)
-    (tmp_path / ".owner").write_text(f"process 999999999 on {platform.node()}, since yesterday")
-    lock.acquire(timeout=0)
-    (tmp_path / ".owner").unlink()
-    with pytest.raises(BlockingIOError, match="in use by another process; wait"), locking.lock_folder(tmp_path):
-        pass
-    (tmp_path / ".owner").write_text("")
-    with pytest.raises(BlockingIOError, match="in use by another process; wait"), locking.lock_folder(tmp_path):
-        pass
-    lock.release()
-    with locking.lock_folder(tmp_path), pytest.raises(Timeout):
-        FileLock(tmp_path / ".lock").acquire(timeout=0)
-    FileLock(tmp_path / ".lock").acquire(timeout=0)
-    assert not (tmp_path / ".owner").exists()
-
-
-@pytest.mark.parametrize(("number", "patience"), [(999999999, locking.PATIENCE), (os.getpid(), 0)], ids=["dead", "living"])
-def test_a_lock_whose_owner_is_dead_is_waited_for_since_its_children_end_soon(number, patience, tmp_path, monkeypatch):
-    asked, acquire = [], FileLock.acquire
-
-    def record(self, timeout):
-        asked.append(timeout)
-        return acquire(self, timeout=0)
-
-    (tmp_path / ".owner").write_text(f"process {number} on {platform.node()}, since yesterday")
-    monkeypatch.setattr(FileLock, "acquire", record)
-    with locking.lock_folder(tmp_path):
-        pass
-    assert asked == [patience]
-    assert patience < 60
-
-
-def test_a_folder_whose_owner_cannot_be_written_is_not_locked(tmp_path, monkeypatch):
-    def fail(path):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(locking, "atomic_write", fail)
-        with pytest.raises(OSError, match="cannot be written: No space left") as error, locking.lock_folder(tmp_path):
-            pass
-    FileLock(tmp_path / ".lock").acquire(timeout=0)
-    assert error.value.__traceback__ is not None  # which holds the lock, so that it is not gone by itself
-
-
-def test_a_run_clears_what_a_killed_one_left(tmp_path):
+def test_partial_files_of_a_killed_run_are_removed(tmp_path):
     left = [tmp_path / name / ".partial-x" for name in ("checkpoints", "grids", "averages")]
     for path in left:
         path.parent.mkdir()
         path.write_text("")
-    run_directory.clear(tmp_path)
+    run_directory.remove_partial_files(tmp_path)
     assert not any(path.exists() for path in left)
     left[0].write_text("")
     for name in ("grids", "averages"):
@@ -136,16 +40,7 @@ def test_a_run_clears_what_a_killed_one_left(tmp_path):
     assert not left[0].exists()
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(OSError, match=r"run_dir = .*file/run cannot be written: Not a directory"),
-        locking.lock_folder(tmp_path / "file" / "run"),
-    ):
-        pass
-
-
-def test_a_second_run_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *kills.command(tmp_path, "denoising", 4)])
     with locking.lock_folder(tmp_path), pytest.raises(SystemExit) as end:
         train.run()
@@ -155,17 +50,71 @@ def test_a_second_run_is_refused(tmp_path, monkeypatch, capsys):
     assert not Path(tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_test_that_a_signal_stops_ends_with_its_code(number, run, monkeypatch, capsys):
-    monkeypatch.setattr(PFGM, "test_step", lambda *_: os.kill(os.getpid(), number))
-    monkeypatch.setattr(sys, "argv", ["train.py", "test", *kills.command(run, "denoising", 10)[1:]])
-    with pytest.raises(SystemExit) as end:
-        train.run()
-    assert end.value.code == 128 + number
-    assert f"stopped by {signal.Signals(number).name}; " in capsys.readouterr().err
+@pytest.mark.parametrize("harm", damage.HARMS)
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_resumed(harm, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    path = run_directory.checkpoint_path(tmp_path / "run")
+    damage.HARMS[harm](path, random.Random(1))
+    with pytest.raises(checkpoints.DamagedCheckpointError, match=r"last\.ckpt .*such as .*previous\.ckpt"):
+        pfgm.load(path)
+    with pytest.raises(checkpoints.DamagedCheckpointError):
+        PFGM.load_from_checkpoint(path)
+    train.main(kills.command(tmp_path / "run", "denoising", 10))
+    messages = capsys.readouterr().err
+    assert "last.ckpt" in messages
+    assert f"Resuming from {path.with_name('previous.ckpt')} instead" in messages
+    assert kills.fingerprint(tmp_path / "run") == kills.fingerprint(run)
+    assert path.with_name("damaged.ckpt").exists()
 
 
-def test_killed_draws_go_on_as_if_nothing_had_happened(tmp_path):
-    counts = draws.chain(tmp_path / "draws", kills=2, seed=2)
-    assert counts["kills"] >= 2
-    assert counts["different"] == counts["torn"] == counts["failed"] == 0
+def test_a_run_with_two_damaged_checkpoints_is_left_alone(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for name in ("last.ckpt", "previous.ckpt"):
+        damage.empty(run_directory.checkpoint_path(tmp_path / "run", name), random.Random(1))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"run cannot be resumed: .*last\.ckpt is empty.*previous\.ckpt is empty"
+    ):
+        train.main(kills.command(tmp_path / "run", "denoising", 12))
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_run_without_its_last_checkpoint_resumes_from_the_previous_one(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    run_directory.checkpoint_path(tmp_path / "run").unlink()
+    train.main(kills.command(tmp_path / "run", "denoising", 10))
+    assert kills.fingerprint(tmp_path / "run") == kills.fingerprint(run)
+
+
+def test_an_unreadable_checkpoint_is_not_renamed(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    for error in (PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), MemoryError()):
+
+        def fail(path, place, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "load_torch", fail)
+            with pytest.raises(type(error)):
+                train.main(kills.command(tmp_path / "run", "denoising", 12))
+    assert not run_directory.checkpoint_path(tmp_path / "run", "damaged.ckpt").exists()
+    train.main(kills.command(tmp_path / "run", "denoising", 10))
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("optimizer_states", r"last\.ckpt holds weights only; give another --run_dir, and --init_from .*last\.ckpt"),
+        ("hyper_parameters", r"last\.ckpt is not a checkpoint of this package"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_named(missing, message, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = run_directory.checkpoint_path(tmp_path / "run")
+    checkpoint = checkpoints.read_checkpoint(path)
+    del checkpoint[missing]
+    own = checkpoint.pop(checkpoints.KEY)
+    checkpoints.describe(checkpoint, own["flow"], own["data"])
+    checkpoints.write_checkpoint(path, checkpoint)
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        train.main(kills.command(tmp_path / "run", "denoising", 12))
