@@ -1,7 +1,7 @@
-"""Networks and their preconditioning: what is learned, and how its output becomes a denoised sample.
+"""Networks and their preconditioning: what is learned, and how a network's output becomes a denoised sample.
 
-`Network` states the contract; `TimeMLP` takes vectors, `UNet` signals, images and volumes, `DiffusersUNet` adapts another
-package's network. This room imports `pfgm.core`, `pfgm.files` and `pfgm.theory`.
+`Network` states the contract. `TimeMLP` takes vectors, `UNet` signals, images and volumes; `DiffusersUNet` adapts a network
+of another package. This room imports `pfgm.core`, `pfgm.files` and `pfgm.theory`.
 """
 
 from pfgm.nn.diffusers import DiffusersUNet

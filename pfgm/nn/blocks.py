@@ -1,4 +1,4 @@
-"""Parts of the U-Net, for signals, images and volumes alike: `dims` = 1, 2 or 3 spatial dimensions."""
+"""Building blocks of the U-Net, for `dims` = 1 (signals), 2 (images) or 3 (volumes) spatial dimensions."""
 
 import math
 from collections.abc import Sequence
@@ -14,34 +14,39 @@ FILTER_UP = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d
 
 
 def convolution(dims: int, channels_in: int, channels_out: int, size: int = 3) -> nn.Module:
-    """A convolution of odd `size` that keeps the spatial size."""
+    """Return a convolution with an odd kernel `size` that keeps the spatial size of its input."""
     return CONVOLUTION[dims](channels_in, channels_out, size, padding=size // 2)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups of at least four channels, if they divide."""
+    """Return a group normalisation with at most 32 groups, each of at least four channels unless these do not divide."""
     return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=1e-6)
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """`layer` with its weights and bias set to zero."""
+    """Set the weights and the bias of `layer` to zero and return it."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 def pad(x: Tensor, multiple: int) -> Tensor:
-    """`x` [B, C, ...] with its border repeated at the far ends, until all spatial sizes are multiples of `multiple`."""
-    # Not -size % multiple: torch.compile has no remainder of negative sizes that it does not know.
+    """Repeat the far borders of `x` [B, C, ...] until all spatial sizes are multiples of `multiple`."""
+    # Not -size % multiple: torch.compile cannot take the remainder of a negative symbolic size.
     missing = [(multiple - size % multiple) % multiple for size in reversed(x.shape[2:])]
     return F.pad(x, [n for far in missing for n in (0, far)], mode="replicate")
 
 
 class Resample(nn.Module):
-    """Halve or double every spatial dimension by a separable FIR filter with `taps`, an even number, zero beyond the border.
+    """Halve or double every spatial dimension by a separable FIR filter.
 
-    (1, 1) averages and repeats; (1, 3, 3, 1) is NCSN++'s (arXiv 2011.13456, section 4.1). A constant stays the same constant
-    away from the border.
+    The filter is normalised, so that constants stay constant away from the border; beyond the border x counts as zero.
+
+    Args:
+        dims: Number of spatial dimensions.
+        up: Whether to double instead of halve.
+        taps: Coefficients of the filter, an even number. (1, 1) averages or repeats pixels, (1, 3, 3, 1) is the filter of
+            NCSN++ (arXiv 2011.13456, section 4.1).
     """
 
     def __init__(self, dims: int, up: bool, taps: Sequence[float] = (1, 1)):
@@ -63,7 +68,7 @@ class Resample(nn.Module):
 
 
 class ResampleAndConvolve(nn.Module):
-    """Between two levels: resample, then convolve."""
+    """Lead from one resolution level to the next: resample, then convolve."""
 
     def __init__(self, dims: int, channels: int, resample: Resample):
         super().__init__()
@@ -75,10 +80,17 @@ class ResampleAndConvolve(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block: two normalised convolutions, scaled and shifted by the embedding in between; x + F(x) over sqrt(2).
+    """Compute (skip(x) + F(x)) / sqrt(2), where F consists of two normalised convolutions with the embedding in between.
 
-    Without `scale_shift` the embedding is added before the second normalisation. With `resample` both branches are resampled
-    before the first convolution and the skip is projected; with `head_channels` > 0 self-attention follows.
+    Args:
+        dims: Number of spatial dimensions.
+        channels: Channels of the input.
+        out_channels: Channels of the output.
+        embedding: Size of the embedding.
+        dropout: Dropout probability before the second convolution.
+        scale_shift: Whether the embedding scales and shifts the second normalisation; otherwise it is added before it.
+        resample: Resampling of both branches before their first convolution. The skip is then projected.
+        head_channels: Channels of each head of the self-attention after the block; 0 for no attention.
     """
 
     def __init__(
@@ -118,7 +130,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, `head_channels` channels to a head if they divide, else one head."""
+    """Apply self-attention over all positions, with `head_channels` channels a head if these divide, else with one head."""
 
     def __init__(self, dims: int, channels: int, head_channels: int):
         super().__init__()

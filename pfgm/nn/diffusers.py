@@ -1,4 +1,4 @@
-"""Networks of other packages under this package's contract."""
+"""Adapters that give networks of other packages the interface of `pfgm.nn.Network`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,15 +6,25 @@ from typing import Any
 from torch import Tensor
 
 from pfgm.nn.blocks import pad, zero_init
-from pfgm.nn.network import Network, check_conditions
+from pfgm.nn.network import ConditionShapes, Network, check_conditions
 
 
 class DiffusersUNet(Network):
-    """`diffusers.UNet2DModel` for images, `shape` = (C, H, W): see `Network` for the contract; no conditions but labels.
+    """Adapt `diffusers.UNet2DModel` to the contract of `Network`, for images and with labels as the only conditions.
 
-    `options` are arguments of UNet2DModel, without channels, sample size and classes, which follow from the data. The noise
-    level enters as the timestep 250 (c_noise + 2), within 0..1000 for levels from .0003 to 3000. Sizes that do not divide are
-    padded and cropped. ImportError without diffusers, ValueError for options it does not take.
+    The noise level enters as the timestep 250 (c_noise + 2), which lies within 0..1000 for levels from .0003 to 3000. Images
+    whose size does not divide are padded, and the output is cropped.
+
+    Args:
+        shape: Shape of an image, (C, H, W).
+        num_classes: Number of classes; 0 for a network without labels.
+        extra_channels: Output channels beyond C.
+        condition_shapes: Must name no conditions.
+        options: Arguments of UNet2DModel, except channels, sample size and classes, which follow from the data.
+
+    Raises:
+        ImportError: If diffusers is not installed.
+        ValueError: If the shape is not that of images, if there are conditions, or if UNet2DModel refuses `options`.
     """
 
     def __init__(
@@ -22,7 +32,7 @@ class DiffusersUNet(Network):
         shape: Sequence[int],
         num_classes: int = 0,
         extra_channels: int = 0,
-        condition_shapes: Mapping[str, Sequence[int]] | None = None,
+        condition_shapes: ConditionShapes | None = None,
         *,
         options: Mapping[str, Any] | None = None,
     ):
@@ -34,12 +44,12 @@ class DiffusersUNet(Network):
         if len(shape) != 3:
             raise ValueError(f"shape = {tuple(shape)}: DiffusersUNet needs images (channels, height, width)")
         check_conditions(condition_shapes, known=())
+        sizes = {"in_channels": shape[0], "out_channels": shape[0] + extra_channels, "sample_size": tuple(shape[1:])}
         classes = {"num_class_embeds": num_classes + 1} if num_classes else {}
-        given = {"in_channels": shape[0], "out_channels": shape[0] + extra_channels, "sample_size": tuple(shape[1:])} | classes
         self.num_classes = num_classes
         self.model: Any
         try:
-            self.model = UNet2DModel(**given, **(options or {}))
+            self.model = UNet2DModel(**sizes, **classes, **(options or {}))
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"options = {dict(options or {})}: UNet2DModel refuses them: {error}") from error
         self.multiple = 2 ** (len(self.model.config.block_out_channels) - 1)

@@ -1,18 +1,30 @@
 """TimeMLP: the network for vectors and small arrays."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pfgm.nn.network import Embedding, Network, check_conditions, check_event, check_sizes
+from pfgm.nn.blocks import zero_init
+from pfgm.nn.network import ConditionShapes, Embedding, Network, check_conditions, check_event, check_sizes
 
 
 class TimeMLP(Network):
-    """Residual multilayer perceptron on the flattened event, modulated by noise level and label; a condition joins the event.
+    """Apply a residual multilayer perceptron to flattened samples, modulated by noise level and label.
 
-    `shape` is the event's, `width` the hidden width, `depth` the number of residual blocks. See `Network` for the contract.
+    Conditions are flattened and concatenated to the sample, an image before a vector. See `Network` for the contract.
+
+    Args:
+        shape: Shape of a sample, (C, ...).
+        num_classes: Number of classes; 0 for a network without labels.
+        extra_channels: Output channels beyond C.
+        condition_shapes: Shapes of the conditions "image" and "vector", of any number of dimensions.
+        width: Width of the hidden layers.
+        depth: Number of residual blocks.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -20,7 +32,7 @@ class TimeMLP(Network):
         shape: Sequence[int],
         num_classes: int = 0,
         extra_channels: int = 0,
-        condition_shapes: Mapping[str, Sequence[int]] | None = None,
+        condition_shapes: ConditionShapes | None = None,
         *,
         width: int = 256,
         depth: int = 4,
@@ -28,14 +40,12 @@ class TimeMLP(Network):
         super().__init__()
         check_event(shape, num_classes, extra_channels)
         check_sizes(width=width, depth=depth)
+        parts = (shape, *check_conditions(condition_shapes).values())
         self.out_shape = (shape[0] + extra_channels, *shape[1:])
         self.embedding = Embedding(width, num_classes)
-        conditions = sum(math.prod(size) for size in check_conditions(condition_shapes).values())
-        self.first = nn.Linear(math.prod(shape) + conditions, width)
+        self.first = nn.Linear(sum(math.prod(part) for part in parts), width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
-        self.last = nn.Linear(width, math.prod(self.out_shape))
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.last = zero_init(nn.Linear(width, math.prod(self.out_shape)))
 
     def forward(
         self,

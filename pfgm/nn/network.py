@@ -9,40 +9,38 @@ from torch import Tensor, nn
 
 from pfgm.core.configurable import Configurable
 
-CONDITIONS = ("image", "vector")  # what `condition_shapes` of a network may name
-ConditionShapes = Mapping[str, Sequence[int]]
+ConditionShapes = Mapping[str, Sequence[int]]  # by the keys "image" and "vector"
 
 
 class Denoiser(Protocol):
-    """Estimates clean samples; solvers, guidance and likelihoods use only this interface.
+    """Estimate clean samples: solvers, guidance and likelihoods use only this interface.
 
     `denoise(x, sigma, **conditions)` returns E[y | x, sigma, conditions], like `x` [B, ...], for noise levels `sigma` (float
-    or [B]). Conditions are tensors with B rows, passed by keyword and handed on unread: usually `label`, `image`, `vector`.
+    or [B]). Conditions are tensors with B rows, usually `label`, `image` or `vector`. Wrappers and solvers pass them on by
+    keyword without reading them.
     """
 
     def __call__(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor: ...
 
 
 class Network(Configurable, nn.Module):
-    """Base class of networks. It records the constructor arguments, from which a checkpoint rebuilds the network.
+    """Record the constructor arguments, from which a checkpoint rebuilds the network: the base class of networks.
 
-    Subclasses implement `net(x, c_noise, *, label=None, image=None, vector=None, augmentation=None)` and may leave out keywords
-    that they do not use:
+    Subclasses implement `net(x, c_noise, *, label=None, image=None, vector=None, augmentation=None)` and may leave out the
+    keywords that they do not use. They return a tensor [B, C + extra_channels, ...]. The arguments are
 
-    - x: noisy samples [B, C, ...] of about unit variance.
-    - c_noise: noise levels [B], log(sigma) / 4.
-    - label: classes [B] in 0..num_classes - 1, or num_classes for no label. None means no label for the whole batch.
-    - image: condition [B, C', ...] with as many dimensions as x, of any size and about unit variance.
-    - vector: condition [B, K] of about unit variance.
-    - augmentation: how each sample was augmented, [B, augmentation_size]; None means not at all.
+    - `x`: noisy samples [B, C, ...] of about unit variance;
+    - `c_noise`: noise levels [B] as log(sigma) / 4;
+    - `label`: classes [B] in 0..num_classes - 1, or num_classes for no label (None: no label in the whole batch);
+    - `image`: a condition [B, C', ...] with as many dimensions as x, of any size and of about unit variance;
+    - `vector`: a condition [B, K] of about unit variance;
+    - `augmentation`: how each sample was augmented, [B, augmentation_size] (None: not at all).
 
-    They return [B, C + extra_channels, ...].
-
-    Args of subclasses:
-        shape: shape of a sample, (C, ...).
-        num_classes: number of classes, 0 for a network without labels.
-        extra_channels: output channels beyond C. PFGM's v_z needs one.
-        condition_shapes: shapes of the conditions "image" and "vector", without the batch dimension, if there are any.
+    Args:
+        shape: Shape of a sample, (C, ...).
+        num_classes: Number of classes; 0 for a network without labels.
+        extra_channels: Output channels beyond C. PFGM's v_z needs one.
+        condition_shapes: Shapes of the conditions "image" and "vector", without the batch dimension. None for no conditions.
     """
 
 
@@ -50,39 +48,48 @@ def check_sizes(**sizes: int) -> None:
     """Raise ValueError naming the first of `sizes` that is not an integer >= 1."""
     for name, size in sizes.items():
         if not (isinstance(size, int) and size >= 1):
-            raise ValueError(f"{name} = {size}: must be an integer >= 1")
+            raise ValueError(f"{name} = {size} must be an integer >= 1")
 
 
 def check_event(shape: Sequence[int], num_classes: int, extra_channels: int) -> None:
-    """Raise ValueError unless these can be arguments of a network."""
-    if not len(shape) or not all(isinstance(size, int) and size >= 1 for size in shape):
-        raise ValueError(f"shape = {tuple(shape)}: must be integers >= 1, (C, ...)")
+    """Raise ValueError unless these arguments describe a network."""
+    _check_shape("shape", shape)
     if not 0 <= num_classes < 2**31 or not 0 <= extra_channels < 2**31:
-        raise ValueError(f"num_classes = {num_classes}, extra_channels = {extra_channels}: must be integers >= 0")
+        raise ValueError(f"num_classes = {num_classes}, extra_channels = {extra_channels} must be integers >= 0")
 
 
-def check_conditions(shapes: ConditionShapes | None, known: Sequence[str] = CONDITIONS) -> dict[str, tuple[int, ...]]:
-    """Return `condition_shapes` as a dictionary of tuples.
-
-    Raises:
-        ValueError: if it names conditions other than `known`, or a shape has sizes below 1.
-    """
-    shapes = dict(shapes or {})
-    for name, shape in shapes.items():
+def check_conditions(shapes: ConditionShapes | None, known: Sequence[str] = ("image", "vector")) -> dict[str, Sequence[int]]:
+    """Return `condition_shapes` as a dictionary; raise ValueError for keys that are not `known` and for bad shapes."""
+    for name, shape in (shapes or {}).items():
         if name not in known:
-            raise ValueError(f"condition_shapes: no condition {name!r} here; this network takes {', '.join(known) or 'none'}")
-        if not len(shape) or not all(isinstance(size, int) and size >= 1 for size in shape):
-            raise ValueError(f"condition_shapes = {shapes}: the shape of {name!r} must be integers >= 1")
-    return {name: tuple(shape) for name, shape in shapes.items()}
+            keys = f"only {', '.join(known)}" if known else "none"
+            raise ValueError(f"condition_shapes: {name!r} is not a condition of this network, which takes {keys}")
+        _check_shape(f"condition_shapes[{name!r}]", shape)
+    return dict(shapes or {})
+
+
+def _check_shape(name: str, shape: Sequence[int]) -> None:
+    if not len(shape) or not all(isinstance(size, int) and size >= 1 for size in shape):
+        raise ValueError(f"{name} = {tuple(shape)} must consist of integers >= 1")
 
 
 class Embedding(nn.Module):
-    """Noise level, label, condition vector and augmentation -> [B, width].
+    """Embed noise levels, labels, condition vectors and augmentations in one vector [B, width].
 
-    Sines and cosines of c_noise = log(sigma)/4 at geometric frequencies, so that each factor of sigma is resolved alike, from
-    the smallest noise to the horizon; with `fourier_scale`, at frequencies of |N(0, fourier_scale²)| instead (NCSN++, arXiv
-    2011.13456). `num_classes` > 0 adds a learned vector for each label and one for "no label", the last, `vector_size` > 0
-    a linear map of a condition vector, `augmentation_size` > 0 one of a vector that is zero for a sample as it is.
+    Noise levels enter as sines and cosines of c_noise = log(sigma)/4. Geometric frequencies resolve each factor of sigma
+    alike, from the smallest noise level to the largest.
+
+    Args:
+        width: Size of the embedding.
+        num_classes: Number of classes, each with a learned vector. One more vector, the last, stands for "no label".
+        features: Number of sines and cosines together; must be even.
+        vector_size: Size of a condition vector, which is mapped linearly; 0 for none.
+        augmentation_size: Size of the vector that describes an augmentation, mapped linearly without a bias, so that zeros
+            stand for none; 0 for a network without.
+        fourier_scale: Scale s of frequencies |N(0, s²)| in place of geometric ones (NCSN++, arXiv 2011.13456).
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -97,7 +104,7 @@ class Embedding(nn.Module):
     ):
         super().__init__()
         if augmentation_size < 0:
-            raise ValueError(f"augmentation_size = {augmentation_size} must not be negative; pfgm.data.augmentation has 9")
+            raise ValueError(f"augmentation_size = {augmentation_size} must not be negative; pfgm.data.Augment needs 9")
         if features < 2 or features % 2:
             raise ValueError(f"noise_features = {features} must be an even number: as many sines as cosines")
         if fourier_scale is not None and not 0 < fourier_scale < math.inf:
@@ -109,7 +116,10 @@ class Embedding(nn.Module):
         self.augmentation = nn.Linear(augmentation_size, features, bias=False) if augmentation_size else None
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """[features/2] in radians; of |N(0, s²)| the quantiles, so that there is nothing to draw or to store."""
+        """Return the frequencies [features/2] in radians.
+
+        Those of |N(0, s²)| are its quantiles, so that nothing has to be drawn or stored.
+        """
         # Not a buffer: in bfloat16 the rounded frequencies would shift the highest by a third of a radian.
         count = self.features // 2
         if self.fourier_scale is None:
@@ -134,3 +144,26 @@ class Embedding(nn.Module):
         if self.augmentation is not None and augmentation is not None:
             features = features + self.augmentation(augmentation.to(features.dtype))
         return self.mlp(features)
+
+
+def condition_key(ndim: int) -> str:
+    """Return the key of a condition with `ndim` dimensions, the batch dimension not counted."""
+    return "vector" if ndim == 1 else "image"
+
+
+def condition_shapes(shape: Sequence[int] | None) -> dict[str, list[int]] | None:
+    """Return the `condition_shapes` of a network for one condition of this shape, or for none (None)."""
+    return None if shape is None else {condition_key(len(shape)): list(shape)}
+
+
+def upgrade_networks(value: Any) -> Any:
+    """Return nested plain data with `condition_shape` of stored networks, as in version 0.1, turned into `condition_shapes`."""
+    if isinstance(value, list):
+        return [upgrade_networks(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if {"extra_channels", "condition_shape"} <= set(value):  # the arguments of a network; data summaries have one of these
+        value = {key: item for key, item in value.items() if key != "condition_shape"} | {
+            "condition_shapes": condition_shapes(value["condition_shape"])
+        }
+    return {key: upgrade_networks(item) for key, item in value.items()}

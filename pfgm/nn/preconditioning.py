@@ -1,8 +1,8 @@
-"""From a network to `denoise(x, sigma, label=None) -> denoised`.
+"""Denoisers made of a network and its preconditioning.
 
-Everything below the networks speaks this one language. `PreconditionedDenoiser` learns the denoised point itself (EDM,
-PFGM++); `FieldDenoiser` learns PFGM's normalised field and inverts it. Both keep the arithmetic around the network in float32
-at least, and run the network in the dtype of its parameters. All in centred model space.
+`PreconditionedDenoiser` learns the denoised point itself (EDM, PFGM++), `FieldDenoiser` learns PFGM's normalised field and
+inverts it. Both compute everything but the network in float32 at least, and the network in the dtype of its parameters. All
+quantities are in centred model space.
 """
 
 import math
@@ -16,16 +16,11 @@ from pfgm.core.tensors import expand, norm, per_sample
 from pfgm.theory.field import denoised_from_field
 from pfgm.theory.kernel import StudentTKernel
 
-Statistics = tuple[float, float]
-"""sigma_data and power_std of `DataSummary`."""
+Statistics = tuple[float, float]  # sigma_data and power_std of `DataSummary`
 
 
-class PreconditionedDenoiser(Configurable, nn.Module):
-    """denoised = c_skip x + c_out net(c_in x, log(level)/4), EDM's preconditioning (arXiv 2206.00364, table 1) for every D.
-
-    `noise_level` takes the place of sigma, since for small D the noise in x can be hundreds of times sigma. `sigma_data` and
-    `power_std` are those of `DataSummary`; see `Network` for `net`.
-    """
+class _NetworkDenoiser(Configurable, nn.Module):
+    """Hold what the denoisers share: the network, the kernel and the statistics of the data."""
 
     def __init__(self, net: nn.Module, D: float | str, sigma_data: float, power_std: float):
         super().__init__()
@@ -34,45 +29,99 @@ class PreconditionedDenoiser(Configurable, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which samples should come: that of the parameters, float32 at least."""
+        """Return the dtype in which samples should come: that of the parameters, but at least float32."""
         return torch.promote_types(_parameter_dtype(self.net), torch.float32)
+
+    def _level(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return noise_level(x, sigma, self.kernel, self.statistics)
+
+    def _network(self, x: Tensor, level: Tensor, conditions: Mapping[str, Tensor | None], extra_channels: int) -> Tensor:
+        """Call the network at c_in x and c_noise = log(level)/4 in the dtype of its parameters; return that of x."""
+        dtype, c_in = _parameter_dtype(self.net), (level.square() + self.sigma_data**2).rsqrt()
+        present = {key: value for key, value in conditions.items() if value is not None}
+        cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in present.items()}
+        F = self.net((expand(c_in, x) * x).to(dtype), (level.log() / 4).to(torch.float32), **cast)
+        expected = (len(x), x.shape[1] + extra_channels, *x.shape[2:])
+        if F.shape != expected:
+            raise ValueError(
+                f"net returned shape {tuple(F.shape)}, not {expected}. Check its shape and extra_channels = {extra_channels}"
+            )
+        return F.to(x.dtype)
+
+
+class PreconditionedDenoiser(_NetworkDenoiser):
+    """Compute denoised = c_skip x + c_out net(c_in x, log(level)/4), EDM's preconditioning for every D.
+
+    The coefficients are those of EDM (arXiv 2206.00364, table 1) with `noise_level` in place of sigma, since for small D the
+    noise in x can be hundreds of times sigma.
+
+    Args:
+        net: Network that meets the contract of `Network`.
+        D: Number of augmented dimensions, > 0 or inf.
+        sigma_data: Standard deviation of the data, see `DataSummary`.
+        power_std: Standard deviation of the mean square of a sample, see `DataSummary`.
+    """
 
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor | None) -> Tensor:
         return self.denoise(x, sigma, **conditions)[0]
 
     def denoise(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The denoised point and c_out [B], which is the size of y - c_skip x to expect, for the loss."""
-        level = noise_level(x, per_sample(sigma, x), self.kernel, self.statistics)
-        skip, out = preconditioning(level, self.sigma_data)
-        F = _call(self.net, x, level, self.sigma_data, 0, conditions)
-        return expand(skip, x) * x + expand(out, x) * F, out
+        """Return the denoised point and the scale that training losses divide its error by.
+
+        Args:
+            x: Noisy samples [B, ...].
+            sigma: Noise level, a float or [B].
+            **conditions: Tensors [B, ...] for the network. Floating-point ones are cast to the dtype of its parameters, those
+                that are None left out.
+
+        Returns:
+            The denoised point, like x, and c_out [B], the expected size of y - c_skip x.
+        """
+        level = self._level(x, per_sample(sigma, x))
+        c_skip, c_out = preconditioning(level, self.sigma_data)
+        F = self._network(x, level, conditions, extra_channels=0)
+        return expand(c_skip, x) * x + expand(c_out, x) * F, c_out
 
 
-class FieldDenoiser(Configurable, nn.Module):
-    """A network that predicts PFGM's normalised field (D = 1), read as a denoiser through the field's inverse.
+class FieldDenoiser(_NetworkDenoiser):
+    """Predict PFGM's normalised field (D = 1, arXiv 2209.11178) and denoise by inverting it.
 
-    The network's output is preconditioned so that zero means the field of Gaussian data: with R = sqrt(N+1) level the distance
-    to expect in the augmented space, v_x = -sqrt(N) (x - (c_skip x + c_out F_x)) / (R + gamma) and
-    v_z = -sqrt(N) z (1 + c_out/level F_z) / (R + gamma), where F_z is the mean of the network's extra channel. `gamma` > 0 is
-    the field's regulariser in model units; the other arguments are those of `PreconditionedDenoiser`.
+    The network's output is preconditioned so that zero means the field of Gaussian data. With R = sqrt(N+1) level, the expected
+    distance in the augmented space,
+
+        v_x = -sqrt(N) (x - (c_skip x + c_out F_x)) / (R + gamma),    v_z = -sqrt(N) z (1 + c_out/level F_z) / (R + gamma),
+
+    where F_z is the mean of the network's extra channel.
+
+    Args:
+        net: Network that meets the contract of `Network`, with extra_channels = 1.
+        gamma: Regulariser of the field, > 0, in model units.
+        sigma_data: Standard deviation of the data, see `DataSummary`.
+        power_std: Standard deviation of the mean square of a sample, see `DataSummary`.
     """
 
     def __init__(self, net: nn.Module, gamma: float, sigma_data: float, power_std: float):
-        super().__init__()
-        self.net, self.kernel, self.gamma = net, StudentTKernel(1.0), gamma
-        self.sigma_data, self.statistics = sigma_data, (sigma_data, power_std)
-
-    dtype = PreconditionedDenoiser.dtype
+        super().__init__(net, 1.0, sigma_data, power_std)
+        self.gamma = gamma
 
     def field(self, x: Tensor, z: float | Tensor, **conditions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The predicted v_x, like `x` [B, C, ...], and v_z [B]."""
+        """Return the predicted field.
+
+        Args:
+            x: Noisy samples [B, C, ...].
+            z: Augmented coordinate, > 0, a float or [B].
+            **conditions: Tensors [B, ...] for the network, as in `PreconditionedDenoiser.denoise`.
+
+        Returns:
+            v_x, like x, and v_z [B].
+        """
         height, N, C = per_sample(z, x, "z"), x[0].numel(), x.shape[1]
-        level = noise_level(x, height, self.kernel, self.statistics)
-        skip, out = preconditioning(level, self.sigma_data)
+        level = self._level(x, height)
+        c_skip, c_out = preconditioning(level, self.sigma_data)
         factor = -math.sqrt(N) / (math.sqrt(N + 1) * level + self.gamma)
-        F = _call(self.net, x, level, self.sigma_data, 1, conditions)
-        v_x = expand(factor * (1 - skip), x) * x - expand(factor * out, x) * F[:, :C]
-        return v_x, (factor * height * (1 + out / level * F[:, C:].flatten(1).mean(1))).to(x.dtype)
+        F = self._network(x, level, conditions, extra_channels=1)
+        v_x = expand(factor * (1 - c_skip), x) * x - expand(factor * c_out, x) * F[:, :C]
+        return v_x, (factor * height * (1 + c_out / level * F[:, C:].flatten(1).mean(1))).to(x.dtype)
 
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor | None) -> Tensor:
         v_x, v_z = self.field(x, sigma, **conditions)
@@ -80,19 +129,28 @@ class FieldDenoiser(Configurable, nn.Module):
 
 
 def noise_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, statistics: Statistics) -> Tensor:
-    """E[varsigma² | |x|, sigma]^½: the size of the noise in x when its tails leave it in doubt, [B] in float64.
+    """Estimate the size of the noise in x, E[varsigma² | |x|, sigma]^½, which its heavy tails leave in doubt.
 
     varsigma² = a sigma² + (1-a) v, v = |x-y|²/N. The kernel gives the prior of v: v/sigma² is F-distributed with (N, D) degrees
-    of freedom. The sample gives its likelihood: |x|²/N - v is |y|²/N and the cross term 2 (x-y)·y/N, about normal with mean
-    sigma_data² and variance power_std² + 4 sigma_data² v/N. So level = sigma at D = inf, far away it is that of the hemisphere
-    on which x lies, it vanishes with sigma for every x that the data explains, and (y - c_skip x)/c_out has about unit mean
-    square at every sigma for every D (within 7 % at N = 64, D >= 1; up to 1.9 at N = 2).
+    of freedom. The sample gives its likelihood: |x|²/N - v is |y|²/N plus the cross term 2 (x-y)·y/N, about normal with mean
+    sigma_data² and variance power_std² + 4 sigma_data² v/N. It follows that level = sigma at D = inf. Far away it is the level
+    of the hemisphere on which x lies. It vanishes with sigma for every x that the data explain. (y - c_skip x)/c_out has about
+    unit mean square at every sigma for every D (within 7 % at N = 64, D >= 1; up to 1.9 at N = 2).
 
-    Chosen by experiment (`benchmarks/heavy_tails.py`: the same small networks on digits and on heavy-tailed vectors, means of
-    three training seeds): at D = 1 on digits the Fréchet distance is .365, where EDM's sigma fails (816), the excess of |x|
-    over all data gives .568 and a median-like estimate .559; D = inf has .329. At D >= 64 nothing matters on digits. It loses
-    on vectors that are themselves Student-t with 3 degrees of freedom at D = 4, where no estimate is better than sigma itself:
-    a far x is then as likely to be data as noise.
+    The estimate was chosen by experiment (`benchmarks/heavy_tails.py`: the same small networks on digits and on heavy-tailed
+    vectors, means of three training seeds). At D = 1 on digits the Fréchet distance is .365, where EDM's sigma fails (816), the
+    excess of |x| over all data gives .568 and a median-like estimate .559; D = inf has .329. At D >= 64 the estimates do not
+    differ on digits. It loses on vectors that are themselves Student-t with 3 degrees of freedom at D = 4, where no estimate is
+    better than sigma itself: a far x is then as likely to be data as noise.
+
+    Args:
+        x: Noisy samples [B, ...].
+        sigma: Noise levels [B] in float64.
+        kernel: The kernel that perturbed x.
+        statistics: sigma_data and power_std of `DataSummary`.
+
+    Returns:
+        The level [B] in float64.
     """
     sigma_data, power_std = statistics
     N = x[0].numel()
@@ -105,7 +163,7 @@ def noise_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, statistics: St
     spread = 8 * math.sqrt(2 / N) + math.log1p(8 * math.sqrt(2 / kernel.D) + 60 / kernel.D)
     largest = prior + power + 5 * width + 60 * sigma_data**2 / N
     low, high = prior.log() - spread, torch.minimum(prior.log() + spread + 100 / kernel.D, largest.log())
-    # Nodes over log v: the prior's range, and more of them where the likelihood peaks.
+    # Nodes over log v cover the range of the prior, more densely where the likelihood peaks.
     coarse = low + (high - low) * torch.linspace(0, 1, 64, dtype=torch.float64, device=x.device)
     fine = (excess + width * torch.linspace(-5, 5, 33, dtype=torch.float64, device=x.device)).clamp(min=1e-300).log()
     u = torch.cat([coarse, fine.clamp(low, high)], dim=1).sort(dim=1).values
@@ -120,32 +178,9 @@ def noise_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, statistics: St
 
 
 def preconditioning(level: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """EDM's c_skip = s²/(level² + s²) and c_out = level s/sqrt(level² + s²), [B] each."""
+    """Return EDM's c_skip = s²/(level² + s²) and c_out = level s/sqrt(level² + s²), [B] each, s = `sigma_data`."""
     total = level.square() + sigma_data**2
     return sigma_data**2 / total, level * sigma_data * total.rsqrt()
-
-
-def _call(
-    net: nn.Module,
-    x: Tensor,
-    level: Tensor,
-    sigma_data: float,
-    extra: int,
-    conditions: Mapping[str, Tensor | None],
-) -> Tensor:
-    """The raw network at c_in x and c_noise = log(level)/4, in the dtype of its parameters; returned in that of x."""
-    dtype = _parameter_dtype(net)
-    c_in = (level.square() + sigma_data**2).rsqrt()
-    given = {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in conditions.items() if value is not None
-    }
-    F = net((expand(c_in, x) * x).to(dtype), (level.log() / 4).to(torch.float32), **given)
-    expected = (len(x), x.shape[1] + extra, *x.shape[2:])
-    if F.shape != expected:
-        raise ValueError(
-            f"net returned shape {tuple(F.shape)} where {expected} is needed; check its shape and extra_channels = {extra}"
-        )
-    return F.to(x.dtype)
 
 
 def _parameter_dtype(net: nn.Module) -> torch.dtype:

@@ -2,38 +2,55 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfgm.nn.blocks import Attention, Block, Resample, ResampleAndConvolve, convolution, group_norm, pad, zero_init
-from pfgm.nn.network import Embedding, Network, check_conditions, check_event, check_sizes
+from pfgm.nn.network import ConditionShapes, Embedding, Network, check_conditions, check_event, check_sizes
 
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class UNet(Network):
-    """Convolutional U-Net for `shape` = (C, L), (C, H, W) or (C, D, H, W); see `Network` for the contract.
+    """Apply a convolutional U-Net to signals, images or volumes; see `Network` for the contract.
 
-    Level i of `multipliers` has width * multipliers[i] channels at 1/2^i of the resolution, with `blocks` residual blocks on
-    the way down and one more on the way up, and `dropout` in them. Sizes that do not divide are padded by repeating the border
-    and cropped. A condition with the dimensions of the sample, of any size, is resized and concatenated to the input; a vector
-    joins the embedding.
+    Samples whose sizes do not divide are padded by repeating the border, and the output is cropped. An image condition, of any
+    size, is resized and concatenated to the input; a vector condition joins the embedding of the noise level.
 
-    `attention` puts self-attention in the middle, `attention_levels` also after each block of these levels on the way down and
-    the last on the way up, with `head_channels` channels to a head. `scale_shift`: the embedding scales and shifts, else it
-    is added. `resblock_updown` resamples inside residual blocks, by the filter `resample_filter`. `residual_input` adds the
-    convolved and filtered input again at each lower level. Noise levels are embedded by `noise_features` sines and cosines, of
-    geometric frequencies or, with a `fourier_scale`, of normal ones. `augmentation_size` numbers that describe how a sample was
-    augmented join the embedding. `glorot` draws the weights as EDM does (Glorot's uniform law, no biases).
+    The published networks for CIFAR-10 differ only by the frequencies of the noise embedding. EDM's DDPM++ (arXiv 2206.00364,
+    table 7), of 55.7 million parameters, is width=128, multipliers=(2, 2, 2), blocks=4, attention_levels=(1,),
+    head_channels=256, scale_shift=False, resblock_updown=True, noise_features=128, augmentation_size=9, dropout=.13,
+    glorot=True. EDM's NCSN++, of 56.4 million, adds resample_filter=(1, 3, 3, 1), residual_input=True, noise_features=256,
+    fourier_scale=16. DDPM++ of score_sde and PFGM (arXiv 2011.13456), of 61.8 million, has multipliers=(1, 2, 2, 2),
+    dropout=.1 and no augmentation.
 
-    The published networks for CIFAR-10, but for the frequencies of the noise embedding: EDM's DDPM++ (arXiv 2206.00364, table
-    7), of 55.7 million parameters, is width=128, multipliers=(2, 2, 2), blocks=4, attention_levels=(1,), head_channels=256,
-    scale_shift=False, resblock_updown=True, noise_features=128, augmentation_size=9, dropout=.13, glorot=True; its NCSN++, of
-    56.4 million, has besides resample_filter=(1, 3, 3, 1), residual_input=True, noise_features=256, fourier_scale=16. DDPM++ of
-    score_sde and PFGM (arXiv 2011.13456), of 61.8 million, has multipliers=(1, 2, 2, 2), dropout=.1 and no augmentation.
+    Args:
+        shape: Shape of a sample, (C, L), (C, H, W) or (C, D, H, W).
+        num_classes: Number of classes; 0 for a network without labels.
+        extra_channels: Output channels beyond C.
+        condition_shapes: Shapes of the conditions "image", with as many dimensions as `shape`, and "vector", with one.
+        width: Number of channels that `multipliers` multiply.
+        multipliers: Level i has width * multipliers[i] channels at 1/2^i of the resolution.
+        blocks: Residual blocks of each level on the way down. There is one more on the way up.
+        dropout: Dropout probability in residual blocks.
+        attention: Whether there is self-attention in the middle.
+        attention_levels: Levels with self-attention after each block on the way down and the last one on the way up.
+        head_channels: Channels of each attention head.
+        scale_shift: Whether the embedding scales and shifts normalised features; otherwise it is added to them.
+        resblock_updown: Whether residual blocks resample; otherwise a convolution after the resampling leads to the next level.
+        resample_filter: Taps of the filter that resamples, an even number.
+        residual_input: Whether the convolved and filtered input is added again at each lower level.
+        noise_features: Number of sines and cosines that embed the noise level.
+        fourier_scale: Scale of normally distributed frequencies; geometric frequencies if None.
+        augmentation_size: Size of the vector that describes how a sample was augmented; 0 for none.
+        glorot: Whether to initialise as EDM does, by Glorot's uniform distribution without biases.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -41,7 +58,7 @@ class UNet(Network):
         shape: Sequence[int],
         num_classes: int = 0,
         extra_channels: int = 0,
-        condition_shapes: Mapping[str, Sequence[int]] | None = None,
+        condition_shapes: ConditionShapes | None = None,
         *,
         width: int = 32,
         multipliers: Sequence[int] = (1, 2),
@@ -70,45 +87,48 @@ class UNet(Network):
         self.embedding = Embedding(
             4 * width, num_classes, noise_features, vector, augmentation_size=augmentation_size, fourier_scale=fourier_scale
         )
-        make = partial(Block, self.dims, embedding=4 * width, dropout=dropout, scale_shift=scale_shift)
-
-        def block(channels: int, out: int, level: int | None = None) -> Block:
-            return make(channels, out, head_channels=head_channels if level in attention_levels else 0)
-
-        def between(channels: int, up: bool) -> nn.Module:
-            resample = Resample(self.dims, up, resample_filter)
-            if resblock_updown:
-                return make(channels, channels, resample=resample)
-            return ResampleAndConvolve(self.dims, channels, resample)
-
+        heads = {level: head_channels for level in attention_levels}
+        make = _Layers(self.dims, 4 * width, dropout, scale_shift, heads, resblock_updown, resample_filter)
+        widths = [width * multiplier for multiplier in multipliers]
         self.first = convolution(self.dims, channels_in, width)
         self.down, self.up, self.inputs = nn.ModuleList(), nn.ModuleList(), nn.ModuleDict()
-        channels, skips, input_channels = width, [width], channels_in
-        for level, multiplier in enumerate(multipliers):
-            if level:
-                self.down.append(between(channels, up=False))
-                if residual_input:
-                    path = convolution(self.dims, input_channels, channels), Resample(self.dims, False, resample_filter)
-                    self.inputs[str(len(self.down) - 1)], input_channels = nn.Sequential(*path), channels
-                skips.append(channels)
-            for _ in range(blocks):
-                self.down.append(block(channels, width * multiplier, level))
-                channels = width * multiplier
-                skips.append(channels)
-        self.middle = nn.ModuleList([block(channels, channels)])
+        skips = self._add_down(make, [width], widths, blocks, channels_in if residual_input else 0)
+        self.middle = nn.ModuleList([make.block(widths[-1], widths[-1])])
         if attention:
-            self.middle.append(Attention(self.dims, channels, head_channels))
-        self.middle.append(block(channels, channels))
-        for level, multiplier in reversed(list(enumerate(multipliers))):
-            for i in range(blocks + 1):
-                self.up.append(block(channels + skips.pop(), width * multiplier, level if i == blocks else None))
-                channels = width * multiplier
-            if level:
-                self.up.append(between(channels, up=True))
+            self.middle.append(Attention(self.dims, widths[-1], head_channels))
+        self.middle.append(make.block(widths[-1], widths[-1]))
+        self._add_up(make, skips, widths, blocks)
         if glorot:
             _draw_glorot(self)
-        last = convolution(self.dims, channels, shape[0] + extra_channels)
-        self.last = nn.Sequential(group_norm(channels), nn.SiLU(), zero_init(last))
+        last = convolution(self.dims, widths[0], shape[0] + extra_channels)
+        self.last = nn.Sequential(group_norm(widths[0]), nn.SiLU(), zero_init(last))
+
+    def _add_down(self, make: "_Layers", skips: list[int], widths: list[int], blocks: int, input_channels: int) -> list[int]:
+        """Add the layers of the way down after features of skips[-1] channels; return the channels of all features.
+
+        With `input_channels` > 0, each lower level gets a path for the input.
+        """
+        for level, channels in enumerate(widths):
+            if level:
+                self.down.append(make.resampling(skips[-1], up=False))
+                if input_channels:
+                    path = convolution(self.dims, input_channels, skips[-1]), Resample(self.dims, False, make.taps)
+                    self.inputs[str(len(self.down) - 1)], input_channels = nn.Sequential(*path), skips[-1]
+                skips.append(skips[-1])
+            for _ in range(blocks):
+                self.down.append(make.block(skips[-1], channels, level))
+                skips.append(channels)
+        return skips
+
+    def _add_up(self, make: "_Layers", skips: list[int], widths: list[int], blocks: int) -> None:
+        """Add the layers of the way up, each block for the last of `skips` as well."""
+        below = widths[-1]
+        for level, channels in reversed(list(enumerate(widths))):
+            for i in range(blocks + 1):
+                self.up.append(make.block(below + skips.pop(), channels, level if i == blocks else None))
+                below = channels
+            if level:
+                self.up.append(make.resampling(channels, up=True))
 
     def forward(
         self,
@@ -125,8 +145,8 @@ class UNet(Network):
             resized = F.interpolate(image, size, mode=INTERPOLATION[self.dims], align_corners=False)
             x = torch.cat([x, resized], dim=1)
         embedding = self.embedding(c_noise, label, vector, augmentation)
-        padded = source = pad(x, self.multiple)
-        h = self.first(padded)
+        source = pad(x, self.multiple)
+        h = self.first(source)
         skips = [h]
         for i, layer in enumerate(self.down):
             h = layer(h, embedding)
@@ -135,24 +155,47 @@ class UNet(Network):
             skips.append(h)
         for layer in self.middle:
             h = layer(h, embedding)
-        for i, layer in enumerate(self.up):
-            h = layer(h if self._enlarges(i) else torch.cat([h, skips.pop()], dim=1), embedding)
-        return self.last(h)[(..., *(slice(s) for s in size))]
-
-    def _enlarges(self, i: int) -> bool:
-        """Whether layer `i` of the way up leads to the next level, and takes no skip."""
-        return isinstance(getattr(self.up[i], "resample", None), Resample)
+        for layer in self.up:
+            if not isinstance(layer.resample, Resample):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = layer(h, embedding)
+        return self.last(h)[(..., *(slice(length) for length in size))]
 
 
-def _check_shapes(shape: Sequence[int], conditions: Mapping[str, Sequence[int]]) -> None:
+@dataclass(frozen=True)
+class _Layers:
+    """Make the layers of a U-Net by its options."""
+
+    dims: int
+    embedding: int
+    dropout: float
+    scale_shift: bool
+    heads: Mapping[int, int]  # channels of attention heads, by level
+    resblock_updown: bool
+    taps: Sequence[float]
+
+    def block(self, channels: int, out: int, level: int | None = None) -> Block:
+        return self._residual(channels, out, head_channels=0 if level is None else self.heads.get(level, 0))
+
+    def resampling(self, channels: int, up: bool) -> nn.Module:
+        resample = Resample(self.dims, up, self.taps)
+        if self.resblock_updown:
+            return self._residual(channels, channels, resample=resample)
+        return ResampleAndConvolve(self.dims, channels, resample)
+
+    def _residual(self, channels: int, out: int, **options: Any) -> Block:
+        return Block(self.dims, channels, out, self.embedding, dropout=self.dropout, scale_shift=self.scale_shift, **options)
+
+
+def _check_shapes(shape: Sequence[int], conditions: ConditionShapes) -> None:
     if len(shape) - 1 not in INTERPOLATION:
         raise ValueError(
             f"shape = {tuple(shape)}: UNet needs (channels, length), (channels, height, width) or (channels, depth, height, "
-            "width); use TimeMLP for vectors"
+            "width). Use TimeMLP for vectors"
         )
     for name, dims in (("image", len(shape)), ("vector", 1)):
         if len(conditions.get(name, ())) not in (0, dims):
-            raise ValueError(f"condition_shapes = {dict(conditions)}: {name!r} must have {dims} dimensions")
+            raise ValueError(f"condition_shapes = {dict(conditions)}: {name!r} must have {dims} dimensions for this UNet")
 
 
 def _check_options(levels: int, dropout: float, attention_levels: Sequence[int], taps: Sequence[float]) -> None:
@@ -165,9 +208,9 @@ def _check_options(levels: int, dropout: float, attention_levels: Sequence[int],
 
 
 def _draw_glorot(net: nn.Module) -> None:
-    """Uniform weights of variance 2/(fan_in + fan_out), .2 of that for queries, keys and values, and no biases.
+    """Draw uniform weights of variance 2/(fan_in + fan_out), .2 of that for queries, keys and values; set biases to zero.
 
-    Outputs that start at zero stay so.
+    The zero-initialised outputs of residual branches stay at zero.
     """
     for name, module in net.named_modules():
         outputs = name.endswith((".conv2", ".out"))

@@ -374,7 +374,10 @@ def test_wrong_arguments_of_networks_are_named():
             UNet(**{"shape": (1, 8, 8), **arguments})
     for arguments, message in [
         ({"shape": (5,)}, r"shape = \(5,\): DiffusersUNet"),
-        ({"condition_shapes": {"vector": (3,)}}, "condition_shapes: no condition 'vector' here; this network takes none"),
+        (
+            {"condition_shapes": {"vector": (3,)}},
+            "'vector' is not a condition of this network, which takes none",
+        ),
         ({"options": {"wide": 3}}, "options = .*UNet2DModel refuses them: .*wide"),
     ]:
         with pytest.raises(ValueError, match=message):
