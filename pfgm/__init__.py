@@ -15,7 +15,7 @@ learned, and followed back from a large hemisphere, by an ODE solver, down to ne
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from pfgm.flow.loading import load

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import faults
 from benchmarks.faulty import hostile_data, hostile_models, inputs, lines, patience, strangers
-from pfgm.cli import arguments, main, outputs
+from pfgm.cli import arguments, main, options, outputs
 from pfgm.evaluation import plots
 from pfgm.sampling.likelihood import log_prob
 from pfgm.sampling.ode import SolverError
@@ -50,7 +50,7 @@ def test_files_of_strangers_run_no_code_write_nothing_and_take_little_memory(fil
 @pytest.mark.parametrize("text", ["0-99999999999", "1,5-1", "5-", "-3", "1,,2", ""])
 def test_seeds_that_are_none_are_named(text):
     with pytest.raises(ValueError, match=re.escape(f"seeds = {text!r}: give numbers and rising ranges")):
-        arguments.parse_seeds(text)
+        options.parse_seeds(text)
 
 
 def test_no_input_is_written_over_by_another_name(tmp_path):
@@ -106,9 +106,9 @@ def test_odd_arguments_are_named():
 @pytest.mark.parametrize(
     ("call", "accident"),
     [
-        (lambda: arguments.parse_seeds("a"), False),
+        (lambda: options.parse_seeds("a"), False),
         (lambda: arguments.read_config("nowhere"), False),
-        (lambda: arguments.join_pair(3), True),
+        (lambda: arguments.prepare_words(3), True),
         (lambda: np.zeros(-1), True),
     ],
 )

@@ -36,7 +36,7 @@ def _draw(words: list[str]) -> None:
 
     torch.set_num_threads(1)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        main.main(words)
+        main.sample(words)
 
 
 def finish(words: list[str]) -> tuple[int, float]:

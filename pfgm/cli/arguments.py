@@ -1,8 +1,7 @@
-"""Arguments of commands: seeds, devices, conditions, masks and configuration files."""
+"""Words of a command line and configuration files, before and while jsonargparse reads them."""
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,71 @@ from jsonargparse import get_loader, set_loader
 from pfgm.core.configurable import ALIASES, renamed
 from pfgm.files.untrusted import read_text
 
-PARSER_MODE = "pfgm"  # how jsonargparse calls `load_settings`
+PARSER_MODE = "pfgm"  # the name under which jsonargparse finds `load_settings`
 
 
-def join_pair(words: list[str]) -> list[str]:
-    """`--inpaint image mask`, or `--draw.inpaint`, as `--inpaint ["image", "mask"]`, which is how the parser reads a pair."""
-    found = [i for i, word in enumerate(words) if word in ("--inpaint", "--draw.inpaint")]
-    if not found:
+def prepare_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line as the parsers of this package take them.
+
+    Shipped configurations are found by name, class paths of version 0.1 are replaced by today's, and the two words after
+    `--inpaint` become a list.
+
+    Raises:
+        ValueError: If a file after --config cannot be read as settings, or there is none.
+    """
+    return _join_pair(_find_configs([_renamed(word) for word in words]))
+
+
+def _renamed(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{ALIASES.get(value, value)}"
+
+
+def _join_pair(words: list[str]) -> list[str]:
+    """Write `--inpaint image mask` as `--inpaint ["image", "mask"]`, which is how the parser reads a pair."""
+    if "--inpaint" not in words:
         return words
-    i = found[0] + 1
+    i = words.index("--inpaint") + 1
     pair = words[i : i + 2]
     if len(pair) < 2 or pair[0].startswith("[") or any(word.startswith("--") for word in pair):
         return words
     return [*words[:i], json.dumps(pair), *words[i + 2 :]]
 
 
+def _find_configs(words: list[str]) -> list[str]:
+    """Replace names of shipped configurations after --config by their paths, and check that all can be read."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    for i, word in enumerate(words[1:], 1):
+        if words[i - 1] in ("--config", "-c") and not word.lstrip().startswith("{"):
+            words[i] = str(find_config(word))
+            read_config(words[i])
+    return words
+
+
+def shipped_configs() -> Path:
+    """Return the folder of the configurations that come with the package."""
+    package = Path(__file__).parent.parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """Return the configuration file of that path or, if there is none here, the shipped one of that name.
+
+    Raises:
+        FileNotFoundError: If there is neither; the message lists the shipped names.
+    """
+    if Path(name).exists():
+        return Path(name)
+    shipped = {path.stem: path for path in sorted(shipped_configs().glob("*.yaml"))}
+    stem = name.removesuffix(".yaml")
+    if stem not in shipped:
+        raise FileNotFoundError(f"config = {name}: no such file here, and no shipped configuration: {', '.join(shipped)}")
+    return shipped[stem]
+
+
 class UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a mapping with one key twice, of which the parser would take the last."""
+    """Refuse a mapping with one key twice, of which the parser would take the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -40,38 +87,28 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return node
 
 
+def read_config(path: str) -> dict[str, Any]:
+    """Read the settings in a YAML file.
+
+    Raises:
+        ValueError: If the file holds no settings.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = yaml.load(read_text(Path(path), f"config = {path}"), UniqueKeyLoader)
+    except OSError as error:
+        raise OSError(f"config = {path} cannot be read: {error.strerror}; give a YAML file of settings") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config = {path} is no YAML ({reason}); correct it, or give another") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config = {path} holds no settings but {type(content).__name__}; give those of configs/, for example")
+    return content
+
+
 def load_settings(text: str) -> Any:
     """Parse a YAML text, with class paths of version 0.1 replaced by today's."""
     return renamed(get_loader("yaml")(text))
 
 
 set_loader(PARSER_MODE, load_settings, (yaml.YAMLError,))
-
-
-def renamed_words(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with class paths of version 0.1, alone or after "=", replaced by today's."""
-    split = [word.rpartition("=") for word in words]
-    return [f"{option}{equals}{ALIASES.get(value, value)}" for option, equals, value in split]
-
-
-def check_configs(words: Sequence[str]) -> None:
-    """ValueError or OSError, which names it, if a file after --config cannot be read as settings."""
-    for word, after in pairwise([*words, ""]):
-        option, joined, value = word.partition("=")
-        path = value if joined else after
-        if option in ("--config", "-c") and Path(path).is_file():  # others are for the parser
-            read_config(path)
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """The settings in a YAML file. ValueError or OSError, which names it, if there are none."""
-    try:
-        content = yaml.load(read_text(Path(path), f"config = {path}"), UniqueKeyLoader)
-    except OSError as error:
-        raise OSError(f"config = {path} cannot be read: {error.strerror}; give a YAML file of settings") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"config = {path} is no YAML ({told}); mend it, or give another") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"config = {path} holds no settings but {type(content).__name__}; give those of configs/, for example")
-    return content

@@ -2,11 +2,10 @@
 
 0    done
 1    a defect of this package; --debug shows the traceback
-2    a wrong argument, an unusable file or too little memory, said in one line, or a training loss that is not finite; repeating
-     does not help
+2    a wrong argument, an unusable file, too little memory, or a training loss that is not finite; repeating does not help
 75   another process of the same run was lost; the same command continues
 130, 138, 143    stopped by Ctrl-C, SIGUSR1 or SIGTERM; the same command continues
-141  what read the output has gone; files are whole
+141  the reader of the output has gone; files are whole
 """
 
 import os
@@ -22,31 +21,32 @@ import torch
 from pfgm.core.exits import LOST, LostProcess, exit_for_signal, exit_with
 from pfgm.sampling.ode import SolverError
 
-pass
-
+# Errors whose message names the argument and the remedy.
 ERRORS: tuple[type[Exception], ...] = (ArgumentError, ValueError, OSError, ImportError, SolverError)
-"""What says which argument is wrong, and what to do."""
-WORDY = (
+# jsonargparse reports a value that fits no type of a union in many lines, and its errors have no attributes to take instead.
+UNION = "Does not validate against any of the Union"
+SHORTER = (
     (r"<class '([^']*)'>", r"\1"),
     (
-        r"Does not validate against any of the Union subtypes Subtypes: \[([^\]]*)\] Errors: (?:- Expected an? \S+ )+"
-        r"Given value type: \S+ Given value: ",
+        UNION + r" subtypes Subtypes: \[([^\]]*)\] Errors: (?:- Expected an? \S+ )+Given value type: \S+ Given value: ",
         r"Expected one of [\1]. Got value: ",
     ),
-    (r"Does not validate against any of the Union subtypes Subtypes: \[[^\]]*, NoneType\] Errors: - ", ""),
+    (UNION + r" subtypes Subtypes: \[[^\]]*, NoneType\] Errors: - ", ""),
     (r" - Expected a NoneType Given value type: .*", ""),
 )
-"""What jsonargparse says of a value that is of none of several types, or makes no object, and how that is said in a line."""
-TOO_MUCH = r"can't allocate memory|not enough memory|Storage size calculation overflowed"
-"""What torch says if there is too little memory."""
+NO_MEMORY = r"can't allocate memory|not enough memory|Storage size calculation overflowed"  # torch's words
 
 
 def run(
     program: str, command: Callable[[list[str]], object], words: Sequence[str], errors: tuple[type[Exception], ...] = ()
 ) -> None:
-    """Give `command` its `words`, and end as described above; of its `errors`, and ERRORS, the text is for the user.
+    """Run a command, and end as described above.
 
-    The word --debug shows tracebacks instead.
+    Args:
+        program: What messages call it.
+        command: Takes the words.
+        words: The words after the command; --debug among them shows tracebacks instead of messages.
+        errors: Further errors whose message is for the user.
     """
     words, debug = [word for word in words if word != "--debug"], "--debug" in words
     _open_streams()
@@ -62,14 +62,14 @@ def run(
     except KeyboardInterrupt:  # of a thread, or of a library
         exit_for_signal(signal.SIGINT)
     except Exception as error:
-        exit_with(*_last_words(program, error, errors))
+        exit_with(*_message(program, error, errors))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _open_streams() -> None:
-    """Those that were closed lead nowhere, and what the terminal has no letters for is escaped."""
+    """Redirect closed streams to os.devnull, and backslash-escape characters that the terminal cannot encode."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -79,7 +79,7 @@ def _open_streams() -> None:
 
 
 def _flush(program: str) -> None:
-    """Say if what was printed cannot be written; the work is done by then."""
+    """Report output that cannot be written; the work is done by then."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -90,42 +90,39 @@ def _flush(program: str) -> None:
         exit_with(f"{program}: done, but its output cannot be written: {error.strerror}", 2)
 
 
-def _last_words(program: str, error: Exception, errors: tuple[type[Exception], ...]) -> tuple[str, int]:
-    """What is said of an error, and the exit code."""
-    if is_of_memory(error):
+def _message(program: str, error: Exception, errors: tuple[type[Exception], ...]) -> tuple[str, int]:
+    """Return the message for an error, and the exit code."""
+    if is_memory_error(error):
         wanted = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         return (
             f"{program}: error: out of memory{f' ({wanted[0]})' if wanted else ''}; give a smaller batch_size (in training, "
             "trainer.accumulate_grad_batches makes up for it), fewer samples, or a smaller network"
         ), 2
     if isinstance(error, (*ERRORS, *errors)):
-        return f"{program}: error: {_in_a_line(cause(error))}", 2
+        return f"{program}: error: {_one_line(_cause(error))}", 2
     if isinstance(error, OverflowError):
         return f"{program}: error: a number is too large ({error}); give one of 64 bits", 2
     if isinstance(error, LostProcess):
         return f"{program}: {error}", LOST
-    return (
-        f"{program}: {type(error).__name__}: {_in_a_line(error)}. This is a defect of pfgm: please report it, with --debug",
-        1,
-    )
+    return f"{program}: {type(error).__name__}: {_one_line(error)}. This is a defect of pfgm: please report it, with --debug", 1
 
 
-def is_of_memory(error: BaseException) -> bool:
-    """Whether there is too little of it, on this machine or on a GPU; torch has no class for the first."""
+def is_memory_error(error: BaseException) -> bool:
+    """Return whether memory ran out, on this machine or on a GPU; torch has no class for the first."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and re.search(TOO_MUCH, str(error)) is not None
+        isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)) is not None
     )
 
 
-def _in_a_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    for pattern, words in WORDY:
+    for pattern, words in SHORTER:
         text = re.sub(pattern, words, text)
     return text
 
 
-def cause(error: Exception) -> Exception:
-    """The error of ours behind one of jsonargparse, which reports a value that no type of a union takes, in many lines."""
-    while isinstance(error.__cause__, Exception) and str(error).startswith("Does not validate against any of the Union"):
+def _cause(error: Exception) -> Exception:
+    """Return the error of this package behind one that jsonargparse wraps for a union of types."""
+    while isinstance(error.__cause__, Exception) and str(error).startswith(UNION):
         error = error.__cause__
     return error

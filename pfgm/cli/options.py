@@ -1,7 +1,7 @@
 """Options that several commands share, each declared once, and what they stand for: flows, seeds, conditions, measurements."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -10,6 +10,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
+from pfgm.cli.arguments import PARSER_MODE
 from pfgm.core.tensors import check_positive
 from pfgm.files.arrays import ARRAYS, load_arrays, read_images, read_inputs
 from pfgm.flow.loading import load
@@ -202,6 +203,23 @@ def add_command(parser: ArgumentParser, function: Callable[..., None]) -> None:
     parser.add_function_arguments(function, as_positional=True, skip=set(groups))
     for group in groups.values():
         parser.add_class_arguments(group)
+
+
+def command_parser(program: str, function: Callable[..., None]) -> ArgumentParser:
+    """Make the parser of one command."""
+    parser = ArgumentParser(prog=program, parser_mode=PARSER_MODE, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="File of options.")
+    add_command(parser, function)
+    return parser
+
+
+def subcommand_parser(program: str, commands: Mapping[str, tuple[str, Callable[..., None]]]) -> ArgumentParser:
+    """Make a parser of several commands, given by name with a summary and a function."""
+    parser = ArgumentParser(prog=program, parser_mode=PARSER_MODE, exit_on_error=False)
+    subcommands = parser.add_subcommands()
+    for name, (summary, function) in commands.items():
+        subcommands.add_subcommand(name, command_parser(f"{program} {name}", function), help=summary)
+    return parser
 
 
 def call_command(function: Callable[..., None], settings: Namespace) -> None:

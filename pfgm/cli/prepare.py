@@ -132,13 +132,13 @@ def _without_defaults(spec: dict[str, Any]) -> dict[str, Any]:
 COMMANDS: dict[str, Callable[..., None]] = {"features": features, "advise": advise}
 
 
-def prepare(words: Sequence[str]) -> None:
+def prepare(words: Sequence[str], program: str = "train.py") -> None:
     """Run the command named by the first of `words`, with the other words as its options."""
     auto_cli(
         COMMANDS[words[0]],
         args=_expand_config(words[1:]),
         as_positional=words[0] == "advise",
-        prog=f"train.py {words[0]}",
+        prog=program if program.endswith(words[0]) else f"{program} {words[0]}",
         parser_mode=PARSER_MODE,
         exit_on_error=False,
     )

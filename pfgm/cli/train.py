@@ -16,7 +16,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from pfgm.cli import console
-from pfgm.cli.arguments import PARSER_MODE, check_configs, join_pair, renamed_words
+from pfgm.cli.arguments import PARSER_MODE, prepare_words
 from pfgm.cli.prepare import COMMANDS, prepare
 from pfgm.core import exits, rng
 from pfgm.core.arguments import ArgumentTypeError, check_types, is_real
@@ -49,12 +49,11 @@ TRAINER_DEFAULTS = {
 
 SMALLEST = {"max_steps": 0, "val_check_interval": 1, "accumulate_grad_batches": 1, "gradient_clip_val": 0}
 SMALLEST |= {"log_every_n_steps": 1, "check_val_every_n_epoch": 1, "num_nodes": 1}
-LIMITS = ("limit_train_batches", "limit_test_batches", "limit_predict_batches", "max_epochs")
-"""Settings of the trainer with which, at 0, nothing would be done."""
+LIMITS = ("limit_train_batches", "limit_test_batches", "max_epochs")  # at 0 nothing would be done
 
 
 class TrainCLI(LightningCLI):
-    """`fit` starts a run or resumes it, `test` evaluates it; `--run_dir` is where it lives."""
+    """Start or resume a run in `--run_dir` by `fit`, and evaluate it by `test`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -83,12 +82,12 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("model.loss", "model.net.init_args.extra_channels", _extra_channels, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """ValueError for a seed that is none, before it is set."""
+        """Raise ValueError for an unusable seed before Lightning sets it."""
         super().parse_arguments(parser, args)
         rng.natural("seed_everything", self.config[self.config.subcommand].seed_everything)
 
     def before_instantiate_classes(self) -> None:
-        """ValueError for a section of settings that is none, which no parser has looked at."""
+        """Raise ValueError if a callback's section is not a mapping; jsonargparse does not validate these."""
         for name in self._parser(self.subcommand).callback_keys:
             settings = self._get(self.config, name)
             if not isinstance(settings, Namespace):
@@ -122,7 +121,7 @@ class TrainCLI(LightningCLI):
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=start, weights_only=True)
 
     def _start(self, model: PFGM, datamodule: DataModule, run_dir: Path, mend: bool) -> Path | None:
-        """The checkpoint to resume, None for a new run."""
+        """Return the checkpoint to resume, or None for a new run, with the weights of `--init_from` if there is one."""
         source, found = self._get(self.config, "init_from"), run_directory.latest_checkpoint(run_dir, mend)
         if found is None:
             run_directory.check_no_run_files(run_dir)
@@ -148,7 +147,7 @@ class TrainCLI(LightningCLI):
 
 
 def check_trainer(config: Mapping[str, Any], fitting: bool) -> None:
-    """ValueError for settings of the trainer that Lightning would stumble over, or worse, later."""
+    """Raise ValueError for settings of the trainer that Lightning would not report, or only later."""
     try:
         check_types(pl.Trainer.__init__, config)
     except ArgumentTypeError as error:
@@ -166,7 +165,7 @@ def check_trainer(config: Mapping[str, Any], fitting: bool) -> None:
 
 
 def check_processes(devices: Any, cores: int) -> None:
-    """ValueError unless `devices` of a trainer on the CPU is a number of processes that this machine has `cores` for."""
+    """Raise ValueError unless `devices`, which are processes on a CPU, are no more than its `cores`."""
     if devices != "auto" and not (str(devices).isdecimal() and 1 <= int(devices) <= cores):
         raise ValueError(
             f"trainer.devices = {devices}: each is a process on the CPU; give a number from 1 to {cores}, its cores"
@@ -174,7 +173,7 @@ def check_processes(devices: Any, cores: int) -> None:
 
 
 def check_strategy(name: str) -> None:
-    """ValueError for strategies that keep a part of the weights on each device."""
+    """Raise ValueError for strategies that keep a part of the weights on each device."""
     if any(word in name.lower() for word in ("fsdp", "deepspeed", "modelparallel", "model_parallel")):
         raise ValueError(
             f"trainer.strategy = {name}: weights that are shared out over devices can be neither averaged (ema) nor stored in "
@@ -187,7 +186,7 @@ def _extra_channels(loss: Loss | None) -> int:
 
 
 def main(args: list[str] | None = None) -> TrainCLI:
-    """The command line of train.py; `args` for use in Python, where errors are raised as they are."""
+    """Run `fit` or `test`; with `args` in Python, where errors are raised as they are."""
     return TrainCLI(
         PFGM,
         DataModule,
@@ -199,31 +198,36 @@ def main(args: list[str] | None = None) -> TrainCLI:
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
-            "description": f"Train and test a Poisson flow. Before that: {', '.join(COMMANDS)} (each with --help).",
+            "description": f"Train and test a Poisson flow. Further commands: {', '.join(COMMANDS)} (each with --help).",
             "exit_on_error": False,
             "parser_mode": PARSER_MODE,
         },
-        args=None if args is None else renamed_words(args),
+        args=None if args is None else prepare_words(args),
     )
 
 
 def run() -> None:
-    """train.py: an error of the user's making is one line on stderr and exit code 2; see `pfgm.cli.console`."""
-    console.run("train.py", command, sys.argv[1:], (NonFiniteLoss, MisconfigurationException))
+    """Run train.py: errors of the user's making are one line on stderr and exit code 2, see `pfgm.cli.console`."""
+    console.run("train.py", command, sys.argv[1:], errors())
 
 
-def command(words: list[str]) -> None:
-    """What comes before a run, or the run; one that a signal stopped says so."""
-    check_configs(words)
+def errors() -> tuple[type[Exception], ...]:
+    """Return the errors of training whose message is for the user."""
+    return NonFiniteLoss, MisconfigurationException
+
+
+def command(words: list[str], program: str = "train.py") -> None:
+    """Run the command that `words` begin with. A run that a signal stopped says so."""
+    words = prepare_words(words)
     if words and words[0] in COMMANDS:
-        prepare(words)
+        prepare(words, program)
         return
-    sys.argv[1:] = renamed_words(join_pair(words))  # where Lightning looks, also for the processes that it starts
+    sys.argv[1:] = words  # where Lightning looks, also for the processes that it starts
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # Lightning 2.6 on newer torch; no user can help it
     try:
         main()
     except Stopped as stop:
-        print(f"train.py: {stop}", file=sys.stderr)
+        print(f"{program}: {stop}", file=sys.stderr)
         _leave()
         raise
     except RuntimeError as error:
@@ -237,7 +241,7 @@ def command(words: list[str]) -> None:
 
 
 def _is_of_ranks(error: RuntimeError) -> bool:
-    """Whether the connection to the other ranks failed, or could not be made; gloo's errors have no class of their own."""
+    """Return whether the connection to the other ranks failed; gloo's errors have no class of their own."""
     if not torch.distributed.is_available():
         return False
     gloo = torch.distributed.is_initialized() and "gloo" in str(error).lower()
@@ -245,6 +249,6 @@ def _is_of_ranks(error: RuntimeError) -> bool:
 
 
 def _leave() -> None:
-    """End the connection to the other ranks, which are done as well: gloo's threads may abort an interpreter that ends."""
+    """End the connection to the other ranks, since gloo's threads may abort an interpreter that ends."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

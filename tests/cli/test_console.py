@@ -160,7 +160,7 @@ def test_configurations_that_are_none_are_named(words, content, tmp_path, monkey
     program, *rest = [*words, str(path)]
     monkeypatch.setattr(sys, "argv", [program, *rest])
     with pytest.raises(SystemExit, match="2"):
-        train.run() if program == "train.py" else main.main(rest)
+        train.run() if program == "train.py" else main.sample(rest)
     told = capsys.readouterr().err
     assert re.fullmatch(rf"{program}: error: config = {path} (is no YAML|holds no settings).*\n", told), told
 
@@ -189,7 +189,7 @@ def test_configurations_that_are_none_are_named(words, content, tmp_path, monkey
 def test_what_the_parser_refuses_is_said_in_one_line(program, words, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [program, *words.split()])
     with pytest.raises(SystemExit, match="2"):
-        train.run() if program == "train.py" else main.main()
+        train.run() if program == "train.py" else main.sample()
     assert capsys.readouterr().err == f"{program}: error: {message}\n"
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from PIL import Image
 
 import pfgm
-from pfgm.cli import main, train
-from pfgm.cli.arguments import join_pair
+from pfgm.cli import main
+from pfgm.cli.arguments import prepare_words
 from pfgm.files.arrays import read_images, read_inputs
 from pfgm.sampling.inverse import Mask, Measurement
 from pfgm.sampling.latents import Latent
@@ -54,49 +53,49 @@ def user(pixels):
 
 
 def test_encoding_and_decoding_images_gives_them_back(here, capsys):
-    main.main(["encode", "plain", "images", "--out=new/latents.npz", "--rtol=1e-4", "--atol=1e-4"])
+    main.sample(["encode", "plain", "images", "--out=new/latents.npz", "--rtol=1e-4", "--atol=1e-4"])
     median, worst = re.search(r"median (\S+), worst (\S+),", capsys.readouterr().out).groups()
     assert float(median) <= float(worst) < 0.01
-    main.main(["decode", "plain", "new/latents.npz", "--out=back.npz", "--rtol=1e-4", "--atol=1e-4"])
+    main.sample(["decode", "plain", "new/latents.npz", "--out=back.npz", "--rtol=1e-4", "--atol=1e-4"])
     back = np.load("back.npz")["x"]
     difference = np.sqrt(((back - user(here[:2]).numpy()) ** 2).mean((1, 2, 3)))
     assert difference.max() == pytest.approx(float(worst), rel=0.1)
-    main.main(["decode", "plain", "new/latents.npz", "--out=folder"])
+    main.sample(["decode", "plain", "new/latents.npz", "--out=folder"])
     for i in (0, 1):
         with Image.open(f"folder/{i:06d}.png") as image:
             assert np.abs(np.asarray(image.convert("L")).astype(int) - here[i]).max() <= 2
 
 
 def test_labels_are_kept_with_the_latents(here):
-    main.main(["encode", "labelled", "images/0.png", "--labels=2", "--out=latents.pt", "--rtol=1e-3"])
+    main.sample(["encode", "labelled", "images/0.png", "--labels=2", "--out=latents.pt", "--rtol=1e-3"])
     assert torch.load("latents.pt")["labels"].tolist() == [2]
-    main.main(["decode", "labelled", "latents.pt", "--out=own.npz"])
-    main.main(["decode", "labelled", "latents.pt", "--labels=1", "--out=other.npz"])
+    main.sample(["decode", "labelled", "latents.pt", "--out=own.npz"])
+    main.sample(["decode", "labelled", "latents.pt", "--labels=1", "--out=other.npz"])
     own, other = (torch.from_numpy(np.load(f"{name}.npz")["x"]) for name in ("own", "other"))
     assert float((own - user(here[:1])).abs().max()) < 0.02
     assert float((other - own).abs().max()) > 0.02
 
 
 def test_interpolation_begins_and_ends_at_its_images(here, capsys):
-    main.main(["interpolate", "plain", "--images=[images/0.png,images/1.png]", "--points=4", "--out=way.npz"])
+    main.sample(["interpolate", "plain", "--images=[images/0.png,images/1.png]", "--points=4", "--out=way.npz"])
     way = np.load("way.npz")["x"]
     assert way.shape == (1, 4, 1, 8, 8)
     assert np.abs(way[0, [0, 3]] - user(here[:2]).numpy()).max() < 0.05
-    main.main(["interpolate", "plain", "--seeds=3,7,9", "--points=5", "--out=way.png"])
+    main.sample(["interpolate", "plain", "--seeds=3,7,9", "--points=5", "--out=way.png"])
     assert "2 ways of 5 points" in capsys.readouterr().out
     with Image.open("way.png") as strip:
         assert strip.size == (5 * 34 + 2, 2 * 34 + 2)
     drawn = pfgm.load("plain").sample(seeds=[3, 7, 9], preset="reference").x
-    main.main(["interpolate", "plain", "--seeds=3,7,9", "--points=2", "--out=ends.npz"])
+    main.sample(["interpolate", "plain", "--seeds=3,7,9", "--points=2", "--out=ends.npz"])
     ends = torch.from_numpy(np.load("ends.npz")["x"])
-    main.main(["interpolate", "plain", "--seeds=3,7,9", "--points=2", "--out=cold.npz", "--temperature=0.5"])
+    main.sample(["interpolate", "plain", "--seeds=3,7,9", "--points=2", "--out=cold.npz", "--temperature=0.5"])
     assert not np.allclose(np.load("cold.npz")["x"], ends, atol=1e-2)
     assert float((ends[0, 0] - drawn[0]).abs().max()) < 0.1, "up to the last denoising"
     assert torch.equal(ends[0, 1], ends[1, 0])
 
 
 def test_variations_keep_the_image_at_low_levels(here):
-    main.main(["vary", "plain", "images/1.png", "--level=[0.02,30]", "--n=3", "--out=v.npz"])
+    main.sample(["vary", "plain", "images/1.png", "--level=[0.02,30]", "--n=3", "--out=v.npz"])
     v = torch.from_numpy(np.load("v.npz")["x"])
     assert v.shape == (3, 3, 1, 8, 8)
     assert torch.allclose(v[0], user(here[1:2]).expand(3, -1, -1, -1), atol=1e-6)
@@ -104,13 +103,13 @@ def test_variations_keep_the_image_at_low_levels(here):
     assert float(near) < 0.1 < float(far)
     three = user(here[1:2]).expand(3, -1, -1, -1)
     assert torch.allclose(v[2], pfgm.load("plain").vary(three, 30.0).x, atol=1e-5)
-    main.main(["vary", "plain", "images/1.png", "--level=30", "--n=3", "--seed=5", "--out=v.npz"])
+    main.sample(["vary", "plain", "images/1.png", "--level=30", "--n=3", "--seed=5", "--out=v.npz"])
     assert np.allclose(np.load("v.npz")["x"][1], pfgm.load("plain").vary(three, 30.0, seed=5).x, atol=1e-5)
 
 
 def test_inpainting_keeps_what_the_mask_leaves(here):
     options = ["--n=2", "--measurement_noise=0.05", "--out=x.npz"]
-    main.main(["plain", "--inpaint", "images/0.png", "mask.png", *options])
+    main.sample(["plain", "--inpaint", "images/0.png", "mask.png", *options])
     x = torch.from_numpy(np.load("x.npz")["x"])
     known = torch.ones(1, 8, 8, dtype=torch.bool)
     known[:, :3] = False
@@ -119,32 +118,32 @@ def test_inpainting_keeps_what_the_mask_leaves(here):
     assert torch.allclose(x, expected, atol=1e-3)
     for array in (~known.numpy(), ~known.numpy()[0]):
         np.save("mask.npy", array)
-        main.main(["plain", "--inpaint=[images/0.png,mask.npy]", *options])
+        main.sample(["plain", "--inpaint=[images/0.png,mask.npy]", *options])
         assert torch.allclose(torch.from_numpy(np.load("x.npz")["x"]), expected, atol=1e-3)
 
 
 def test_the_least_noise_of_a_measurement_is_the_models(here):
-    main.main(["plain", "--inpaint", "images/0.png", "mask.png", "--n=1", "--out=x.npz"])
+    main.sample(["plain", "--inpaint", "images/0.png", "mask.png", "--n=1", "--out=x.npz"])
     first = np.load("x.npz")["x"]
-    main.main(["plain", "--inpaint", "images/0.png", "mask.png", "--n=1", "--out=x.npz", "--measurement_noise=0.01"])
+    main.sample(["plain", "--inpaint", "images/0.png", "mask.png", "--n=1", "--out=x.npz", "--measurement_noise=0.01"])
     assert np.array_equal(np.load("x.npz")["x"], first)
 
 
 def test_latents_of_a_conditional_model_need_its_condition_again(here):
     np.save("one.npy", np.full((1, 4, 4), 0.5, dtype=np.float32))
-    main.main(["encode", "superres", "images", "--condition=one.npy", "--out=latents.npz", "--rtol=1e-4", "--atol=1e-4"])
-    main.main(["decode", "superres", "latents.npz", "--condition=one.npy", "--out=x.npz", "--rtol=1e-4", "--atol=1e-4"])
+    main.sample(["encode", "superres", "images", "--condition=one.npy", "--out=latents.npz", "--rtol=1e-4", "--atol=1e-4"])
+    main.sample(["decode", "superres", "latents.npz", "--condition=one.npy", "--out=x.npz", "--rtol=1e-4", "--atol=1e-4"])
     assert np.abs(np.load("x.npz")["x"] - user(here[:2]).numpy()).max() < 0.05
     with pytest.raises(SystemExit, match="2"):
-        main.main(["decode", "superres", "latents.npz", "--out=x.npz"])
+        main.sample(["decode", "superres", "latents.npz", "--out=x.npz"])
 
 
 def test_latents_and_levels_are_in_the_units_of_the_data(here):
     make_flow(scale=3.0).save_pretrained("scaled")
-    main.main(["encode", "scaled", "images", "--out=latents.npz", "--rtol=1e-4", "--atol=1e-4"])
-    main.main(["decode", "scaled", "latents.npz", "--out=x.npz", "--rtol=1e-4", "--atol=1e-4"])
+    main.sample(["encode", "scaled", "images", "--out=latents.npz", "--rtol=1e-4", "--atol=1e-4"])
+    main.sample(["decode", "scaled", "latents.npz", "--out=x.npz", "--rtol=1e-4", "--atol=1e-4"])
     assert np.abs(np.load("x.npz")["x"] - user(here[:2]).numpy()).max() < 0.05
-    main.main(["interpolate", "scaled", "--seeds=3-4", "--points=2", "--out=ends.npz"])
+    main.sample(["interpolate", "scaled", "--seeds=3-4", "--points=2", "--out=ends.npz"])
     flow = pfgm.load("scaled")
     prior = flow.sampler().prior([(3, 0)])
     expected = flow.decode(Latent(prior.t.float(), 120.0, "hemisphere"), preset="reference")
@@ -157,35 +156,35 @@ def test_samples_of_one_number_are_read_as_a_column(tmp_path):
 
 
 def test_conditions_come_from_arrays_and_images(here):
-    main.main(["superres", "--condition=low.npy", "--out=a.npz", "--trajectory=way.npz"])
+    main.sample(["superres", "--condition=low.npy", "--out=a.npz", "--trajectory=way.npz"])
     assert np.load("a.npz")["x"].shape == (3, 1, 8, 8), "one for each condition"
-    main.main(["superres", "--condition=training.npz", "--out=b.npz"])
+    main.sample(["superres", "--condition=training.npz", "--out=b.npz"])
     expected = pfgm.load("superres").sample(2, condition=torch.full((1, 4, 4), 0.5)).x
     assert np.allclose(np.load("b.npz")["x"], expected, atol=1e-5)
-    main.main(["superres", "--condition=low.npy", "--n=6", "--out=grid.png", "--columns=3"])
+    main.sample(["superres", "--condition=low.npy", "--n=6", "--out=grid.png", "--columns=3"])
     with Image.open("grid.png") as grid:
         assert grid.size == (3 * 34 + 2, 2 * 34 + 2), "conditions in turn"
     Image.fromarray(np.full((4, 4), 255, dtype=np.uint8)).save("bright.png")
-    main.main(["superres", "--condition=bright.png", "--n=2", "--out=c.npz"])
+    main.sample(["superres", "--condition=bright.png", "--n=2", "--out=c.npz"])
     expected = pfgm.load("superres").sample(2, condition=torch.ones(1, 4, 4)).x
     assert np.allclose(np.load("c.npz")["x"], expected, atol=1e-5)
 
 
 def test_guidance_and_temperature_reach_the_sampler(here, capsys):
-    main.main(["labelled", "--n=2", "--labels=1", "--guidance=[2,3]", "--temperature=0.5", "--out=x.npz", "--preset=fast"])
+    main.sample(["labelled", "--n=2", "--labels=1", "--guidance=[2,3]", "--temperature=0.5", "--out=x.npz", "--preset=fast"])
     assert "12 network calls" in capsys.readouterr().out
     flow = pfgm.load("labelled")
     expected = flow.sample(2, labels=1, guidance=[2, 3], temperature=0.5, preset="fast").x
     assert np.allclose(np.load("x.npz")["x"], expected, atol=1e-5)
-    main.main(["plain", "--n=2", "--guide=plain", "--guidance=2", "--guidance_interval=[0.1,1]", "--out=y.npz"])
+    main.sample(["plain", "--n=2", "--guide=plain", "--guidance=2", "--guidance_interval=[0.1,1]", "--out=y.npz"])
     assert np.allclose(np.load("y.npz")["x"], pfgm.load("plain").sample(2).x, atol=1e-4), "a guide like itself leads nowhere"
     prior = flow.sampler(temperature=0.5).prior([(0, 0)]).t
     assert torch.allclose(prior, 0.5 * flow.sampler().prior([(0, 0)]).t)
 
 
 def test_a_film_shows_the_first_of_many_guided_samples(here):
-    main.main(["superres", "--condition=low.npy", "--out=a.npz", "--trajectory=way.png", "--preset=fast"])
-    main.main(
+    main.sample(["superres", "--condition=low.npy", "--out=a.npz", "--trajectory=way.png", "--preset=fast"])
+    main.sample(
         ["labelled", "--n=70", "--labels=1", "--guidance", str([2.0] * 70), "--out=b.npz", "--trajectory=way.gif", "--steps=2"]
     )
     with Image.open("way.gif") as film:
@@ -247,7 +246,7 @@ def test_a_film_shows_the_first_of_many_guided_samples(here):
 def test_bad_arguments_end_in_one_line_before_any_work(here, arguments, message, capsys):
     before = sorted(os.listdir())
     with pytest.raises(SystemExit, match="2"):
-        main.main(arguments)
+        main.sample(arguments)
     assert re.search(message, capsys.readouterr().err)
     assert sorted(os.listdir()) == before, "nothing is written"
 
@@ -257,7 +256,7 @@ def test_damaged_images_are_named(here, capsys):
     for content in (b"", whole[:40], b"not an image"):
         Path("images/0.png").write_bytes(content)
         with pytest.raises(SystemExit, match="2"):
-            main.main(["encode", "plain", "images"])
+            main.sample(["encode", "plain", "images"])
         assert re.search(r"images = images/0.png cannot be used: \S", capsys.readouterr().err)
 
 
@@ -276,15 +275,7 @@ def test_what_the_readme_names_is_there():
     assert pfgm.sampling.latents.Latent is Latent
 
 
-def test_predict_takes_a_pair_too(monkeypatch):
-    given = []
-    monkeypatch.setattr(train, "main", lambda: given.extend(sys.argv[1:]))
-    train.command(["predict", "--draw.inpaint", "a", "b"])
-    assert given == ["predict", "--draw.inpaint", '["a", "b"]']
-
-
 def test_a_pair_after_inpaint_is_joined():
-    for name in ("--inpaint", "--draw.inpaint"):
-        assert join_pair(["c", name, "a", "b", "--n", "2"]) == ["c", name, '["a", "b"]', "--n", "2"]
+    assert prepare_words(["c", "--inpaint", "a", "b", "--n", "2"]) == ["c", "--inpaint", '["a", "b"]', "--n", "2"]
     for words in (["c", "--n", "2"], ["c", "--inpaint", "[a,b]"], ["c", "--inpaint", "a", "--n", "2"]):
-        assert join_pair(words) == words
+        assert prepare_words(words) == words

@@ -134,7 +134,7 @@ def export(tmp_path_factory):
 
 def draw(export, out, *options, name="images"):
     labels = ["--labels=[0,1,2]"] if name == "images" else []
-    sample_cli.main([str(export / name), "--n=21", "--batch_size=4", f"--out={out}", "--device=cpu", *labels, *options])
+    sample_cli.sample([str(export / name), "--n=21", "--batch_size=4", f"--out={out}", "--device=cpu", *labels, *options])
 
 
 SOLVERS = (["--preset=fast"], ["--method=adaptive_heun", "--rtol=0.3"])
@@ -311,7 +311,7 @@ def test_predict_draws_what_sample_does_on_any_number_of_devices(tmp_path):
     run = kills.command(tmp_path / "run", "denoising", 5)
     assert kills.finish(run) == 0
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    sample_cli.main([str(checkpoint), "--n=10", "--batch_size=3", f"--out={tmp_path / 'sample'}", "--device=cpu"])
+    sample_cli.sample([str(checkpoint), "--n=10", "--batch_size=3", f"--out={tmp_path / 'sample'}", "--device=cpu"])
     arguments = ["predict", *run[1:], "--draw.n=10", "--draw.batch_size=3"]
     train.main(arguments)
     assert kills.finish([*arguments, f"--draw.out={tmp_path / 'two'}"], ranks=2) == 0

@@ -306,31 +306,33 @@ def conditional(tmp_path):
 
 def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys):
     out = str(tmp_path / "out")
-    main.main([conditional, "--n=3", "--seed=7", "--out", f"{out}/x.npz", "--method=midpoint", "--steps=3", "--labels=[0,1,2]"])
+    main.sample(
+        [conditional, "--n=3", "--seed=7", "--out", f"{out}/x.npz", "--method=midpoint", "--steps=3", "--labels=[0,1,2]"]
+    )
     with np.load(f"{out}/x.npz") as arrays:
         assert arrays["x"].shape == (3, 1, 8, 8)
         assert arrays["seeds"].tolist() == [[7, 0], [7, 1], [7, 2]]
         assert arrays["labels"].tolist() == [0, 1, 2]
         expected = pfgm.load(conditional).sample(3, seed=7, method="midpoint", steps=3, labels=[0, 1, 2]).x
         assert np.allclose(arrays["x"], expected.numpy(), atol=1e-6)
-    main.main([conditional, "--n=2", "--labels=1", "--out", f"{out}/y.npz", "--preset=fast"])
+    main.sample([conditional, "--n=2", "--labels=1", "--out", f"{out}/y.npz", "--preset=fast"])
     os.remove(f"{out}/y.npz")
     assert "3 samples in 7 network calls" in capsys.readouterr().out
-    main.main(
+    main.sample(
         [export, "--seeds=1,4-5", "--out", f"{out}/x.pt", "--batch_size=2", "--method=midpoint", "--steps=3", "--dtype=float64"]
     )
     assert torch.load(f"{out}/x.pt")["seeds"].tolist() == [[1, 0], [4, 0], [5, 0]]
-    main.main([export, "--n=2", "--out", f"{out}/folder", "--method=euler", "--steps=3"])
+    main.sample([export, "--n=2", "--out", f"{out}/folder", "--method=euler", "--steps=3"])
     assert sorted(glob("*", root_dir=f"{out}/folder")) == ["000000-000000.png", "000000-000001.png", "draw.json"]
-    main.main([export, "--n=5", "--out", f"{out}/grid.png", "--method=euler", "--steps=3", "--trajectory", f"{out}/way.png"])
-    main.main([export, "--n=5", "--out", f"{out}/x.pt", "--rtol=0.1", "--trajectory", f"{out}/way.npz", "--batch_size=2"])
+    main.sample([export, "--n=5", "--out", f"{out}/grid.png", "--method=euler", "--steps=3", "--trajectory", f"{out}/way.png"])
+    main.sample([export, "--n=5", "--out", f"{out}/x.pt", "--rtol=0.1", "--trajectory", f"{out}/way.npz", "--batch_size=2"])
     way, end = np.load(f"{out}/way.npz"), torch.load(f"{out}/x.pt")["x"]
     assert way["x"].shape == way["denoised"].shape == (48, 5, *end.shape[1:])
     assert np.allclose(way["denoised"][-1], end, atol=1e-5)
     assert way["sigma"].shape == (48, 5)
     assert np.all(np.diff(way["sigma"], axis=0) < 0)
-    main.main([export, "--n=5", "--out", f"{out}/x.npz", "--trajectory", f"{out}/way.gif"])
-    main.main([export, "--n=5", "--out", f"{out}/x.npz", "--max_calls=5"])
+    main.sample([export, "--n=5", "--out", f"{out}/x.npz", "--trajectory", f"{out}/way.gif"])
+    main.sample([export, "--n=5", "--out", f"{out}/x.npz", "--max_calls=5"])
     assert "stopped by max_calls = 5" in capsys.readouterr().err
     with Image.open(f"{out}/way.gif") as film:
         assert film.n_frames > 10
@@ -376,14 +378,14 @@ def test_bad_arguments_end_in_one_line(export, arguments, message, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     os.mkdir("export/folder.png")
     with pytest.raises(SystemExit, match="2"):
-        main.main([export, *arguments])
+        main.sample([export, *arguments])
     assert re.search(message, capsys.readouterr().err)
     assert sorted(os.listdir(tmp_path)) == ["export"], "nothing is written"
 
 
 def test_a_missing_checkpoint_ends_in_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
-        main.main(["none.ckpt"])
+        main.sample(["none.ckpt"])
     error = capsys.readouterr().err.strip()
     assert error == "sample.py: error: none.ckpt does not exist or is no file; give a .ckpt file or an exported folder"
 

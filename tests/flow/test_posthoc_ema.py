@@ -94,7 +94,7 @@ def test_the_command_exports_the_average_of_any_width(tmp_path, capsys):
     for stop in ("25", "60"):
         fit(tmp_path / "c", f"--trainer.max_steps={stop}", *AVERAGES, FAST)
     direct = checkpoints.read_tensors(tmp_path / "b" / "averages" / "00000060.safetensors")
-    main.main(["average", str(tmp_path / "a"), "0.13", "--out", str(tmp_path / "out")])
+    main.sample(["average", str(tmp_path / "a"), "0.13", "--out", str(tmp_path / "out")])
     assert "average of width 0.13 at step 60" in capsys.readouterr().out
     flow, raw = pfgm.load(tmp_path / "out"), pfgm.load(tmp_path / "a" / "checkpoints" / "last.ckpt", ema=False)
     assert flow.sample(3).x.shape == (3, 2)
@@ -127,7 +127,7 @@ def test_what_cannot_be_averaged_is_named(tmp_path, capsys):
         ([str(tmp_path), "0.1", "--out", out], "checkpoints"),
     ]:
         with pytest.raises(SystemExit):
-            main.main(["average", *arguments])
+            main.sample(["average", *arguments])
         assert message in capsys.readouterr().err
     snapshot = tmp_path / "a" / "averages" / "00000010.safetensors"
     content = bytearray(snapshot.read_bytes())
@@ -168,13 +168,13 @@ def test_an_average_that_was_interrupted_is_made_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", die)
         with pytest.raises(SystemExit, match="130"):
-            main.main(arguments)
+            main.sample(arguments)
     assert [path.name for path in out.iterdir()] == [".partial-of-a-killed-process"]
-    main.main(arguments)
+    main.sample(arguments)
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     pfgm.load(out)
     with pytest.raises(SystemExit, match="2"):
-        main.main(arguments)
+        main.sample(arguments)
 
 
 def test_the_learning_rate_decays_as_an_inverse_root():

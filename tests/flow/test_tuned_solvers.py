@@ -78,9 +78,9 @@ def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(export, folder)
     arguments = [str(folder), "--n=3", f"--out={tmp_path}/x.npz", "--grid=optimized", "--steps=2"]
-    main.main(arguments)
+    main.sample(arguments)
     assert "looking for the best grid of 2 steps" in capsys.readouterr().err
-    main.main([*arguments, "--dtype=float64"])
+    main.sample([*arguments, "--dtype=float64"])
     output = capsys.readouterr()
     assert "looking for" not in output.err
     assert "3 samples in 4 network calls" in output.out
@@ -108,7 +108,7 @@ def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"other\.json has a grid of 2 steps for 3; delete it"):
         stored_grid(path, model, 3)
     with pytest.raises(SystemExit, match="2"):
-        main.main(arguments)
+        main.sample(arguments)
     assert "is no file of grids" in capsys.readouterr().err
     assert grid_file(tmp_path / "last.ckpt").name == "last.grids.json"
 
@@ -125,5 +125,5 @@ def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
 def test_bad_arguments_are_found_before_the_search(export, arguments, message, capsys, monkeypatch):
     monkeypatch.setattr("pfgm.cli.generate.optimize_grid", lambda *_, **__: math.nan)
     with pytest.raises(SystemExit, match="2"):
-        main.main([export, "--grid=optimized", *arguments])
+        main.sample([export, "--grid=optimized", *arguments])
     assert message in capsys.readouterr().err
