@@ -35,7 +35,7 @@ def features(
     seed: int = 0,
     device: str | None = None,
 ) -> None:
-    """Train a small classifier whose features the metrics of `train.py test --evaluation.features OUT` compare.
+    """Train a small classifier, whose features `train.py test --evaluation.features OUT` compares.
 
     The classifier learns the labels if data.labels is true or a CSV file, and otherwise by which quarter turn an image is
     rotated. Metrics of different runs are comparable if they use the same file.

@@ -1,6 +1,6 @@
-"""Training with Lightning: the module, its objectives and noise laws, averages, checkpoints, logs and callbacks.
+"""Train flows with Lightning: the module, its objectives and noise laws, weight averages, checkpoints, logs and callbacks.
 
-This room imports every room before it. Names load on first use, since most of them import Lightning.
+This room may import every other room but `cli`. Names load on first use, since most of them import Lightning.
 """
 
 from typing import TYPE_CHECKING, Any

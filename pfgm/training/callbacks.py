@@ -25,8 +25,8 @@ class Speed(Callback):
     batch size would trigger another compilation.
 
     Args:
-        compile: Whether `fit` compiles the network with torch.compile. This takes about a minute at the start, and a C++
-            compiler on a CPU.
+        compile: Whether `fit` compiles the network with torch.compile. This takes about a minute at the start and
+            needs a C++ compiler on a CPU.
         channels_last: Whether convolutions use the channels_last layout, for GPUs in bfloat16.
     """
 

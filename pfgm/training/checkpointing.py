@@ -20,13 +20,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # requests to save and stop; Windows
 
 
 class Stopped(SystemExit):
-    """End training after a signal, once the state is saved.
-
-    Args:
-        number: The signal.
-        step: Optimizer steps completed in the saved state.
-        code: Exit code of this process.
-    """
+    """End training after signal `number`, with the state after `step` saved and `code` as the exit code of this process."""
 
     def __init__(self, number: int, step: int, code: int):
         super().__init__(code)

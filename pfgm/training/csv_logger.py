@@ -50,15 +50,7 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one row.
-
-        Args:
-            metrics: Values by column; "epoch" is left out, and new names add columns.
-            step: Optimizer steps completed.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
+        """Append a row for `step`; new names in `metrics` add columns, and "epoch" is left out."""
         row = {"step": step or 0} | {name: float(value) for name, value in metrics.items() if name != "epoch"}
         new = [name for name in row if name not in self.columns]
         if not self.started or new:

@@ -36,13 +36,8 @@ class SkippedSteps:
     def add(self, loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer, world_size: int = 1) -> None:
         """Count a step, and have a fused optimizer skip it if its loss or gradient is not finite on any rank.
 
-        Gradient scaling, which float16 uses, skips such steps by itself.
-
-        Args:
-            loss: Loss of the step on this rank.
-            norm: Norm of the gradient.
-            optimizer: Optimizer whose next step the decision concerns.
-            world_size: Number of ranks.
+        `loss` is that of this rank, and `norm` the norm of the gradient. Gradient scaling, which float16 uses, skips such steps
+        by itself.
         """
         bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).long()
         if world_size > 1:

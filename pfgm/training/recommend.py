@@ -28,6 +28,11 @@ class Recommendation:
     value: Any
     reason: str
 
+    @classmethod
+    def rounded(cls, value: float, reason: str) -> "Recommendation":
+        """Round `value` to three significant digits."""
+        return cls(float(f"{value:.3g}"), reason)
+
 
 @dataclass(frozen=True)
 class DataMeasurements:
@@ -109,11 +114,11 @@ def recommend(measured: DataMeasurements, data: Mapping[str, Any], D: float | st
     width = _width(s.shape, n, gpu)
     is_image = measured.mirror_accuracy is not None
     augmented = gpu and is_image and D != 1 and n < 100_000
-    sigma_min = three_digits(recommended_sigma_min(s.sigma_data))
+    sigma_min = recommended_sigma_min(s.sigma_data)
     model = {
         "D": _dimensions(D, s),
-        "sigma_data": Recommendation(three_digits(s.sigma_data), "The measured RMS of the centred data in model units."),
-        "sigma_min": Recommendation(sigma_min, "sigma_data / 50; the last denoising step removes the remaining noise."),
+        "sigma_data": Recommendation.rounded(s.sigma_data, "The measured RMS of the centred data in model units."),
+        "sigma_min": Recommendation.rounded(sigma_min, "sigma_data / 50; the last denoising step removes the remaining noise."),
         "sigma_max": _sigma_max(measured, D),
         **_start(measured),
         "loss": _loss(measured, D, side),
@@ -132,9 +137,7 @@ def recommend(measured: DataMeasurements, data: Mapping[str, Any], D: float | st
         "ema": {"half_life": min(500_000, samples // 20), "warmup": 0.05},
         **({"speed": {"compile": True, "channels_last": len(s.shape) == 3}} if gpu else {}),
         "trainer": {
-            "max_steps": Recommendation(
-                steps, f"This is {samples / 1e6:.0f} million samples, {samples / n:.0f} passes over the data."
-            ),
+            "max_steps": Recommendation(steps, f"{samples / 1e6:.0f} million samples, {samples / n:.0f} passes over the data."),
             "val_check_interval": max(100, round_down(steps / 50)),
             **({"precision": "bf16-mixed"} if gpu else {}),
         },
@@ -167,24 +170,23 @@ def _learning_rate(batch_size: int, width: int, shape: Sequence[int], D: float) 
     if D == 1:
         name, published_batch, lr = "PFGM", 128, 2e-4
     reason = (
-        f"{name} uses {lr:g} for batches of {published_batch} at width 128. The rate is proportional to the square root of "
+        f"{name} uses {lr:g} for batches of {published_batch} at width 128; scaled by the square root of batch size / width."
     )
-    reason += "batch size / width."
-    return Recommendation(three_digits(lr * math.sqrt(batch_size / published_batch * 128 / width)), reason)
+    return Recommendation.rounded(lr * math.sqrt(batch_size / published_batch * 128 / width), reason)
 
 
 def _sigma_max(measured: DataMeasurements, D: float) -> Recommendation:
     s = measured.summary
     if D == 1:
         z_max = PoissonFlowNoise().z_max(s.mean_norm, math.prod(s.shape))
-        return Recommendation(three_digits(z_max), "The largest noise of training: sqrt(2/pi) sigma_end (1 + tau)^M.")
+        return Recommendation.rounded(z_max, "The mean height z of the largest noise: sqrt(2/pi) sigma_end (1 + tau)^M.")
     by_rms, by_direction = recommended_sigma_max(s.sigma_data), math.sqrt(5) * measured.principal_std
-    reason = (
-        f"The larger of 80 sigma_data = {by_rms:.3g} and {by_direction:.3g}, sqrt(5) times the standard deviation along the "
+    reason = f"The larger of 80 sigma_data = {by_rms:.3g} and {by_direction:.3g}, sqrt(5) times the standard deviation along "
+    reason += (
+        f"the first principal direction, {measured.principal_std / s.sigma_data:.1f} sigma_data. There the prior is within "
     )
-    reason += f"first principal direction, which is {measured.principal_std / s.sigma_data:.1f} sigma_data. There the prior is "
-    reason += "within 0.01 nats of Gaussian data with that deviation plus noise (D = inf)."
-    return Recommendation(three_digits(max(by_rms, by_direction)), reason)
+    reason += "0.01 nats of Gaussian data of that width plus noise (D = inf)."
+    return Recommendation.rounded(max(by_rms, by_direction), reason)
 
 
 def _start(measured: DataMeasurements) -> dict[str, Recommendation]:
@@ -199,23 +201,22 @@ def _loss(measured: DataMeasurements, D: float, side: float) -> dict[str, Any]:
     s = measured.summary
     if D == 1 and not s.conditions:
         reason = f"The published rule for the measured mean norm of the data, {s.norm:.4g}."
-        M = Recommendation(three_digits(_exponent(s)), reason)
-        charges = Recommendation(
-            min(measured.count, max(32, int(4096 * min(1.0, 32 / side) ** 2))),
-            "PFGM uses 4096 charges at 32 x 32, 512 at 64 x 64 and 32 at 256 x 256.",
-        )
+        M = Recommendation.rounded(_exponent(s), reason)
+        count = min(measured.count, max(32, int(4096 * min(1.0, 32 / side) ** 2)))
+        charges = Recommendation(count, "PFGM uses 4096 charges at 32 x 32, 512 at 64 x 64 and 32 at 256 x 256.")
         noise = {"class_path": "pfgm.training.PoissonFlowNoise", "init_args": {"M": M}}
         return {"class_path": "pfgm.training.PoissonFieldLoss", "init_args": {"reference_size": charges, "noise": noise}}
     shift = max(0.0, math.log(side / 64))
-    mean = f"The mean of ln(sigma / sigma_data), so P_mean = {math.log(s.sigma_data) + shift - 0.5:.2f}. It is EDM's -1.2 at "
-    mean += "sigma_data = 0.5"
-    mean += f" plus ln({side:.0f}/64) for the image size (arXiv 2301.11093)." if shift else ", at any size up to 64 x 64."
+    mean = (
+        f"Of ln(sigma / sigma_data), so P_mean = {math.log(s.sigma_data) + shift - 0.5:.2f}. EDM uses -1.2 at sigma_data = 0.5"
+    )
+    mean += f"; ln({side:.0f}/64) is added for the size (arXiv 2301.11093)." if shift else ", at any size up to 64 x 64."
     std = "EDM's P_std" + (" plus half of that shift, so that low noise levels stay as frequent." if shift else ".")
     noise = {
         "class_path": "pfgm.training.ScaledLogNormal",
         "init_args": {
-            "mean": Recommendation(three_digits(shift - 0.5), mean),
-            "std": Recommendation(three_digits(1.2 + shift / 2), std),
+            "mean": Recommendation.rounded(shift - 0.5, mean),
+            "std": Recommendation.rounded(1.2 + shift / 2, std),
         },
     }
     return {"class_path": "pfgm.training.DenoisingLoss", "init_args": {"noise": noise}}
@@ -242,7 +243,7 @@ def _network(shape: Sequence[int], n: int, width: int, gpu: bool, augmented: boo
         "blocks": 1 if not gpu else 4 if side <= 64 else 2,
         "attention_levels": [min(levels - 1, max(0, round(math.log2(side / 16))))],
         "dropout": Recommendation(
-            dropout, f"For {n} samples. EDM uses 0.13 for 50,000 images and 0.05 for 70,000 faces. 0.2 for few is a guess."
+            dropout, "EDM uses 0.13 for 50,000 images, 0.05 for 70,000 faces; 0.2 below 5000 is a guess."
         ),
     }
     return {"class_path": "pfgm.nn.UNet", "init_args": arguments | ({"augmentation_size": 9} if augmented else {})}
@@ -255,11 +256,6 @@ def _flip(measured: DataMeasurements) -> Recommendation:
     if margin > 0.15:
         return Recommendation(False, f"{reason}. With {measured.mirror_pairs} pairs, this is too uncertain.")
     return Recommendation(measured.mirror_accuracy < 0.5 + margin, f"{reason} (3 standard errors: {margin:.0%}).")
-
-
-def three_digits(value: float) -> float:
-    """Round to three significant digits."""
-    return float(f"{value:.3g}")
 
 
 def round_down(value: float) -> int:

@@ -23,9 +23,12 @@ def test_a_step_is_skipped_if_its_loss_or_its_gradient_is_not_finite(loss, norm)
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(monkeypatch):
     bad_elsewhere = [0, 1, 0]
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda x, how: x.copy_(torch.maximum(x, torch.tensor(bad_elsewhere.pop(0))))
-    )
+
+    def all_reduce(x, operation):
+        assert operation == torch.distributed.ReduceOp.MAX
+        x.copy_(torch.maximum(x, torch.tensor(bad_elsewhere.pop(0))))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     skips, optimizer, states = SkippedSteps(), adam(), []
     for loss in (1.0, 1.0, math.nan):
         skips.add(torch.tensor(loss), torch.tensor(1.0), optimizer, world_size=2)

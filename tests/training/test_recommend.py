@@ -200,4 +200,4 @@ def test_unusable_data_is_named(tmp_path):
 
 def test_values_are_rounded():
     assert [recommend_module.round_down(x) for x in (0.3, 7, 99.9, 123, 98765)] == [1, 7, 99, 120, 98000]
-    assert recommend_module.three_digits(0.123456) == 0.123
+    assert Recommendation.rounded(0.123456, "").value == 0.123

@@ -90,7 +90,7 @@ def test_an_unreadable_checkpoint_is_not_renamed(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run")
     for error in (PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), MemoryError()):
 
-        def fail(path, place, error=error):
+        def fail(*_, error=error):
             raise error
 
         with monkeypatch.context() as patch:
