@@ -16,7 +16,7 @@ PUBLISHED += [("ffhq64", None), ("celeba64", None), ("church256", None)]
 
 @pytest.mark.parametrize(("config", "D"), PUBLISHED)
 def test_published_configurations_make_their_models(config, D):
-    """At full size, on the meta device, for made-up data of their size."""
+    """Build them at full size on the meta device."""
     settings = yaml.safe_load((ROOT / "configs" / f"{config}.yaml").read_text())
     data, model = settings["data"]["init_args"], settings["model"]
     size, D, net = data.get("size", 32), D or model["D"], model.pop("net")["init_args"]

@@ -232,15 +232,15 @@ class ImageSplit:
         """
         threads = self.surveys[0].threads
         damaged = {survey.source: dict(survey.damaged) for survey in self.surveys}
-        parts = []
+        loaded = []
         for samples in (self.train, self.held_out):
             images = samples.x
             x, bad = images.decode(self.in_memory, threads)
             damaged[images.source] |= bad
             readable = torch.tensor([row not in bad for row in images.rows])
-            parts.append(SampleSet(x, {key: value[readable] for key, value in samples.conditions.items()}))
+            loaded.append(SampleSet(x, {key: value[readable] for key, value in samples.conditions.items()}))
         warnings = [self._damage(source, bad) for source, bad in damaged.items() if bad]
-        return parts[0], parts[1], warnings
+        return loaded[0], loaded[1], warnings
 
     def _damage(self, source: Source, damaged: dict[int, str]) -> str:
         """Name the first damaged images of a source, in a ValueError unless they are skipped."""
@@ -273,14 +273,14 @@ def split_images(path: str, options: ImageOptions, seed: int) -> ImageSplit:
     labels, classes = _read_labels(sources, options.labels)
     rows = [sorted(survey.formats) for survey in surveys]
     if not isinstance(held_out, str):
-        rows = [[rows[0][k] for k in part] for part in split_rows(len(rows[0]), None, held_out, seed)]
-        sources, labels = sources * 2, labels * 2
-    train, rest = (
-        SampleSet(
-            ImageSet(source, part, common, options.resize, options.crop_size), {} if label is None else {"label": label[part]}
-        )
-        for source, part, label in zip(sources, rows, labels, strict=True)
-    )
+        rows = [[rows[0][k] for k in indices] for indices in split_rows(len(rows[0]), None, held_out, seed)]
+
+    def samples(k: int) -> SampleSet:
+        label = labels[k % len(labels)]
+        images = ImageSet(sources[k % len(sources)], rows[k], common, options.resize, options.crop_size)
+        return SampleSet(images, {} if label is None else {"label": label[rows[k]]})
+
+    train, rest = samples(0), samples(1)
     in_memory = train.x.bytes + rest.x.bytes <= options.max_bytes
     messages = [*classes, _announcement(path, surveys, train.x, rest.x, in_memory)]
     return ImageSplit(train, rest, surveys, in_memory, options.skip_damaged, messages)

@@ -107,9 +107,9 @@ def test_changes_occur_with_their_probabilities_and_other_images_stay_as_they_ar
     assert torch.equal(out[same], expected)
     assert torch.equal(label[same][:, 1:], torch.zeros(int(same.sum()), 8))
     assert label[done[0], 2].std() == pytest.approx(1, abs=0.1)
-    parts = [Augment(0.5)(x[i : i + 2], rng.Rows(rng.generator(3), i, 6)) for i in (0, 2, 4)]
-    for whole, part in zip(Augment(0.5)(x[:6], rng.generator(3)), zip(*parts, strict=True), strict=True):
-        assert torch.allclose(whole, torch.cat(part), atol=1e-6)
+    pieces = [Augment(0.5)(x[i : i + 2], rng.Rows(rng.generator(3), i, 6)) for i in (0, 2, 4)]
+    for whole, piece in zip(Augment(0.5)(x[:6], rng.generator(3)), zip(*pieces, strict=True), strict=True):
+        assert torch.allclose(whole, torch.cat(piece), atol=1e-6)
 
 
 def images(**options):

@@ -76,12 +76,12 @@ def test_pixels_that_cannot_be_decoded_are_an_error_of_setup(tmp_path):
             data.setup()
 
 
-def test_held_out_images_may_come_from_another_place(tmp_path):
+def test_held_out_images_may_be_another_set(tmp_path):
     write_set(tmp_path / "images")
     for i in range(6):
-        place = tmp_path / "other" / ("dog", "cat")[i % 2] / f"{i}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((30, 30), 5 + i, np.uint8)).save(place)
+        file = tmp_path / "other" / ("dog", "cat")[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((30, 30), 5 + i, np.uint8)).save(file)
     for memory in (None, 0.0):
         data = ImageDataModule(tmp_path / "images", size=8, labels=True, held_out=str(tmp_path / "other"), memory=memory)
         seen = dict(zip(data.held_out.x[:][:, 0, 0, 0].tolist(), data.held_out.label.tolist(), strict=True))
@@ -102,11 +102,11 @@ def odd_folder(folder):
         colour = blob * g.integers(60, 255, 3)
         kinds = [colour, 255 * blob[..., 0], np.concatenate([colour, 255 * (blob > 0.1)], 2), 65535 * blob[..., 0]]
         array = kinds[i % 4].astype(np.uint16 if i % 4 == 3 else np.uint8)
-        place = folder / "ab"[i % 2] / f"{i:03}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(place)
-    whole = place.read_bytes()
-    place.write_bytes(whole[: len(whole) // 2])
+        file = folder / "ab"[i % 2] / f"{i:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
 
 
 @pytest.mark.process

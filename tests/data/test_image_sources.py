@@ -55,10 +55,10 @@ def test_torchvision_reads_from_its_root_and_says_what_to_do_offline(tmp_path, m
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
-    for part in ("train", "t10k"):
-        shown = pixels if part == "train" else 255 - pixels
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 20, 28, 28) + shown.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 20) + bytes(i % 2 for i in range(20)))
+    for split in ("train", "t10k"):
+        shown = pixels if split == "train" else 255 - pixels
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 20, 28, 28) + shown.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 20) + bytes(i % 2 for i in range(20)))
     data = ImageDataModule("torchvision:MNIST", root=str(tmp_path), labels=True, held_out="torchvision:MNIST:test")
     assert (data.shape, data.num_classes, len(data.train), len(data.held_out)) == ((1, 28, 28), 2, 20, 20)
     assert np.array_equal(data.train.x[:, 0].numpy(), pixels)
@@ -142,6 +142,16 @@ def test_sources_know_names_and_other_files(tmp_path):
         assert source.ignored == 3
         assert (source.header(0), source.read(0).shape) == (ImageFormat(12, 16, 1, 8), (12, 16, 1))
         assert set(source.labels()) == {"cat", "dog"}
+
+
+def test_each_process_opens_an_archive_once_for_itself(tmp_path, monkeypatch):
+    source, opened = image_sources.open_source(str(pack(write_set(tmp_path / "images"), tmp_path / "images.zip"))), []
+    original = zipfile.ZipFile
+    monkeypatch.setattr("zipfile.ZipFile", lambda path: opened.append(path) or original(path))
+    for pid in (1, 1, 2):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        source.read(0)
+    assert len(opened) == 2, "processes that share an open file share its position"
 
 
 def test_a_new_source_is_one_class_in_the_registry(monkeypatch):

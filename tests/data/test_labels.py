@@ -23,7 +23,7 @@ def test_whole_numbers_keep_their_values_and_names_are_numbered_in_order():
 
 
 def stored(names, **tables):
-    """Labels of images with the given names and tables, as Python values, by the folder of each table."""
+    """Labels of the images `names`; `tables` holds the content of a dataset.json for each folder."""
     texts = {f"{folder}/dataset.json".removeprefix("./"): json.dumps(table).encode() for folder, table in tables.items()}
     return labels.stored_labels([*names, *texts], names, texts.__getitem__, "x")
 
@@ -89,9 +89,9 @@ def test_a_csv_file_labels_images_in_any_order(tmp_path):
 
 def test_classes_that_occur_once_or_only_among_the_held_out_count(tmp_path):
     for i, name in enumerate("aaaabbbc"):
-        place = tmp_path / "images" / name / f"{i}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(place)
+        file = tmp_path / "images" / name / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(file)
     Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "images" / "d.png")
     (tmp_path / "other" / "e").mkdir(parents=True)
     (tmp_path / "images" / "d.png").rename(tmp_path / "other" / "e" / "d.png")
