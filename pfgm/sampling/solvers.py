@@ -126,12 +126,12 @@ class SolverConfig:
     Args:
         preset: fast (6 network calls), balanced (10 calls) or reference (dopri5 at tolerance 1e-4). It excludes method,
             coordinates, rtol, atol, independent, steps and grid.
-        method: adaptive dopri5, dopri8, bosh3 or adaptive_heun; or with fixed steps ab2, ab3, euler, midpoint, heun2 or rk4,
-            or, for comparison, dpmpp_2m, dpmpp_3m or edm_heun. Default: bosh3 for a tolerance, otherwise ab3.
+        method: one with adaptive steps ({adaptive}) or with fixed steps ({fixed}). The default is bosh3 for a tolerance and
+            ab3 otherwise; dpmpp_2m, dpmpp_3m and edm_heun are there for comparison.
         coordinates: angle (default where the method has it) or log_sigma (that of dpmpp_2m, dpmpp_3m and edm_heun).
         rtol: relative tolerance of an adaptive method (default .05).
         atol: absolute tolerance of an adaptive method (default .05). The state has unit variance in angle coordinates.
-        independent: adaptive steps for each sample (adaptive_heun, bosh3, dopri5), so that it does not depend on its batch.
+        independent: adaptive steps for each sample ({per_sample}), so that it does not depend on its batch.
         steps: number of steps of a method with fixed steps. With edm_heun the final denoising is the last of them.
         grid: levels of a method with fixed steps: uniform in the coordinate's time, paced (almost uniform; default of ab3),
             rho (EDM's; default of edm_heun, dpmpp_2m and dpmpp_3m), or the falling levels themselves, without steps.
@@ -273,6 +273,9 @@ class SolverConfig:
                 )
 
 
+SolverConfig.__doc__ = (SolverConfig.__doc__ or "").format(
+    adaptive=", ".join(ADAPTIVE), fixed=", ".join(FIXED), per_sample=", ".join(PER_SAMPLE)
+)
 SOLVER_FIELDS = ("preset", "method", "coordinates", "rtol", "atol", "independent", "steps", "grid")  # those of `config.solver`
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pfgm.sampling.methods import BOTH, METHODS, Method, on_grid, register, rms
+from pfgm.sampling.methods import BOTH, METHODS, Method, Problem, on_grid, register, rms
 from pfgm.sampling.sampler import seed_pairs
 from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob
 from tests.helpers import F64, make_sampler
@@ -46,6 +46,22 @@ def test_requested_states_include_those_of_the_steps(method):
     whole, ends, fine = (s.trajectory(pairs, points).x for points in (7, 2, 13))
     assert torch.allclose(ends, whole[[0, -1]])
     assert torch.allclose(fine[::2], whole)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_states_between_the_steps_are_interpolated_linearly(sign):
+    """Step along the parabola t², so that interpolation differs from it and from the ends."""
+
+    def parabola(slope, state, times):
+        yield from ((torch.full_like(state, time**2), None) for time in times[1:])
+
+    times, seen = [0.0, 1.0 * sign, 3.0 * sign], []
+    at = sign * torch.tensor([0.0, 0.25, 1.0, 1.5, 2.5, 3.0], dtype=F64)
+    problem = Problem(lambda t, u: u, torch.zeros(1, 1, dtype=F64), times, at, lambda t, u: seen.append((t, float(u))))
+    states, stats = on_grid(parabola)(problem)
+    assert states.flatten().tolist() == pytest.approx([0.0, 0.25, 1.0, 3.0, 7.0, 9.0])
+    assert seen == [(1.0 * sign, 1.0), (3.0 * sign, 9.0)]
+    assert (stats.accepted, stats.error) == (2, None)
 
 
 def test_a_registered_method_is_available_everywhere(monkeypatch):

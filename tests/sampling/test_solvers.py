@@ -64,22 +64,43 @@ def test_command_lines_are_made_from_the_config():
     documented = parser.format_help()
     assert all(f"--solver.{name}" in documented for name in FIELDS)
     assert "falling levels themselves" in " ".join(documented.split())
+    assert all(name in documented for name in METHODS)
     with pytest.raises(jsonargparse.ArgumentError):
         parser.parse_args(["--solver.start=sphere"])
 
 
-def test_methods_without_a_choice_get_the_registered_defaults():
-    chosen = {name: SolverConfig(method=name, steps=None if method.adaptive else 4).solver for name, method in METHODS.items()}
-    assert {name for name, solver in chosen.items() if isinstance(solver, solvers.Adaptive)} == set(solvers.ADAPTIVE)
-    grids = {name: type(chosen[name].grid).__name__ for name in solvers.FIXED}
-    published = {"dpmpp_2m", "dpmpp_3m", "edm_heun"}
-    assert {name for name, grid in grids.items() if grid == "KarrasGrid"} == published
-    assert {name for name, grid in grids.items() if grid == "PacedGrid"} == {"ab3"}
-    angle = type(chosen["ab3"].coordinates(0.5)).__name__
-    assert {name for name, solver in chosen.items() if type(solver.coordinates(0.5)).__name__ != angle} == published
-    assert (SolverConfig(steps=3).solver.method.name, SolverConfig(rtol=0.1).solver.method.name) == ("ab3", "bosh3")
-    assert set(solvers.ONE_STEP) == {"euler", "midpoint", "heun2", "rk4", "edm_heun"}
-    assert set(solvers.PER_SAMPLE) == {"adaptive_heun", "bosh3", "dopri5"}
+# Coordinates, grid (None: adaptive), and whether noise may be added before a step and samples may have steps of their own.
+DEFAULTS = {
+    "dopri5": ("Angle", None, False, True),
+    "dopri8": ("Angle", None, False, False),
+    "bosh3": ("Angle", None, False, True),
+    "adaptive_heun": ("Angle", None, False, True),
+    "euler": ("Angle", "UniformGrid", True, False),
+    "midpoint": ("Angle", "UniformGrid", True, False),
+    "heun2": ("Angle", "UniformGrid", True, False),
+    "rk4": ("Angle", "UniformGrid", True, False),
+    "ab2": ("Angle", "UniformGrid", False, False),
+    "ab3": ("Angle", "PacedGrid", False, False),
+    "dpmpp_2m": ("LogSigma", "KarrasGrid", False, False),
+    "dpmpp_3m": ("LogSigma", "KarrasGrid", False, False),
+    "edm_heun": ("Sigma", "KarrasGrid", True, False),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_methods_have_the_documented_defaults_and_capabilities(name):
+    coordinates, grid, one_step, per_sample = DEFAULTS[name]
+    solver = SolverConfig(method=name, steps=grid and 4).solver
+    assert type(solver.coordinates(0.5)).__name__ == coordinates
+    assert (type(solver.grid).__name__ if isinstance(solver, solvers.Fixed) else None) == grid
+    assert (name in solvers.ADAPTIVE, name in solvers.FIXED) == (grid is None, grid is not None)
+    assert (name in solvers.ONE_STEP, name in solvers.PER_SAMPLE) == (one_step, per_sample)
+
+
+def test_the_default_method_depends_on_the_fields():
+    chosen = ({}, {"steps": 3}, {"grid": [2.0, 1.0]}, {"rtol": 0.1}, {"atol": 0.1}, {"independent": True})
+    assert [SolverConfig(**fields).solver.method.name for fields in chosen] == ["ab3", "ab3", "ab3", "bosh3", "bosh3", "bosh3"]
+    assert SolverConfig(independent=False).solver == SolverConfig(preset="balanced").solver
 
 
 @pytest.mark.parametrize(
