@@ -144,26 +144,3 @@ class Embedding(nn.Module):
         if self.augmentation is not None and augmentation is not None:
             features = features + self.augmentation(augmentation.to(features.dtype))
         return self.mlp(features)
-
-
-def condition_key(ndim: int) -> str:
-    """Return the key of a condition with `ndim` dimensions, the batch dimension not counted."""
-    return "vector" if ndim == 1 else "image"
-
-
-def condition_shapes(shape: Sequence[int] | None) -> dict[str, list[int]] | None:
-    """Return the `condition_shapes` of a network for one condition of this shape, or for none (None)."""
-    return None if shape is None else {condition_key(len(shape)): list(shape)}
-
-
-def upgrade_networks(value: Any) -> Any:
-    """Return nested plain data with `condition_shape` of stored networks, as in version 0.1, turned into `condition_shapes`."""
-    if isinstance(value, list):
-        return [upgrade_networks(item) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    if {"extra_channels", "condition_shape"} <= set(value):  # the arguments of a network; data summaries have one of these
-        value = {key: item for key, item in value.items() if key != "condition_shape"} | {
-            "condition_shapes": condition_shapes(value["condition_shape"])
-        }
-    return {key: upgrade_networks(item) for key, item in value.items()}
