@@ -60,6 +60,29 @@ def contents(data):
     return sorted(zip(x[:, 0].tolist(), label.tolist(), strict=True))
 
 
+NCSNPP = {"resblock_updown": True, "resample_filter": (1, 3, 3, 1), "residual_input": True, "fourier_scale": 16.0}
+DIFFUSERS = {"block_out_channels": (8, 16), "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "norm_num_groups": 4}
+DIFFUSERS |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1}
+
+
+def randomized(net):
+    """Draw all parameters of `net` anew, those that start at zero as well."""
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+class Answering(nn.Module):
+    """A network that returns `answer(x, c_noise)`."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.weight = answer, nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x, c_noise, label=None):
+        return self.answer(x, c_noise)
+
+
 OBJECTIVES = {
     "PFGM": {"loss": PoissonFieldLoss(0.5, 100), "D": 1.0},
     "PFGM++": {"loss": DenoisingLoss(), "D": 128.0},
