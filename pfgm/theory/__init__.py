@@ -1,6 +1,6 @@
-"""The mathematics: perturbation kernel, Poisson field, exact denoisers and the summary of a data set.
+"""This room holds the mathematics: perturbation kernel, Poisson field, exact denoisers and the summary of a data set.
 
-Pure functions and small modules of tensors, all in centred model space. This room imports `pfgm.core` and `pfgm.files`.
+It contains pure functions and small modules of tensors, all in centred model space. It may import `pfgm.core` and `pfgm.files`.
 """
 
 from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge, UniformSegment
