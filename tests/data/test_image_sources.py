@@ -132,8 +132,8 @@ def test_channels_and_depth_are_converted():
 
 
 DAMAGED = [
-    (lambda: io.BytesIO(b""), "empty, no image, or damaged"),
-    (lambda: io.BytesIO(b"some text"), "empty, no image, or damaged"),
+    (lambda: io.BytesIO(b""), "empty, not an image, or damaged"),
+    (lambda: io.BytesIO(b"some text"), "empty, not an image, or damaged"),
     (lambda: io.BytesIO(encoded(RGB).getvalue()[:-40]), "OSError|SyntaxError"),
     (lambda: encoded(np.ones((4, 4), np.float32), suffix="tif"), "no black and white .mode F."),
     (lambda: encoded(np.ones((4, 4), np.int32), suffix="tif"), "no black and white .mode I."),
