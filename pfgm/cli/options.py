@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pfgm.cli.arguments import PARSER_MODE
 from pfgm.core.tensors import check_positive
-from pfgm.files.arrays import ARRAYS, load_arrays, read_images, read_inputs
+from pfgm.files.arrays import ARRAYS, load_arrays, read_inputs
+from pfgm.files.images import read_images
 from pfgm.flow.loading import load
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.sampling.inverse import Mask, Measurement
@@ -190,7 +191,7 @@ def read_mask(path: Path, shape: Sequence[int]) -> Tensor:
         if tuple(mask.shape) != tuple(shape)[len(shape) - mask.ndim :] or not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(f"inpaint = {path}: {tuple(mask.shape)} is no mask of {tuple(shape)}; give 1 to fill in, else 0")
     else:
-        mask = read_images(path, (1, *shape[1:]), "inpaint")[0]
+        mask = read_images(path, (1, *shape[1:]), "inpaint", any_size=False)[0]
     filled = (mask > 0.5).expand(*shape)
     if bool((filled == filled.flatten()[0]).all()):
         raise ValueError(f"inpaint = {path}: the mask is the same everywhere; make it white where the image is to be filled in")

@@ -1,4 +1,4 @@
-"""Reading and writing: whole files or none, locks, and files from strangers.
+"""Reading and writing: whole files or none, locks, and files of unknown origin.
 
 Whatever opens a file that the user names goes through this room. It imports only `pfgm.core`.
 """

@@ -1,4 +1,4 @@
-"""Files that are whole: written beside their place and moved there when complete, and stamped so that a flipped bit shows."""
+"""Whole files or none: a file is written beside its final path and moved there when complete."""
 
 import errno
 import os
@@ -10,16 +10,24 @@ from typing import Any
 
 import torch
 
-PARTIAL = ".partial-"
-"""What the names of unfinished files begin with; those of a killed process stay until `clear_partial`."""
+PARTIAL = ".partial-"  # prefix of unfinished files; those of a killed process stay until `clear_partial`
 
 
 @contextmanager
 def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place, on the disk, when the block ends, and vanishes if the block fails.
+    """Replace a file by one that the block writes, once that is complete and on the disk.
 
-    What was at `path` is then at `keep`, if that is given. OSError, which names `path`, if the disk is full or cannot be
-    written; all that was there is then unchanged.
+    If the block fails, the new file is removed and what was at `path` stays unchanged.
+
+    Args:
+        path: The file to write.
+        keep: Where to move what was at `path` before, if anything.
+
+    Yields:
+        A temporary path in the same folder, to be written by the block.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written; the message names `path`.
     """
     with atomic_write_all([path], keep) as (temporary,):
         yield temporary
@@ -27,10 +35,10 @@ def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[P
 
 @contextmanager
 def atomic_write_all(paths: Sequence[str | Path], keep: str | Path | None = None) -> Iterator[list[Path]]:
-    """As `replacing`, for files that belong together: all are on the disk before the first takes its place."""
-    places, temporaries = [Path(path) for path in paths], list[Path]()
+    """Replace files that belong together, as `atomic_write` does one: all are on the disk before the first is replaced."""
+    targets, temporaries = [Path(path) for path in paths], list[Path]()
     try:
-        for path in places:
+        for path in targets:
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{PARTIAL}{path.stem}-", suffix=path.suffix)
             os.close(handle)
             temporaries.append(Path(name))
@@ -38,13 +46,13 @@ def atomic_write_all(paths: Sequence[str | Path], keep: str | Path | None = None
         for temporary in temporaries:
             os.chmod(temporary, 0o666 & ~_umask())
             _sync(temporary)
-        if keep is not None and places[0].exists():
-            _link(places[0], Path(keep))
-        for temporary, path in zip(temporaries, places, strict=True):
+        if keep is not None and targets[0].exists():
+            _keep_as(targets[0], Path(keep))
+        for temporary, path in zip(temporaries, targets, strict=True):
             os.replace(temporary, path)
-        _sync(places[0].parent)
+        _sync(targets[0].parent)
     except OSError as error:
-        names = ", ".join(map(str, places))
+        names = ", ".join(map(str, targets))
         raise OSError(
             f"{names} cannot be written: {error.strerror or error}. What was there is unchanged; make room, or change folder"
         ) from error
@@ -53,8 +61,23 @@ def atomic_write_all(paths: Sequence[str | Path], keep: str | Path | None = None
             temporary.unlink(missing_ok=True)
 
 
-def _link(path: Path, other: Path) -> None:
-    """`path` as `other`, and until it is replaced under its own name as well, if the file system has links."""
+def clear_partial(*folders: Path) -> None:
+    """Remove the unfinished files of killed processes. No other process may be writing to `folders`."""
+    for folder in folders:
+        for path in folder.glob(f"{PARTIAL}*"):
+            path.unlink(missing_ok=True)
+
+
+def save_torch(path: Path, content: Any) -> None:
+    """Save `content` with torch.save, and raise OSError if the disk is full."""
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # torch's C++ writer does not tell the reason
+        raise OSError(errno.ENOSPC, f"not all could be written ({str(error).partition(chr(10))[0]})") from error
+
+
+def _keep_as(path: Path, other: Path) -> None:
+    """Give `path` the name `other`. Where the file system has hard links it keeps its own name until it is replaced."""
     link = other.with_name(f"{PARTIAL}{other.name}")
     try:
         link.unlink(missing_ok=True)
@@ -65,24 +88,9 @@ def _link(path: Path, other: Path) -> None:
         os.replace(link, other)
 
 
-def clear_partial(*folders: Path) -> None:
-    """Remove what killed processes left unfinished in `folders`, which no other may be writing to."""
-    for folder in folders:
-        for path in folder.glob(f"{PARTIAL}*"):
-            path.unlink(missing_ok=True)
-
-
-def save_torch(path: Path, content: Any) -> None:
-    """`torch.save`. OSError if the disk is full."""
-    try:
-        torch.save(content, path)
-    except RuntimeError as error:  # of torch's C++ writer, which keeps the reason to itself
-        raise OSError(errno.ENOSPC, f"not all could be written ({str(error).partition(chr(10))[0]})") from error
-
-
 def _sync(path: Path) -> None:
-    """Have it on the disk, so that not even a power cut leaves a name without its content."""
-    if os.name == "nt" and path.is_dir():  # which has no such thing for folders
+    """Flush to the disk, so that not even a power cut leaves a name without its content."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot sync folders
         return
     handle = os.open(path, os.O_RDONLY)
     try:

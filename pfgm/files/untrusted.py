@@ -1,7 +1,8 @@
-"""Files from strangers: what they claim to hold is looked at before a library opens them.
+"""Files of unknown origin: their claims are checked before a library opens them.
 
-A file passes if reading it runs no code and takes memory in proportion to its own size: FREE bytes, or RATIO times as much as
-it has.
+Reading through this module runs no code of a file and takes memory in proportion to the file's size: FREE bytes, or RATIO times
+what the file has. Anything else is refused with `RefusedError`. Everywhere, `place` is what messages call the file, such as
+"path = a.npz".
 """
 
 import math
@@ -22,14 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
-FREE, RATIO = 2**26, 20
-"""Bytes that any archive may unpack to, and how many times its own size; real data are compressed less."""
-MAX_DESCRIPTION = 2**23
-"""Bytes of what describes tensors: a pickle, a JSON text, a header."""
+FREE = 2**26  # bytes that any archive may unpack to
+RATIO = 20  # or how many times its own size; real data are compressed less
+MAX_DESCRIPTION = 2**23  # bytes of what describes tensors: a pickle, a JSON text, a header
+# Nested values, and steps of the pickle that makes them. Lists that hold each other many times are small in a file but endless.
 MAX_NODES, MAX_DEPTH = 10**6, 100
-"""Of nested values, and of the steps of a pickle that makes them. Lists that hold each other many times are small in a file,
-and endless to walk through."""
 
+# What a pickle of tensors and plain values names, besides dtypes and storages, and the types of its plain values.
 PICKLED = {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
@@ -37,12 +37,9 @@ PICKLED = {
     "torch Size",
     "torch device",
 }
-"""What a pickle of tensors and plain values names, besides dtypes and storages."""
-
-
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
-"""What they are then; sets and others are not used."""
 
+# Errors that the libraries raise for damaged files.
 UNREADABLE = (
     RuntimeError,  # of torch, and RecursionError
     pickle.UnpicklingError,
@@ -59,36 +56,39 @@ UNREADABLE = (
     AssertionError,
     MemoryError,
 )
-"""What the libraries make of a damaged file."""
 
 
 class RefusedError(ValueError):
-    """A file that claims too much, or holds something other than numbers and plain values."""
+    """A file claims too much, or holds something other than numbers and plain values."""
 
 
 @contextmanager
 def open_zip(path: str | Path | BinaryIO, place: object) -> Iterator[zipfile.ZipFile]:
-    """The zip archive at `path`. RefusedError, which calls it `place`, if it would unpack to far more than it is, or if two
-    entries have one name; zipfile.BadZipFile if it is none."""
+    """Open a zip archive for reading.
+
+    Raises:
+        RefusedError: If it would unpack to far more than its own size, or two entries have one name.
+        zipfile.BadZipFile: If it is not a zip archive.
+    """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        names = {entry.filename.lower() for entry in entries}
-        if len(names) < len(entries):
-            raise RefusedError(f"{place}: several entries have one name; pack it again")
+        if len({entry.filename.lower() for entry in entries}) < len(entries):
+            raise RefusedError(f"{place}: several entries have one name. Pack it again.")
         packed, total = _size(path), sum(entry.file_size for entry in entries)
         if total > max(FREE, RATIO * packed):
             raise RefusedError(
-                f"{place} has {packed / 1e6:.3g} MB and would unpack to {total / 1e6:.3g} MB; if that is meant, unpack it "
-                "yourself, or save without compression"
+                f"{place} has {packed / 1e6:.3g} MB and would unpack to {total / 1e6:.3g} MB. If that is intended, unpack it "
+                "yourself, or save without compression."
             )
         yield archive
 
 
 def load_torch(path: Path, place: object) -> Any:
-    """What `torch.save` wrote to `path`: tensors and plain values, nested, on the CPU. No code of the file is run.
+    """Load what `torch.save` wrote: tensors and plain values, nested, on the CPU.
 
-    RefusedError for other objects, for tensors larger than their storage, compressed ones, or values nested without end; the
-    errors of torch.load for damaged files.
+    Raises:
+        RefusedError: For other objects, tensors larger than their storage, compressed entries, or values nested without end.
+        Exception: One of UNREADABLE if the file is damaged.
     """
     with open_zip(path, place) as archive:
         _check_layout(path, archive.comment, place)
@@ -102,10 +102,97 @@ def load_torch(path: Path, place: object) -> Any:
     return _Copy(total, place).of(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def _check_layout(path: Path, comment: bytes, place: object) -> None:
-    """RefusedError unless the archive begins with the file, and its table of contents is the one before its end.
+def load_numpy(path: Path, place: object) -> Any:
+    """Load the array of a .npy file, or open a .npz file.
 
-    Of others torch may read another archive than zipfile, or a pickle.
+    Returns:
+        An array, or a mapping from names to arrays that reads each on request.
+
+    Raises:
+        RefusedError: If an array is not of numbers, or larger than the file.
+        Exception: One of UNREADABLE if the file is damaged.
+    """
+    if path.suffix == ".npz":
+        with open_zip(path, place) as archive:
+            for entry in archive.infolist():
+                with archive.open(entry) as file:
+                    _check_header(file, entry.file_size, f"{place}: {entry.filename}")
+        return np.load(path, allow_pickle=False)
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # compares the array's size with the file's
+    _check_claim(array.shape, array.dtype, path.stat().st_size, place)
+    return np.array(array)
+
+
+def check_safetensors(path: Path, place: object) -> None:
+    """Raise RefusedError if the header of a safetensors file is longer than any description of tensors."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_DESCRIPTION:
+        raise RefusedError(f"{place} claims a header of {length / 1e6:.3g} MB. It is damaged, or was made to do harm.")
+
+
+def read_text(path: Path, place: object) -> str:
+    """Read a text file. Raise RefusedError if it is longer than any description of tensors."""
+    return read_bytes(path, place, MAX_DESCRIPTION).decode()
+
+
+def read_bytes(path: Path, place: object, limit: int) -> bytes:
+    """Read a file. Raise RefusedError if it has more than `limit` bytes, or is a pipe, device or folder."""
+    size = os.path.getsize(path)
+    if size > limit or not is_regular_file(path):
+        raise RefusedError(f"{place} has {size / 1e6:.3g} MB, or is not a file. The limit is {limit / 1e6:.3g} MB.")
+    return path.read_bytes()
+
+
+def check_network(make: Callable[[], nn.Module], state: Mapping[str, Tensor], place: object) -> None:
+    """Check that a file's weights fit the network that it describes.
+
+    The network is made without memory for its tensors, and no further than the number of stored tensors allows.
+
+    Args:
+        make: Makes the network.
+        state: Its weights by name.
+        place: What messages call the file.
+
+    Raises:
+        RefusedError: If the network has other tensors than `state` or large ones beside them, or if weights are not finite.
+    """
+    module = _make_without_memory(make, state, place)
+    own = module.state_dict()
+    beside = sum(buffer.numel() * buffer.itemsize for name, buffer in module.named_buffers() if name not in own)
+    if beside > FREE:
+        raise RefusedError(f"{place} describes a network with {beside / 1e6:.3g} MB beside its weights")
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    wrong = sorted(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
+    if wrong:
+        name = wrong[0]
+        raise RefusedError(
+            f"{place}: the weights do not match the network that it describes. {len(wrong)} of {len(expected)} tensors differ, "
+            f"such as {name}: {stored.get(name, 'missing')} in the file, {expected.get(name, 'missing')} in the network"
+        )
+    bad = [name for name, tensor in state.items() if not _is_finite(tensor, own[name].dtype)]
+    if bad:
+        raise RefusedError(f"{place}: {len(bad)} of its tensors, such as {bad[0]}, are not finite. Use an earlier checkpoint.")
+
+
+def is_regular_file(path: str | Path) -> bool:
+    """Return whether `path` is a file with an end: no pipe, device or folder."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error message."""
+    return str(error).partition("\n")[0]
+
+
+def _check_layout(path: Path, comment: bytes, place: object) -> None:
+    """Refuse a file unless the archive starts at its first byte and its table of contents ends just before its end record.
+
+    In other files torch may find another archive than zipfile does, or a pickle.
     """
     end, long = os.path.getsize(path) - 22 - len(comment), 76
     with path.open("rb") as file:
@@ -113,17 +200,16 @@ def _check_layout(path: Path, comment: bytes, place: object) -> None:
         file.seek(max(0, end - long))
         last = file.read(min(end, long) + 22)
     *_, size, offset, _ = struct.unpack("<4s4H2LH", last[-22:])
-    if last[-42:-38] == b"PK\6\7":  # of more than 4 GB: their sizes come before, where a locator says
+    if last[-42:-38] == b"PK\6\7":  # over 4 GB: the sizes are in another record, to which a locator points
         _, _, place64, _ = struct.unpack("<4sLQL", last[-42:-22])
         *_, size, offset = struct.unpack("<4sQ2H2L4Q", last[:56])
         end = end - long if place64 == end - long and last.startswith(b"PK\6\6") else -1
     if first != b"PK\3\4" or size + offset != end:
-        raise RefusedError(f"{place} is a zip archive in something else, as torch.save never writes them")
+        raise RefusedError(f"{place} is a zip archive in something else, which torch.save never writes")
 
 
 def _check_pickle(archive: zipfile.ZipFile, place: object) -> None:
-    """RefusedError unless the archive's pickles name nothing but tensors and plain values, and are of no more steps than those
-    need."""
+    """Refuse pickles that name anything but tensors and plain values, or that have more steps than those need."""
     steps = 0
     for entry in archive.infolist():
         if not entry.filename.lower().endswith(".pkl"):
@@ -134,22 +220,21 @@ def _check_pickle(archive: zipfile.ZipFile, place: object) -> None:
             steps += 1
             if steps > MAX_NODES:
                 raise RefusedError(f"{place}: {entry.filename} makes more than {MAX_NODES} values, far more than tensors need")
-            if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _is_plain(argument):
+            if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _is_allowed(argument):
                 name = str(argument).replace(" ", ".") if argument else "an object"
-                raise RefusedError(f"{place} holds {name}, no tensor or plain value; it was not read")
+                raise RefusedError(f"{place} holds {name}, which is no tensor or plain value. It was not read.")
 
 
-def _is_plain(name: Any) -> bool:
+def _is_allowed(name: Any) -> bool:
     module, _, kind = str(name).partition(" ")
     known = module == "torch" and (kind.endswith("Storage") or isinstance(getattr(torch, kind, None), torch.dtype))
     return known or name in PICKLED
 
 
 class _Copy:
-    """Copies nested values into plain containers: those of a pickle may have other methods than they seem to have.
+    """Copy nested values into plain containers, since those of a pickle may have other methods than they seem to have.
 
-    RefusedError for tensors that are larger than what is stored of them, `total` bytes in all, for too many values, and for
-    others than tensors and plain ones.
+    Tensors may be as large as what is stored of them, `total` bytes at most.
     """
 
     def __init__(self, total: int, place: object):
@@ -164,7 +249,9 @@ class _Copy:
         if isinstance(value, dict):
             return {self.of(key, depth + 1): self.of(item, depth + 1) for key, item in dict.items(value)}
         if isinstance(value, torch.Size) or not isinstance(value, (list, tuple)):
-            return self._plain(value)
+            if type(value) not in PLAIN:
+                raise RefusedError(f"{self.place} holds a {type(value).__name__}, which is no tensor or plain value")
+            return value
         return type(value)(self.of(item, depth + 1) for item in value)
 
     def _tensor(self, value: Tensor) -> Tensor:
@@ -172,19 +259,6 @@ class _Copy:
         if not plain or value.numel() * value.itemsize > min(value.untyped_storage().nbytes(), self.total):
             raise RefusedError(f"{self.place}: a tensor {tuple(value.shape)} is larger than what is stored of it")
         return value
-
-    def _plain(self, value: Any) -> Any:
-        if type(value) not in PLAIN:
-            raise RefusedError(f"{self.place} holds a {type(value).__name__}, no tensor or plain value")
-        return value
-
-
-def check_arrays(path: Path, place: object) -> None:
-    """RefusedError unless each array of a .npz file is of numbers and as large as its header says."""
-    with open_zip(path, place) as archive:
-        for entry in archive.infolist():
-            with archive.open(entry) as file:
-                _check_header(file, entry.file_size, f"{place}: {entry.filename}")
 
 
 def _check_header(file: Any, size: int, place: str) -> None:
@@ -194,97 +268,45 @@ def _check_header(file: Any, size: int, place: str) -> None:
     elif version == (2, 0):
         shape, _, dtype = np.lib.format.read_array_header_2_0(file)
     else:
-        raise RefusedError(f"{place} has numpy's format {version}, which is not for numbers; give plain arrays")
-    check_claim(shape, dtype, size, place)
+        raise RefusedError(f"{place} has numpy's format {version}, which is not for numbers. Save plain arrays.")
+    _check_claim(shape, dtype, size, place)
 
 
-def check_claim(shape: tuple[int, ...], dtype: np.dtype, size: int, place: object) -> None:
-    """RefusedError unless an array of that `shape` and `dtype` is of numbers and fits into `size` bytes."""
+def _check_claim(shape: tuple[int, ...], dtype: np.dtype, size: int, place: object) -> None:
+    """Refuse an array that is not of numbers, or does not fit into `size` bytes."""
     if dtype.kind not in "biufc":
-        raise RefusedError(f"{place} holds {dtype}, no numbers; give arrays of numbers")
+        raise RefusedError(f"{place} holds {dtype}, which are no numbers. Save arrays of numbers.")
     if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize > size:
-        raise RefusedError(f"{place} claims the shape {shape} of {dtype}, but has only {size} bytes; use another copy")
+        raise RefusedError(f"{place} claims the shape {shape} of {dtype}, but has only {size} bytes. Use another copy.")
 
 
-def check_safetensors(path: Path, place: object) -> None:
-    """RefusedError if the header of a safetensors file is larger than any need."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > MAX_DESCRIPTION:
-        raise RefusedError(f"{place} claims a header of {length / 1e6:.3g} MB; it is damaged, or made to be")
+def _make_without_memory(make: Callable[[], nn.Module], state: Mapping[str, Tensor], place: object) -> nn.Module:
+    count, limit = 0, 1000 + 20 * len(state)
 
-
-def read_text(path: Path, place: object) -> str:
-    """A text file. RefusedError if it is longer than any description; OSError, UnicodeDecodeError."""
-    return read_bytes(path, place, MAX_DESCRIPTION).decode()
-
-
-def read_bytes(path: Path, place: object, most: int) -> bytes:
-    """A file. RefusedError if it has more than `most` bytes."""
-    size = os.path.getsize(path)
-    if size > most or not is_regular_file(path):
-        raise RefusedError(f"{place} has {size / 1e6:.3g} MB, or is no file; at most {most / 1e6:.3g} MB are read")
-    return path.read_bytes()
-
-
-def check_network(make: Callable[[], nn.Module], state: Mapping[str, Tensor], place: object) -> None:
-    """RefusedError unless the module that `make` makes has exactly the tensors of `state`. It is made without memory, and no
-    further than its tensors go."""
-    made, most = 0, 1000 + 20 * len(state)
-
-    def count(*_: Any) -> None:
-        nonlocal made
-        made += 1
-        if made > most:
+    def check(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
             raise RefusedError(f"{place} describes a network of more parts than it has weights ({len(state)} tensors)")
 
-    hooks = [register_module_parameter_registration_hook(count), register_module_module_registration_hook(count)]
+    hooks = [register_module_parameter_registration_hook(check), register_module_module_registration_hook(check)]
     try:
         with torch.device("meta"):
-            module = make()
+            return make()
     finally:
         for hook in hooks:
             hook.remove()
-    own = module.state_dict()
-    beside = sum(buffer.numel() * buffer.itemsize for name, buffer in module.named_buffers() if name not in own)
-    if beside > FREE:
-        raise RefusedError(f"{place} describes a network with {beside / 1e6:.3g} MB beside its weights")
-    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        name = wrong[0]
-        raise RefusedError(
-            f"{place}: the weights do not match the network that it describes: {len(wrong)} of {len(expected)} tensors, such "
-            f"as {name}, which is {found.get(name, 'missing')} in the file, {expected.get(name, 'missing')} in the network"
-        )
-    bad = [name for name, tensor in state.items() if not _is_finite(tensor, own[name].dtype)]
-    if bad:
-        raise RefusedError(f"{place}: {len(bad)} of its tensors, such as {bad[0]}, are not finite; use an earlier checkpoint")
 
 
 def _is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether it is, as `dtype`, and real."""
+    """Return whether the tensor is real and stays finite in `dtype`."""
     return not tensor.is_complex() and bool(torch.isfinite(tensor.to(dtype)).all())
-
-
-def is_regular_file(path: str | Path) -> bool:
-    """Whether it is a file with an end: no pipe, device or folder."""
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:
-        return False
 
 
 def _size(path: str | Path | BinaryIO) -> int:
     if isinstance(path, (str, Path)):
         return os.path.getsize(path)
-    place = path.tell()
+    position = path.tell()
     size = path.seek(0, os.SEEK_END)
-    path.seek(place)
+    path.seek(position)
     return size
-
-
-def first_line(error: Exception) -> str:
-    """Of what it says."""
-    return str(error).partition("\n")[0]

@@ -12,7 +12,8 @@ from PIL import Image
 import pfgm
 from pfgm.cli import main
 from pfgm.cli.arguments import prepare_words
-from pfgm.files.arrays import read_images, read_inputs
+from pfgm.files.arrays import read_inputs
+from pfgm.files.images import read_images
 from pfgm.sampling.inverse import Mask, Measurement
 from pfgm.sampling.latents import Latent
 from tests.helpers import conditional, labelled, make_flow
@@ -138,6 +139,16 @@ def test_latents_of_a_conditional_model_need_its_condition_again(here):
         main.sample(["decode", "superres", "latents.npz", "--out=x.npz"])
 
 
+def test_images_of_another_size_are_fitted_and_named(here, capsys):
+    main.sample(["vary", "plain", "large.png", "--level=1", "--n=1", "--out=v.npz"])
+    assert "images = large.png: 1 of 1 images scaled and cropped to 8 x 8 pixels" in capsys.readouterr().err
+    Path("training").mkdir()
+    for name in ("large.png", "mask.png"):
+        os.link(name, f"training/{name}")
+    data = pfgm.data.ImageDataModule("training", size=8, held_out="training")
+    assert np.allclose(np.load("v.npz")["x"][0], user(data.train.x[:, 0].numpy()), atol=1e-6)
+
+
 def test_latents_and_levels_are_in_the_units_of_the_data(here):
     make_flow(scale=3.0).save_pretrained("scaled")
     main.sample(["encode", "scaled", "images", "--out=latents.npz", "--rtol=1e-4", "--atol=1e-4"])
@@ -194,9 +205,8 @@ def test_a_film_shows_the_first_of_many_guided_samples(here):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["encode", "plain", "large.png"], "images = large.png has 16 x 16 pixels, the model's 8 x 8"),
         (["encode", "plain", "none.png"], "images = none.png does not exist"),
-        (["encode", "plain", "plain"], "images = plain: give images"),
+        (["encode", "plain", "plain"], "images = plain: no images"),
         (["encode", "plain", "low.npy"], r"images = low.npy holds \(3, 1, 4, 4\) torch.float32"),
         (["encode", "plain", "images", "--out=x.png"], "out = x.png: give a file ending in .npz or .pt"),
         (["encode", "labelled", "images", "--labels=5"], "labels = 5: this model's labels are the integers 0..2"),
@@ -223,7 +233,7 @@ def test_a_film_shows_the_first_of_many_guided_samples(here):
         (["vary", "plain", "images", "--level=[1]", "--n=0"], "n = 0"),
         (["vary", "plain", "images", "--level=[1]", "--n=3"], "n = 3: images has 2 images, each a column"),
         (["vary", "plain", "images", "--level=[1]", "--out=images"], "out = images: give a file ending in .png, .npz or .pt"),
-        (["plain", "--inpaint", "large.png", "mask.png"], "inpaint = large.png has 16 x 16"),
+        (["plain", "--inpaint", "images/0.png", "large.png"], "inpaint = large.png has 16 x 16 pixels. Resize it to 8 x 8"),
         (["plain", "--inpaint", "images", "mask.png"], "inpaint = images: 2 images; give one"),
         (["plain", "--inpaint", "images/0.png", "mask.png", "--measurement_noise=0"], "measurement_noise = 0"),
         (["plain", "--inpaint", "images/0.png", "white.png"], "white.png: the mask is the same everywhere"),

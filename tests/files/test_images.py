@@ -1,14 +1,16 @@
 """Reading image files of all kinds, and converting them to one size, number of channels and depth."""
 
 import io
+import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from pfgm.data import ImageDataModule
 from pfgm.files import images
-from pfgm.files.arrays import read_images
-from pfgm.files.images import ImageError, ImageFormat, read_header, read_pixels
+from pfgm.files.images import ImageError, ImageFormat, read_header, read_images, read_pixels
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
@@ -113,8 +115,8 @@ def test_channels_and_depth_are_converted():
 
 
 DAMAGED = [
-    (lambda: io.BytesIO(b""), "empty, no image, or damaged"),
-    (lambda: io.BytesIO(b"some text"), "empty, no image, or damaged"),
+    (lambda: io.BytesIO(b""), "empty, not an image, or damaged"),
+    (lambda: io.BytesIO(b"some text"), "empty, not an image, or damaged"),
     (lambda: io.BytesIO(encoded(RGB).getvalue()[:-40]), "OSError|SyntaxError"),
     (lambda: encoded(np.ones((4, 4), np.float32), suffix="tif"), "no black and white .mode F."),
     (lambda: encoded(np.ones((4, 4), np.int32), suffix="tif"), "no black and white .mode I."),
@@ -127,9 +129,76 @@ def test_damaged_images_say_why(make, message):
         read_pixels(make())
 
 
-def test_damaged_pictures_for_sample_py_are_named(tmp_path):
+def test_damaged_input_images_are_named(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(RGB).getvalue()[:-30])
     with pytest.raises(ValueError, match=r"image = .*a.png cannot be used: "):
         read_images(tmp_path / "a.png", (3, 6, 5), "image")
     Image.fromarray(DEEP).save(tmp_path / "b.png")
     assert np.allclose(read_images(tmp_path / "b.png", (3, 6, 5))[0, 1].numpy(), DEEP / 65535, atol=1e-6)
+
+
+def write_images(folder, kinds):
+    """Random images of three sizes."""
+    folder.mkdir()
+    random = np.random.default_rng(4)
+    for k, (kind, size) in enumerate(zip(kinds, ((12, 16), (20, 14), (5, 7)), strict=True)):
+        shape = size if kind in ("L", "I;16") else (*size, len(kind))
+        depth = np.uint16 if kind == "I;16" else np.uint8
+        Image.fromarray(random.integers(0, np.iinfo(depth).max + 1, shape, dtype=depth)).save(folder / f"{k}.png")
+    return folder
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 10), (3, 12, 16)])
+@pytest.mark.parametrize(
+    ("kinds", "bits"),
+    [(("RGB", "L", "RGBA"), 8), (("I;16", "I;16", "I;16"), 16), (("I;16", "L", "I;16"), 8), (("I;16", "RGB", "RGBA"), 8)],
+    ids=str,
+)
+def test_input_images_of_any_size_become_what_training_makes_of_them(kinds, bits, shape, tmp_path, capsys):
+    folder = write_images(tmp_path / "images", kinds)
+    data = ImageDataModule(folder, size=shape[1:], channels=shape[0], held_out=str(folder))
+    assert data.summary.levels == 2**bits
+    capsys.readouterr()
+    expected = data.train.x[:].float() / (2**bits - 1)
+    assert torch.equal(read_images(folder, shape, "images"), expected)
+    other = 2 if shape[1:] == (12, 16) else 3
+    note = f"images = {folder}: {other} of 3 images scaled and cropped to {shape[2]} x {shape[1]} pixels, as in training\n"
+    assert capsys.readouterr() == ("", note)
+    alone = read_images(folder / "1.png", shape)
+    assert torch.equal(alone, expected[1:2]), "of 8 bits in each mixed set"
+
+
+def test_images_of_the_right_size_are_read_without_a_note(tmp_path, capsys):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    assert np.array_equal(255 * read_images(tmp_path / "a.png", (3, 6, 5))[0].permute(1, 2, 0), RGB)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_images_of_another_size_are_refused_where_their_pixels_count(tmp_path):
+    for k, side in enumerate((6, 8)):
+        Image.fromarray(RGB[:, :, 0]).resize((5, side)).save(tmp_path / f"{k}.png")
+    with pytest.raises(ValueError, match=r"^inpaint = .*1\.png has 5 x 8 pixels\. Resize it to 5 x 6\.$"):
+        read_images(tmp_path, (1, 6, 5), "inpaint", any_size=False)
+    (tmp_path / "1.png").unlink()
+    assert len(read_images(tmp_path, (1, 6, 5), any_size=False)) == 1
+
+
+def test_a_folder_gives_its_visible_images_in_the_order_of_their_names(tmp_path):
+    for name, value in {"b.png": 2, "a.PNG": 1, "c.bmp": 3}.items():
+        Image.fromarray(np.full((4, 4), value, np.uint8)).save(tmp_path / name)
+    (tmp_path / "._a.png").write_text("left by a system")
+    (tmp_path / "notes.txt").write_text("not an image")
+    os.mkfifo(tmp_path / "d.png")
+    (tmp_path / "e.png").mkdir()
+    assert (255 * read_images(tmp_path, (1, 4, 4))[:, 0, 0, 0]).tolist() == [1, 2, 3]
+    for path in (tmp_path / "d.png", tmp_path / "e.png", tmp_path / "notes.txt"):
+        with pytest.raises(ValueError, match=r"path = .*: no images \(\.png, .*\)\. Pass an image, a folder"):
+            read_images(path, (1, 4, 4))
+    with pytest.raises(FileNotFoundError, match=r"path = .*f\.png does not exist\. Pass an image"):
+        read_images(tmp_path / "f.png", (1, 4, 4))
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 8, 8), (8, 8)])
+def test_samples_that_are_not_images_are_not_read_from_images(shape, tmp_path):
+    with pytest.raises(ValueError, match=r"are not images\. Pass a \.npy, \.npz or \.pt file"):
+        read_images(tmp_path, shape)

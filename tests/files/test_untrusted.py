@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.faulty import hostile, hostile_data, hostile_models
 from benchmarks.faulty.hostile import labelled, zipped
-from pfgm.cli.arguments import read_mask
+from pfgm.cli.options import read_mask
 from pfgm.files import untrusted
 from pfgm.files.arrays import load_arrays, read_inputs
 from pfgm.files.images import ImageError, read_pixels
@@ -17,12 +17,12 @@ from pfgm.files.untrusted import RefusedError, load_torch, open_zip
 from pfgm.flow.checkpoints import read_tensors
 
 REASONS = {
-    "array file: os.system": "holds posix.system, no tensor or plain value",
-    "array file: os.system, protocol 4": "holds an object, no tensor or plain value",
-    "array file: own class": r"holds pfgm\.data\.(datasets\.)?ImageDataModule, no tensor",
-    "array file: INST": r"holds os\.system, no tensor",
+    "array file: os.system": "holds posix.system, which is no tensor or plain value",
+    "array file: os.system, protocol 4": "holds an object, which is no tensor or plain value",
+    "array file: own class": r"holds pfgm\.data\.(datasets\.)?ImageDataModule, which is no tensor",
+    "array file: INST": r"holds os\.system, which is no tensor",
     "array file: two pickles of one name": "several entries have one name",
-    "array file: a second pickle": r"holds posix\.system, no tensor",
+    "array file: a second pickle": r"holds posix\.system, which is no tensor",
     "array file: compressed records": "is compressed, which torch.save never does",
     "array file: a tensor larger than its storage": "is larger than what is stored of it",
     "array file: lists in lists": "are more than 1000000",
@@ -41,21 +41,21 @@ REASONS = {
     "export: a huge shape": "the weights do not match the network",
     "export: a filter of 20000 taps": r"describes a network with 3\.2e\+03 MB beside its weights",
     "export: a header of a gigabyte": r"claims a header of 1e\+03 MB",
-    "export: numbers beyond their type": "are not finite; use an earlier checkpoint",
-    "export: weights that are NaN": "are not finite; use an earlier checkpoint",
-    "export: long JSON": "has 10 MB, or is no file; at most 8.39 MB are read",
+    "export: numbers beyond their type": r"are not finite\. Use an earlier checkpoint",
+    "export: weights that are NaN": r"are not finite\. Use an earlier checkpoint",
+    "export: long JSON": r"has 10 MB, or is not a file\. The limit is 8\.39 MB",
     "features: a header of a gigabyte": r"claims a header of 1e\+03 MB",
     "features: a negative width": "what it describes cannot be made",
-    "grids: a pipe": "or is no file; at most",
+    "grids: a pipe": r"or is not a file\. The limit is",
     "input: a TIFF of one tile of a gigabyte": "its tiles are larger than an image may be",
     "averages: a long header": "claims a header of 20 MB",
     "npz: a shape of terabytes": r"claims the shape \(1000000000000,\) of float32, but has only 192 bytes",
     "npz: a negative shape": r"claims the shape \(-4,\) of float32",
-    "npz: objects": "holds object, no numbers",
-    "npy: records": "no numbers; give arrays of numbers",
+    "npz: objects": "holds object, which are no numbers",
+    "npy: records": r"which are no numbers\. Save arrays of numbers",
     "npz: format 9": r"numpy's format \(9, 0\)",
     "folder: 51 million pixels": "7150 x 7150 pixels are too many",
-    "input: PostScript": "empty, no image, or damaged at its start",
+    "input: PostScript": "empty, not an image, or damaged at its start",
     "labels: a huge class": "Exceeds the limit",
 }
 CORPUS = {file.name: file for file in [*hostile_models.corpus(), *hostile_data.corpus()]}
