@@ -216,7 +216,7 @@ def test_a_film_shows_the_first_of_many_guided_samples(here):
         (["interpolate", "plain"], "images = None, seeds = None: give one of them"),
         (["interpolate", "plain", "--seeds=3"], "give two or more"),
         (["interpolate", "plain", "--seeds=3-4", "--points=1"], "points = 1: must be an integer from 2"),
-        (["interpolate", "plain", "--seeds=3-4", "--points=100001"], "points = 100001 must be .* at most 100000"),
+        (["interpolate", "plain", "--seeds=3-4", "--points=100001"], "points = 100001: must be .* to 100000"),
         (["interpolate", "plain", "--seeds=3-4", "--out=x.jpg"], "out = x.jpg"),
         (["vary", "plain", "images", "--level=[0.001]"], "level = 0.001 must lie above 0.01, up to 40"),
         (["vary", "plain", "images", "--level=[41]"], "level = 41.0 must lie"),
