@@ -64,7 +64,6 @@ def prepare(folder: Path) -> list[Line]:
         ("train", ["fit", *given, *train]),
         ("train", ["fit", *given, *train[:2], "--run_dir=new", "--init_from", last]),
         ("train", ["test", *given, *train, *evaluation]),
-        ("train", ["predict", *given, *train, "--draw.n=2", "--draw.preset=fast", "--draw.out=drawn"]),
         ("train", ["advise", "a.npy", "--D=2"]),
         ("train", ["fit", "--config=run.yaml"]),
     ]

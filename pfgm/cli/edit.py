@@ -1,5 +1,6 @@
 """Commands that start from data: encode, decode, interpolate, vary."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ def _accurate(solver: SolverConfig) -> SolverConfig:
 
 def _reference(solver: SolverConfig) -> SolverConfig:
     """Return `solver` without its temperature, which is the prior's; the preset "reference" if nothing else is chosen."""
-    plain = SolverConfig(**{**vars(solver), "temperature": 1.0})
+    plain = dataclasses.replace(solver, temperature=1.0)
     return SolverConfig(preset="reference") if plain == SolverConfig() else plain
 
 

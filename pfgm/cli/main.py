@@ -75,7 +75,7 @@ def sample(args: Sequence[str] | None = None) -> None:
         subcommand_parser("sample.py", {name: (COMMANDS[name].summary, _function(name)) for name in SAMPLING}).print_help()
         return
     named = bool(words) and words[0] in SAMPLING
-    run(words if named else ["sample", *words], f"sample.py {words[0]}" if named else "sample.py")
+    run(words if named else ["sample", *words], "sample.py")
 
 
 def run(words: list[str], program: str) -> None:

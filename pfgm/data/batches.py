@@ -23,7 +23,7 @@ from pfgm.data.degradations import Degradation
 from pfgm.theory.data_summary import condition_key
 
 
-@dataclass(frozen=True)
+@dataclass
 class SampleSet:
     """Samples with their conditions.
 

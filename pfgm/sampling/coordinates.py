@@ -1,4 +1,4 @@
-"""Coordinates in which solvers integrate the flow: a state, a time, and the derivative of the state with respect to the time.
+"""Solvers integrate the flow in coordinates: a state, a time, and the derivative of the state with respect to the time.
 
 The flow of a sample with fixed ratio level/sigma is, for every D,
 
@@ -17,7 +17,7 @@ Number = Any  # a float, or a float64 tensor that broadcasts against x
 
 
 class Coordinates(Protocol):
-    """Interface of the coordinates."""
+    """Define the interface of coordinates."""
 
     def time(self, level: Number) -> Number:
         """Return the time of a level."""
@@ -33,7 +33,7 @@ class Coordinates(Protocol):
 
 
 class Angle:
-    """Angle coordinates: u = x/q with q² = level² + s², over theta = arctan(level/s), where s = sigma_data.
+    """Use the state u = x/q over the angle theta = arctan(level/s), where q² = level² + s² and s = sigma_data.
 
         du/dtheta = (c_skip x - denoised) / c_out,    c_skip = s²/q²,    c_out = level s/q.
 
@@ -63,7 +63,7 @@ class Angle:
 
 
 class LogSigma:
-    """x over log(level), with dx/dlog(level) = x - denoised. PFGM and DPM-Solver use these coordinates."""
+    """Use the state x over log(level), dx/dlog(level) = x - denoised, as PFGM and DPM-Solver do."""
 
     def time(self, level: Number) -> Number:
         return _math(level).log(level)
@@ -79,7 +79,7 @@ class LogSigma:
 
 
 class Sigma:
-    """x over level, with dx/dlevel = (x - denoised)/level. EDM uses these coordinates."""
+    """Use the state x over level, dx/dlevel = (x - denoised)/level, as EDM does."""
 
     def time(self, level: Number) -> Number:
         return level

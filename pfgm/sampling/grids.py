@@ -1,4 +1,4 @@
-"""Grids of the fixed-step solvers: the levels at which the denoiser is called, from sigma_max down to the data."""
+"""Grids place the levels at which fixed-step solvers call the denoiser, from sigma_max down to the data."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ MAX_STEPS = 100_000  # a larger number is taken for a mistake
 
 
 class Grid(Protocol):
-    """Interface of the grids."""
+    """Define the interface of grids."""
 
     def levels(self, coordinates: Coordinates, start: float, end: float) -> list[float]:
         """Return the levels from `start` to `end`, both included, upwards or downwards."""
@@ -26,7 +26,7 @@ class Grid(Protocol):
 
 @dataclass(frozen=True)
 class UniformGrid:
-    """Grid of `steps` equal steps of the coordinates' time.
+    """Divide the coordinates' time into `steps` equal steps.
 
     In angle coordinates sampling stops 1/3 of a step above the data. Below, the slope is mostly noise of the network, and the
     final denoising covers this part as well.
@@ -46,7 +46,7 @@ class UniformGrid:
 
 @dataclass(frozen=True)
 class PacedGrid:
-    """Grid of `steps` almost equal steps of the coordinates' time, tuned for ab3.
+    """Divide the coordinates' time into `steps` almost equal steps, tuned for ab3.
 
     The first step, which makes two calls, is longer. The second, which knows only two slopes, and the last are shorter. In
     angle coordinates sampling stops .3 of a step above the data. On networks for digits the error is 4 to 31 % below that of
@@ -75,7 +75,7 @@ class PacedGrid:
 
 @dataclass(frozen=True)
 class KarrasGrid:
-    """EDM's grid of `steps` equal steps of level^(1/7) (arXiv 2206.00364, eq. 5)."""
+    """Divide level^(1/7) into `steps` equal steps, as EDM does (arXiv 2206.00364, eq. 5)."""
 
     steps: int
 
@@ -89,7 +89,7 @@ class KarrasGrid:
 
 @dataclass(frozen=True)
 class ExplicitGrid:
-    """Grid of explicit, decreasing levels `values`.
+    """Use explicit, decreasing levels `values`.
 
     Sampling stops at the last. Encoding, decoding and integration add one step to their end.
     """

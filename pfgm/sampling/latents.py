@@ -1,4 +1,4 @@
-"""Latents, the points on the prior's surface that encode samples, and interpolation between them."""
+"""Latents are the points of the prior's surface that encode samples; this module interpolates between them."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ MAX_POINTS = 10**5  # of an interpolation, which is kept in memory
 
 @dataclass
 class Latent:
-    """Latents of n samples at one noise level.
+    """Hold the latents of n samples at one noise level.
 
     On the hyperplane, sigma = level and x = level t. On the hemisphere, sigma = level/ratio and x = sigma t, where ratio =
     level/sigma is a function of |t| (`StudentTKernel.effective_level` at sigma = 1).

@@ -1,4 +1,4 @@
-"""Log-densities by the change of variables along the flow.
+"""Compute log-densities by the change of variables along the flow.
 
 In angle coordinates (`pfgm.sampling.coordinates.Angle`: u = x/q, q² = level² + s², theta = arctan(level/s), s = sigma_data), on
 the hyperplane sigma = level,
@@ -38,7 +38,7 @@ PROBES: dict[str, Callable[[tuple[int, int], torch.Generator], Tensor]] = {
 
 @dataclass
 class LogProb:
-    """Log-densities and their cost.
+    """Hold log-densities and their cost.
 
     Args:
         value: nats per sample, [B].

@@ -1,4 +1,4 @@
-"""Linear multistep methods: one network call per step, with the values of earlier steps in memory.
+"""Linear multistep methods make one network call per step and reuse the values of earlier steps.
 
 Each method integrates exactly the polynomial through the values it remembers, on grids of any spacing.
 """

@@ -1,4 +1,4 @@
-"""Progress bar of sampling."""
+"""Show the progress of sampling."""
 
 from tqdm import tqdm
 

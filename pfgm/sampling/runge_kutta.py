@@ -1,4 +1,4 @@
-"""Embedded Runge-Kutta methods with separate step sizes for each sample of a batch.
+"""Integrate by embedded Runge-Kutta methods with a separate step size for each sample of a batch.
 
 torchdiffeq uses one step size for the whole batch. The hardest sample then sets it, and the result of every sample depends on
 the rest of its batch. Here each sample has its own time, step size and error test. A finished sample waits for the others.
@@ -19,7 +19,7 @@ SHRINK, GROW = 0.2, 2.0  # bounds of the ratio of successive step sizes
 
 @dataclass(frozen=True)
 class ButcherTableau:
-    """Coefficients of an explicit embedded Runge-Kutta method with the FSAL property.
+    """Hold the coefficients of an explicit embedded Runge-Kutta method with the FSAL property.
 
     Args:
         order: order of the solution that is propagated.
@@ -53,12 +53,12 @@ TABLEAUS = {
 
 
 class StepError(RuntimeError):
-    """Signals that the step size vanished or the number of steps exceeded its limit."""
+    """Signal that the step size vanished or the number of steps exceeded its limit."""
 
 
 @dataclass
 class PerSampleSolution:
-    """Result of `integrate_per_sample`.
+    """Hold the result of `integrate_per_sample`.
 
     Args:
         states: states at the requested times, [points, B, ...].

@@ -1,4 +1,4 @@
-"""Exact denoisers of known distributions, as modules that can replace a trained network.
+"""Denoise known distributions exactly, with modules that can replace a trained network.
 
 They serve as ground truth for solvers, likelihoods and networks. Each is called as `denoiser(x, sigma, **conditions)` with `x`
 [B, ...] in centred model space and `sigma` a float or [B]. It returns E[y | x, sigma], like x, and ignores all conditions.
@@ -17,7 +17,7 @@ from pfgm.theory.kernel import StudentTKernel
 
 
 class EmpiricalDenoiser(nn.Module):
-    """Denoiser of a finite data set, see `pfgm.theory.field.posterior_mean`.
+    """Denoise a finite data set, see `pfgm.theory.field.posterior_mean`.
 
     Args:
         charges: data points [L, ...].
@@ -39,7 +39,7 @@ class EmpiricalDenoiser(nn.Module):
 
 
 class PointCharge(nn.Module):
-    """Denoiser of data at a single point y: denoised = y for every D, and the flow lines are straight.
+    """Denoise data at a single point y: denoised = y for every D, and the flow lines are straight.
 
     Args:
         y: the point [...].
@@ -58,7 +58,7 @@ class PointCharge(nn.Module):
 
 
 class CauchyBlob(nn.Module):
-    """Denoiser of multivariate Cauchy data of scale s at D = 1: E[y | x, r] = x s/(s + r).
+    """Denoise multivariate Cauchy data of scale s at D = 1: E[y | x, r] = x s/(s + r).
 
     The field of this data is that of a point charge at depth s below the plane r = 0 (image charge). So p_r is the Cauchy
     density of scale s + r, and the flow is x(r) = x_0 (s + r)/(s + r_0).
@@ -77,7 +77,7 @@ class CauchyBlob(nn.Module):
 
 
 class GaussianBlob(nn.Module):
-    """Denoiser of Gaussian data N(0, s² I): E[y | x, sigma] = x s²/(s² + sigma²) at D = inf.
+    """Denoise Gaussian data N(0, s² I): E[y | x, sigma] = x s²/(s² + sigma²) at D = inf.
 
     At finite D the noise is Gaussian of scale sigma/sqrt(kappa), and the factor s²/(s² + sigma²/kappa) is averaged over
     kappa | x. The average is a trapezoidal rule over log kappa; its grid is narrowed around the posterior of each sample.
@@ -123,7 +123,7 @@ class GaussianBlob(nn.Module):
 
 
 class UniformSegment(nn.Module):
-    """Denoiser of data uniform on [-1, 1], N = D = 1: denoised = x - z E_x/E_z, with x [B, 1].
+    """Denoise data uniform on [-1, 1] at N = D = 1: denoised = x - z E_x/E_z, with x [B, 1].
 
     The field of a uniformly charged segment has the closed form
 

@@ -1,4 +1,4 @@
-"""Poisson field, posterior mean and PFGM's normalised field of point charges, each computed exactly.
+"""Compute Poisson field, posterior mean and PFGM's normalised field of point charges exactly.
 
 Data points y_i with probabilities p_i are charges on the plane r = 0 of augmented space, r = sigma sqrt(D). The posterior of
 the source of a point (x, r) is a softmax over the charges, and its mean is the denoised point:

@@ -1,4 +1,4 @@
-"""The perturbation kernel of Poisson flows: a multivariate Student-t.
+"""The perturbation kernel of Poisson flows is a multivariate Student-t.
 
 PFGM++ perturbs data y with density p_r(x|y) ∝ (|x - y|² + r²)^(-(N+D)/2), where N is the dimension of the data and D >= .5 the
 number of augmented dimensions. With sigma = r / sqrt(D) this is Student's t with D degrees of freedom, location y and scale
@@ -37,7 +37,7 @@ def check_dimensions(D: float | str) -> float:
 
 
 class StudentTKernel:
-    """Perturbation kernel p(x | y, sigma) of PFGM++.
+    """Sample and evaluate the perturbation kernel p(x | y, sigma) of PFGM++.
 
     Args:
         D: number of augmented dimensions, a real number from .5 to inf.

@@ -168,7 +168,7 @@ def test_configurations_that_are_none_are_named(words, content, tmp_path, monkey
 @pytest.mark.parametrize(
     ("program", "words", "message"),
     [
-        ("train.py", "", 'expected "subcommand" to be one of {fit,test,predict}, but it was not provided.'),
+        ("train.py", "", 'expected "subcommand" to be one of {fit,test}, but it was not provided.'),
         ("train.py", "fit", 'Parser key "run_dir": Expected a str. Got value: None'),
         ("train.py", "test --run_dir=a --grids.n=1", "unrecognized arguments: --grids.n=1"),
         ("train.py", "advise", "the following arguments are required: path"),

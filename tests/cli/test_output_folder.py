@@ -281,7 +281,7 @@ def test_numbers_of_processes_that_are_none_are_named(monkeypatch):
 
 @pytest.mark.parametrize("devices", ["-1", "two", "1.5", "0", "[0,1,2]", "99"])
 def test_devices_that_are_none_are_named(devices, tmp_path):
-    for command in ("fit", "predict"):
+    for command in ("fit", "test"):
         with pytest.raises(ValueError, match=r"trainer\.devices = .*; give a number from 1 to"):
             train.main([command, *kills.command(tmp_path, "denoising", 5)[1:], f"--trainer.devices={devices}"])
 
@@ -305,22 +305,6 @@ def test_torchrun_and_srun_tell_the_share(monkeypatch):
         monkeypatch.setenv(name, value)
     assert Share.found() == Share(1, 2, 1)
     assert str(Share.parse("2/4")) == "2/4"
-
-
-def test_predict_draws_what_sample_does_on_any_number_of_devices(tmp_path):
-    run = kills.command(tmp_path / "run", "denoising", 5)
-    assert kills.finish(run) == 0
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    sample_cli.sample([str(checkpoint), "--n=10", "--batch_size=3", f"--out={tmp_path / 'sample'}", "--device=cpu"])
-    arguments = ["predict", *run[1:], "--draw.n=10", "--draw.batch_size=3"]
-    train.main(arguments)
-    assert kills.finish([*arguments, f"--draw.out={tmp_path / 'two'}"], ranks=2) == 0
-    expected = content(tmp_path / "sample")
-    assert len(expected) == 11
-    assert content(tmp_path / "run" / "samples") == content(tmp_path / "two") == expected
-    assert "samples" not in {path.name for path in tmp_path.iterdir()}
-    with pytest.raises(FileNotFoundError, match=r"run_dir = .*none has no checkpoint to draw from; run fit first"):
-        train.main(["predict", *kills.command(tmp_path / "none", "denoising", 5)[1:]])
 
 
 def test_jobs_of_slurm_are_left_to_its_batch_script(tmp_path, monkeypatch):

@@ -202,7 +202,7 @@ def test_classes_are_trained_drawn_and_evaluated(config, tmp_path):
 def test_held_out_batches_and_steps_have_their_own_randomness():
     x = torch.arange(100.0)[:, None]
     held_out = HeldOutBatches(SampleSet(x), batch_size=30, seed=0, reference_size=0)
-    assert [held_out[i]["step"] for i in range(4)] == [0, 30, 60, 90]
+    assert [held_out[i].step for i in range(4)] == [0, 30, 60, 90]
     assert [held_out[i]["rows"] for i in range(4)] == [(0, 30), (0, 30), (0, 30), (0, 10)]
     stream = TrainingStream(SampleSet(x), batch_size=8, seed=0, start=0, rank=0, world=1, reference_size=50)
     batches = [stream.batch(step) for step in (0, 13)]
@@ -254,7 +254,7 @@ def test_training_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_checkpoi
     monkeypatch.setattr(
         PFGM, "_loss", lambda self, batch, stream: whole(self, batch, stream) * (math.nan if self.global_step > 2 else 1)
     )
-    with pytest.raises(NonFiniteLoss, match=r"last 32 steps, to step 34.*loss nan .*The last checkpoint is of before"):
+    with pytest.raises(NonFiniteLoss, match=r"last 32 steps, to step 34.*loss nan .*The last checkpoint precedes"):
         fit(tmp_path, "--trainer.max_steps=60")
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
 
@@ -305,7 +305,7 @@ def test_infinite_D_may_be_written_in_each_usual_way(text, tmp_path):
         (["--ema.warmup=0"], "warmup = 0"),
         (["--data.init_args.batch_size=0"], "batch_size = 0"),
         (["--init_from=none.ckpt"], r"none\.ckpt does not exist"),
-        (["--model.start=sphere"], "start = 'sphere'"),
+        (["--model.start=sphere"], "sphere"),
         (["--model.data_norm=0"], "data_norm = 0"),
         (["--model.sigma_data=-1", "--model.sigma_min=0.01"], "sigma_data = -1"),
         (["--model.net.init_args.depth=-1"], "depth = -1"),
@@ -391,7 +391,7 @@ def save(folder, array, **more):
     ("make", "message"),
     [
         (lambda d: {"path": d / "none.npy"}, "does not exist"),
-        (lambda d: {"path": d / "a.csv"}, "ending '.csv'"),
+        (lambda d: {"path": d / "a.csv"}, "unknown suffix '.csv'"),
         (lambda d: save(d, np.zeros((0, 3))), "0 samples"),
         (lambda d: save(d, np.ones((9, 3))), "all 8 samples are equal"),
         (lambda d: save(d, np.float64(3)), "a single number"),
@@ -401,7 +401,7 @@ def save(folder, array, **more):
         (lambda d: save(d, np.arange(9)[:, None]), "need value_range"),
         (lambda d: save(d, np.arange(9)[:, None]) | {"value_range": (0, 5)}, r"0 to 8 leave value_range"),
         (lambda d: save(d, np.arange(9.0)[:, None]) | {"value_range": (5, 0)}, "value_range"),
-        (lambda d: save(d, np.array([np.zeros(2), np.zeros(3)], dtype=object)), r"x\.npy holds object, no numbers"),
+        (lambda d: save(d, np.array([np.zeros(2), np.zeros(3)], dtype=object)), r"x\.npy holds object, which are no numbers"),
         (lambda d: save(d, np.arange(9.0)) | {"labels": True}, "no array 'labels'"),
         (lambda d: save(d, np.arange(9.0), labels=-np.arange(9)) | {"labels": True}, "labels need one integer >= 0"),
         (lambda d: save(d, np.arange(9.0)) | {"held_out": 1.5}, "held_out = 1.5"),

@@ -9,6 +9,7 @@ from scipy import integrate, stats
 from torch import nn
 
 import pfgm
+from pfgm.flow.conditioning import check_conditioning
 from pfgm.nn import TimeMLP, UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.sampling.guidance import GuidedDenoiser
@@ -98,7 +99,7 @@ def test_a_classifier_is_asked_in_the_users_units():
         (labelled, {"classifier": lambda x, s: x}, "labels = None: a classifier guides"),
         (labelled, {"labels": 3}, r"labels = 3: this model's labels are the integers 0..2"),
         (make_flow, {"condition": torch.zeros(3)}, "trained without conditions"),
-        (conditional, {}, r"condition = None: this model needs conditions of shape \(3,\)"),
+        (conditional, {}, r"condition = None: this model needs conditions: vector \(3,\)"),
         (conditional, {"condition": torch.zeros(2, 3)}, r"condition has shape \(2, 3\); .* for each of 3 samples"),
         (conditional, {"condition": torch.full((3,), math.nan)}, "condition has shape"),
         (
@@ -134,7 +135,7 @@ def test_guides_of_other_data_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         labelled().sample(1, labels=0, guide=make_flow(**options), guidance=2.0)
     other = labelled()
-    other.mean += 1
+    other.summary.mean += 1
     with pytest.raises(ValueError, match="guide: its mean"):
         labelled().sample(1, labels=0, guide=other, guidance=2.0)
     with pytest.raises(ValueError, match="guide, classifier: give one of them"):
@@ -221,7 +222,7 @@ def test_guided_flows_have_trajectories_and_latents():
     assert way.x.shape == (3, 2, 1, 8, 8)
     latent = flow.encode(torch.zeros(1, 1, 8, 8), labels=1, guidance=2.0, **CALLS)
     assert flow.decode(latent, labels=1, guidance=2.0, **CALLS).shape == (1, 1, 8, 8)
-    assert isinstance(flow._given(1, 1, {"guidance": 2.0})[0].denoiser(), GuidedDenoiser)
+    assert isinstance(check_conditioning(flow, 1, 1, {"guidance": 2.0}).denoiser(), GuidedDenoiser)
 
 
 def test_numpy_arrays_are_welcome_and_unknown_names_are_not():
@@ -276,7 +277,7 @@ def test_variations_are_those_of_the_model_in_any_units_and_batches():
     assert torch.allclose(other.vary(4 * x, 3.2, seed=3, **CALLS).x, 4 * v, atol=1e-3)
     assert torch.allclose(one.vary(x, 0.8, seed=3, batch_size=2, **CALLS).x, v, atol=1e-5)
     assert not torch.allclose(one.vary(x, 0.8, seed=4, **CALLS).x, v, atol=1e-2)
-    with pytest.raises(TypeError, match="sigma_max: variations start at their level"):
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'sigma_max'"):
         one.vary(x, 0.8, sigma_max=3.0)
 
 
@@ -340,8 +341,8 @@ def test_labels_conditions_guidance_and_measurements_work_together():
     assert torch.allclose(three, 3 * one, atol=1e-5)
     outside = {"guidance": 3.0, "guidance_interval": (0.8, 2.0)}
     assert torch.allclose(flow.denoise(x, 0.7, label, condition=c, classifier=classifier, **outside), own, atol=1e-6)
-    other = both(condition_mean=torch.ones(3))
-    with pytest.raises(ValueError, match="guide: its condition_mean"):
+    other = both(condition_stats={"vector": (torch.ones(3), torch.ones(3))})
+    with pytest.raises(ValueError, match="guide: its vector_mean"):
         flow.denoise(x, 0.7, label, guide=other, **given)
 
 

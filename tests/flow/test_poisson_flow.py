@@ -57,9 +57,9 @@ def test_samples_come_in_the_users_units():
     model = flow.sampler(**options).sample(4).x
     assert torch.allclose(flow.sample(4, **options).x, model + flow.summary.mean)
     x = scaled.sample(4, **options).x
-    assert torch.allclose(scaled.to_user(scaled.to_model(x)), x, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(scaled.summary.to_user(scaled.to_model(x)), x, rtol=1e-4, atol=1e-3)
     noisy, sigma = x + 10 * torch.randn_like(x), torch.full((4,), 10.0)
-    expected = scaled.to_user(scaled.denoiser(scaled.to_model(noisy), sigma / 127.5))
+    expected = scaled.summary.to_user(scaled.denoiser(scaled.to_model(noisy), sigma / 127.5))
     assert torch.allclose(scaled.denoise(noisy, sigma), expected)
 
 
@@ -90,7 +90,7 @@ def test_labels_are_checked_and_used():
         ([0, 3], r"0\.\.2"),
         (-1, r"0\.\.2"),
         ([1, 1, 1], "each of the 2"),
-        ([0.5, 1.0], "labels = .*whole number"),
+        ([0.5, 1.0], "labels = .*integer"),
     ):
         with pytest.raises(ValueError, match=message):
             flow.sample(2, labels=labels)
@@ -268,7 +268,7 @@ def test_a_trajectory_in_batches_has_the_labels_of_each():
 def test_a_draw_is_complete_only_if_all_its_batches_are():
     flow = make_flow(D=1)
     options = {"method": "bosh3", "rtol": 1e-3, "atol": 1e-3}
-    calls = [flow.draw([pair], **options).calls for pair in seed_pairs(8)]
+    calls = [next(flow.sample_batches([pair], **options))[1].calls for pair in seed_pairs(8)]
     assert min(calls) < max(calls)
     out = flow.sample(8, batch_size=1, max_calls=min(calls), **options)
     assert not out.complete
@@ -278,7 +278,7 @@ def test_a_draw_is_complete_only_if_all_its_batches_are():
 def test_log_prob_is_in_the_users_units():
     """The same model told in other units: the density of 3 x is 3^-N times as large."""
     one, other = make_flow(D=4.0), make_flow(D=4.0)
-    other.scale = 3 * one.scale
+    other.summary.scale = 3 * one.summary.scale
     x = one.sample(2, method="midpoint", steps=3).x
     settings = {"probes": 2, "rtol": 0.05, "atol": 0.05}
     value = one.log_prob(x, **settings)

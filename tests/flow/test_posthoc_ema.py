@@ -203,7 +203,7 @@ def test_the_learned_log_variance_is_the_log_of_the_expected_loss():
     for k in range(300):
         optimizer.param_groups[0]["lr"] = 0.05 / (1 + k / 10)
         optimizer.zero_grad()
-        loss(denoiser, y, data=data, generator=rng.generator(k)).mean().backward()
+        loss(denoiser, y, {}, summary=data, generator=rng.generator(k)).mean().backward()
         optimizer.step()
     sigma = torch.tensor([0.05, 0.2, 1.0, 3.0], dtype=torch.float64)
     skip = 0.25 / (sigma**2 + 0.25)
@@ -218,7 +218,7 @@ def test_the_learned_log_variance_weighs_training_only():
     torch.nn.init.constant_(learned.log_variance.constant, 2.0)
     data, values = DataSummary.from_data(y), []
     for loss in (plain, learned, copy.deepcopy(learned).eval()):
-        values.append(loss(denoiser, y, data=data, generator=rng.generator(1)).detach())
+        values.append(loss(denoiser, y, {}, summary=data, generator=rng.generator(1)).detach())
     assert torch.allclose(values[1], values[0] * np.exp(-2) + 2)
     assert torch.equal(values[2], values[0])
     assert LogVariance()(torch.tensor([0.1, 5.0], dtype=torch.float64)).tolist() == [0, 0]

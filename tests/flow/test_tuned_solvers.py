@@ -118,7 +118,7 @@ def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
     [
         (["--method=midpoint", "--steps=3"], "such grids are for ab3, not midpoint"),
         (["--preset=fast"], "Leave out either preset or"),
-        ([], "needs a number of steps"),
+        ([], "takes fixed steps"),
         (["--steps=3", "--max_calls=0"], "max_calls = 0"),
     ],
 )
