@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import pfgm
-from pfgm.core.configurable import ALIASES
+from pfgm.core.configurable import ALIASES, public_path, renamed
 from pfgm.flow.checkpoints import read_checkpoint
 from tests.helpers import FIXTURES, SMALL, last
 from tests.helpers import fit as fit_run
@@ -76,3 +76,11 @@ def test_runs_of_version_0_1_resume_by_their_configuration(run):
 def test_an_export_of_version_0_1_gives_its_samples():
     x = pfgm.load(OLD / "export").sample(4, seed=1).x
     torch.testing.assert_close(x, stored("pfgmpp"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("old", "new"), ALIASES.items())
+def test_aliases_name_classes_by_their_public_path(old, new):
+    room, _, name = new.rpartition(".")
+    class_ = getattr(__import__(room, fromlist=[name]), name)
+    assert public_path(class_) == new
+    assert renamed({"net": [{"class_path": old}]}) == {"net": [{"class_path": new}]}
