@@ -9,9 +9,8 @@ import torch
 
 from benchmarks.faulty import hostile, hostile_data, hostile_models
 from benchmarks.faulty.hostile import labelled, zipped
-from pfgm.cli.options import read_mask
 from pfgm.files import untrusted
-from pfgm.files.arrays import load_arrays, read_inputs
+from pfgm.files.arrays import load_arrays
 from pfgm.files.images import ImageError, read_pixels
 from pfgm.files.untrusted import RefusedError, load_torch, open_zip
 from pfgm.flow.checkpoints import read_tensors
@@ -62,14 +61,14 @@ CORPUS = {file.name: file for file in [*hostile_models.corpus(), *hostile_data.c
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_each_is_refused_for_its_own_reason(name, tmp_path):
+def test_each_hostile_file_is_refused_for_its_own_reason(name, tmp_path):
     file = CORPUS[name]
     path = file.make(tmp_path)
     with pytest.raises(ValueError, match=REASONS[name]):
         file.read(path)
 
 
-def test_archives_of_torch_pass_and_what_is_added_to_them_does_not(tmp_path):
+def test_torch_archives_load_and_archives_inside_other_files_are_refused(tmp_path):
     path = tmp_path / "a.pt"
     given = {"x": torch.arange(6.0).view(2, 3), "y": [1, "two", {"three": torch.zeros(0)}], "z": torch.float16}
     torch.save(given, path)
@@ -84,7 +83,7 @@ def test_archives_of_torch_pass_and_what_is_added_to_them_does_not(tmp_path):
             load_torch(path, "a.pt")
 
 
-def test_nothing_but_weights_is_read(tmp_path, monkeypatch):
+def test_only_tensors_and_plain_values_are_loaded(tmp_path, monkeypatch):
     given = {}
     monkeypatch.setattr(torch, "load", lambda path, **options: given.update(options) or {"x": [1, True, None, (2.5, "a")]})
     (tmp_path / "a.pt").write_bytes(hostile_models._tensor(b"\1"))
@@ -96,7 +95,7 @@ def test_nothing_but_weights_is_read(tmp_path, monkeypatch):
             load_torch(tmp_path / "a.pt", "a.pt")
 
 
-def test_one_image_alone_is_checked_too(tmp_path):
+def test_single_images_and_zip_entries_are_checked_too(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(hostile_data.png(7_150, 7_150))
     with pytest.raises(ImageError, match="7150 x 7150 pixels are too many"):
@@ -123,8 +122,8 @@ def test_tensors_of_any_kind_of_numbers_are_read_as_plain_ones(tmp_path):
         hostile.images(tmp_path / "b.pt")
 
 
-def test_the_end_of_archives_of_more_than_4_gb_is_found(tmp_path, monkeypatch):
-    """Such as zipfile writes for a small limit."""
+def test_the_zip64_end_record_is_found(tmp_path, monkeypatch):
+    """Lowered limits make zipfile write the records of archives of over 4 GB."""
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
     content = zipped({"a": bytes(200), "b": b"1"})
@@ -140,7 +139,7 @@ def test_the_end_of_archives_of_more_than_4_gb_is_found(tmp_path, monkeypatch):
             untrusted._check_layout(path, b"", "a.zip")
 
 
-def test_what_archives_unpack_to_is_bounded(tmp_path):
+def test_the_unpacked_size_of_archives_is_bounded(tmp_path):
     path = tmp_path / "a.zip"
     path.write_bytes(zipped({"a": bytes(2**26)}))
     with open_zip(path, "a.zip") as archive:
@@ -159,7 +158,7 @@ def test_archives_of_more_than_twenty_times_their_size_are_refused(tmp_path):
             pass
 
 
-def test_tensors_are_as_large_as_what_is_stored_of_them():
+def test_tensors_larger_than_their_storage_are_refused():
     for total, tensor in ((400, torch.zeros(1).expand(100)), (10, torch.zeros(100))):
         with pytest.raises(RefusedError, match=r"a tensor \(100,\) is larger than what is stored of it"):
             untrusted._Copy(total, "a").of(tensor)
@@ -172,13 +171,6 @@ def test_labels_take_memory_in_proportion_to_images(tmp_path):
     path.write_bytes(zipped(images | {"dataset.json": b" " * (2**24 + 10_000)}))
     with pytest.raises(ValueError, match=r"dataset\.json .*has 16\.8 MB, far more than 9 images need"):
         labelled(path)
-
-
-def test_whole_numbers_of_16_bits_keep_their_values(tmp_path):
-    np.save(tmp_path / "a.npy", np.full((2, 4), 65_535, np.uint16))
-    assert read_inputs(tmp_path / "a.npy", (4,), None, "condition").tolist() == [[65_535.0] * 4] * 2
-    np.save(tmp_path / "m.npy", np.eye(4, dtype=np.uint16))
-    assert read_mask(tmp_path / "m.npy", (1, 4, 4)).sum() == 4
 
 
 def test_altered_tensors_are_refused(tmp_path):
