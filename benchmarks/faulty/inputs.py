@@ -18,7 +18,6 @@ from pfgm.cli.console import is_of_memory
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.augmentation import Augment
 from pfgm.data.degradations import AddNoise, Downsample
-from pfgm.evaluation import metrics
 from pfgm.flow.loading import load
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.flow.posthoc_ema import exponent
@@ -105,8 +104,6 @@ def targets() -> dict[str, Target]:
         "Arrays": Target(Arrays, {"path": Path("none.npy"), "batch_size": 8, "scale": 1.0, "held_out": 0.1}),
         "Downsample": Target(Downsample, {"factor": 2}),
         "AddNoise": Target(AddNoise, {"std": 1.0}),
-        "energy_distance": Target(metrics.energy_distance, {"x": x, "y": y}),
-        "frechet_distance": Target(metrics.frechet_distance, {"x": x, "y": y}),
     }
 
 
