@@ -17,20 +17,11 @@ from pfgm.evaluation.features import extract, load_features
 from pfgm.evaluation.metrics import FeatureSet
 from pfgm.flow import checkpoints
 
-MEASURES = {
-    "Fréchet": metrics.frechet_distance,
-    "KID": metrics.kernel_distance,
-    "energy": metrics.energy_distance,
-    "1-NN": metrics.nearest_neighbour_accuracy,
-    "precision": metrics.precision,
-    "recall": metrics.recall,
-}
+MEASURES = {measure.heading: measure.function for measure in metrics.MEASURES}
 SHOULD_SEE = {
-    "blur": ("Fréchet", "KID", "energy", "1-NN", "precision"),
-    "noise": ("Fréchet", "KID", "energy", "1-NN", "precision"),
-    "classes": ("Fréchet", "KID", "energy", "1-NN", "recall"),
-    "copies": ("copying",),
+    kind: [measure.heading for measure in metrics.MEASURES if kind in measure.sees] for kind in ("blur", "noise", "classes")
 }
+SHOULD_SEE["copies"] = ["copying"]
 
 
 def degraded(x, label, train, value_range):

@@ -1,10 +1,13 @@
-"""Is it good? Distances between sets of samples, features in which to compare images, and pictures.
+"""Measure the quality of samples: distances between sets, feature networks for images, and pictures.
 
-This room imports every room before it, and no Lightning.
+This room may import every room before it. It does not import Lightning.
 """
 
 from pfgm.evaluation.features import Classifier, fit_classifier, load_features
 from pfgm.evaluation.metrics import (
+    MEASURES,
+    FeatureSet,
+    Measure,
     copying,
     energy_distance,
     frechet_distance,
@@ -15,7 +18,10 @@ from pfgm.evaluation.metrics import (
 )
 
 __all__ = [
+    "MEASURES",
     "Classifier",
+    "FeatureSet",
+    "Measure",
     "copying",
     "energy_distance",
     "fit_classifier",

@@ -1,6 +1,6 @@
-"""Features of images, in which `metrics` compares sets of them: Inception's, a small classifier's, any network's.
+"""Features of images in which `metrics` compares sets of them: Inception's, a small classifier's, or any network's.
 
-A feature network is a module that maps images [n, C, H, W] in [0, 1] to [n, F].
+A feature network is a module that maps images [n, C, H, W] in [0, 1] to features [n, F].
 """
 
 import importlib.util
@@ -22,68 +22,78 @@ INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/w
 
 
 class Classifier(Configurable, nn.Module):
-    """A small convolutional classifier of images with `channels`; its features are the means of its last 4 `width` channels.
+    """Classify images with a small convolutional network whose pooled last layer serves as features.
 
-    Convolutions and poolings until a side has 4 pixels or fewer.
+    Convolutions alternate with poolings until a side has 4 pixels or fewer.
+
+    Args:
+        channels: Channels of the images.
+        classes: Number of classes.
+        width: Channels of the first layer; there are 4 `width` features. A multiple of 4.
     """
 
     def __init__(self, channels: int, classes: int, width: int = 32):
         super().__init__()
         self.first = nn.Conv2d(channels, width, 3, padding=1)
-        self.second, self.third = Stage(width, 2 * width), Stage(2 * width, 4 * width)
-        self.last = Stage(4 * width, 4 * width)
+        self.second, self.third = ConvBlock(width, 2 * width), ConvBlock(2 * width, 4 * width)
+        self.last = ConvBlock(4 * width, 4 * width)
         self.out = nn.Linear(4 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [n, C, H, W] in [0, 1] -> features [n, 4 width]."""
+        """Map images [n, C, H, W] in [0, 1] to features [n, 4 width]."""
         x = F.silu(self.first(2 * x - 1))
-        x = self.third(pooled(self.second(pooled(x))))
+        x = self.third(downsample(self.second(downsample(x))))
         while min(x.shape[2:]) > 4:
-            x = pooled(x)
+            x = downsample(x)
         return self.last(x).mean((2, 3))
 
 
-class Stage(nn.Module):
-    """Two normalised convolutions."""
+class ConvBlock(nn.Module):
+    """Apply two convolutions, each with group normalisation and SiLU."""
 
-    def __init__(self, before: int, after: int):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.one, self.two = nn.Conv2d(before, after, 3, padding=1), nn.Conv2d(after, after, 3, padding=1)
-        self.norm_one, self.norm_two = nn.GroupNorm(8, after), nn.GroupNorm(8, after)
+        self.one = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.two = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm_one, self.norm_two = nn.GroupNorm(8, out_channels), nn.GroupNorm(8, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(self.norm_one(self.one(x)))
         return F.silu(self.norm_two(self.two(x)))
 
 
-def pooled(x: Tensor) -> Tensor:
-    """Half the size, if there is more than 4 pixels of each side."""
+def downsample(x: Tensor) -> Tensor:
+    """Halve height and width by averaging, if both are above 4 pixels."""
     return F.avg_pool2d(x, 2) if min(x.shape[2:]) > 4 else x
 
 
 class Inception(nn.Module):
-    """The 2048 features of FID and KID: Inception-v3 of 2015, by torch-fidelity, with its resizing.
+    """Compute the 2048 features of FID and KID with the Inception-v3 of 2015, by torch-fidelity, including its resizing.
 
-    Its weights are downloaded once to $TORCH_HOME/hub/checkpoints. ImportError without torch-fidelity, OSError, which says
-    where to put them, if they are not there and cannot be had.
+    The weights are downloaded once to $TORCH_HOME/hub/checkpoints.
+
+    Raises:
+        ImportError: If torch-fidelity is not installed.
+        OSError: If the weights are missing and cannot be downloaded; the message says where to put them.
+        ValueError: If the file of weights cannot be read.
     """
 
     def __init__(self) -> None:
         super().__init__()
         if importlib.util.find_spec("torch_fidelity") is None:
-            raise ImportError("Inception needs the package torch-fidelity: pip install 'pfgm[inception]'")
+            raise ImportError("features = inception: the package torch-fidelity is missing. Run pip install 'pfgm[inception]'.")
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception_weights()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [n, 1 or 3, H, W] in [0, 1], rounded to bytes -> [n, 2048]."""
+        """Map images [n, 1 or 3, H, W] in [0, 1], rounded to bytes, to features [n, 2048]."""
         images = (x * 255).round().clamp(0, 255).to(torch.uint8)
         return self.net(images.expand(-1, 3, -1, -1))[0]
 
 
 def inception_weights() -> Path:
-    """Their file, which holds weights and nothing else. OSError or ValueError if there is none."""
+    """Return the file of the weights after downloading it if needed and checking that it unpickles to weights only."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rpartition("/")[2]
     if not path.exists():
         try:
@@ -91,18 +101,28 @@ def inception_weights() -> Path:
             torch.hub.download_url_to_file(INCEPTION, str(path))
         except OSError as error:
             raise OSError(
-                f"features = inception: no weights at {path}, and they cannot be downloaded ({first_line(error)}). Download "
-                f"{INCEPTION} elsewhere and put it there; or train a classifier of this data: python train.py features"
+                f"features = inception: there are no weights at {path} and the download failed ({first_line(error)}). Download "
+                f"{INCEPTION} elsewhere and put it there, or train a classifier of your data with python train.py features."
             ) from error
     try:
         torch.load(path, weights_only=True, mmap=False)
-    except Exception as error:  # whatever unpickling makes of it
-        raise ValueError(f"features = inception: {path} holds no weights ({type(error).__name__}); download it anew") from error
+    except Exception as error:  # unpickling can raise anything
+        raise ValueError(
+            f"features = inception: {path} does not contain weights ({type(error).__name__}). Delete it to download it again."
+        ) from error
     return path
 
 
 def load_features(value: str | Path | nn.Module) -> nn.Module:
-    """A feature network: itself, "inception", or the file of a classifier. ValueError or OSError if there is none."""
+    """Load a feature network in evaluation mode.
+
+    Args:
+        value: "inception", a classifier file written by `train.py features`, or a network, which is returned itself.
+
+    Raises:
+        OSError: If there is no such file, or if Inception's weights cannot be downloaded.
+        ValueError: If the file does not contain a classifier.
+    """
     if isinstance(value, nn.Module):
         return value.eval()
     if value == "inception":
@@ -110,12 +130,14 @@ def load_features(value: str | Path | nn.Module) -> nn.Module:
     path = Path(value)
     if not path.is_file():
         raise FileNotFoundError(
-            f'features = {value} does not exist: give "inception", a file of python train.py features, or the class of a '
-            "network"
+            f'features = {value}: there is no such file. Use "inception", a file of python train.py features, or the class of '
+            "a network."
         )
     header = checkpoints.read_header(path)
     if not isinstance(header.get("classifier"), Mapping):
-        raise ValueError(f"features = {value} holds {sorted(header)}, no classifier; make one with python train.py features")
+        raise ValueError(
+            f"features = {value}: the file contains {sorted(header)}, no classifier. Make one with python train.py features."
+        )
     state = checkpoints.read_tensors(path)
     net: Classifier = checkpoints.restore_module(
         lambda: build(header["classifier"], kind=Classifier), state, f"features = {value}"
@@ -124,15 +146,25 @@ def load_features(value: str | Path | nn.Module) -> nn.Module:
     return net.eval()
 
 
-def name_of(net: nn.Module) -> str:
-    """What tells features from others: figures can be compared if it is the same."""
+def describe_features(net: nn.Module) -> str:
+    """Return the class and digest of a feature network; figures are comparable if this text is the same."""
     digest = getattr(net, "digest", None)
     return type(net).__name__ + (f" {digest[:12]}" if digest else "")
 
 
 @torch.no_grad()
 def extract(net: nn.Module, x: Tensor, value_range: Sequence[float], device: torch.device) -> Tensor:
-    """Features [n, F] of images [n, C, H, W] in the user's units, of which `value_range` is black and white."""
+    """Compute features of images.
+
+    Args:
+        net: Feature network.
+        x: Images [n, C, H, W] in the user's units.
+        value_range: Black and white in the user's units; values outside are clipped.
+        device: Where to compute.
+
+    Returns:
+        Features [n, F] on `device`.
+    """
     low, high = value_range
     images = (x.to(device, torch.float32) - low) / (high - low)
     return net.to(device)(images.clamp(0, 1)).flatten(1)
@@ -149,9 +181,23 @@ def fit_classifier(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Classifier:
-    """A classifier of the labels of images, or without labels of four rotations of their central squares.
+    """Train a classifier of images, by their labels or else by which of four rotations was applied.
 
-    A function of the data and of `seed` on one machine. Source of the rotations: Gidaris et al. (arXiv 1803.07728).
+    The result depends only on the data, the arguments and the machine. Source of the rotations: Gidaris et al.
+    (arXiv 1803.07728).
+
+    Args:
+        train: Images, in the user's units, and their labels if there are any.
+        value_range: Black and white in the user's units.
+        steps: Optimizer steps.
+        batch_size: Images per step.
+        width: See `Classifier`.
+        lr: Peak learning rate of the one-cycle schedule.
+        seed: Seed of the weights, the order of the images and the rotations.
+        device: Where to train.
+
+    Raises:
+        ValueError: If the weights are not finite after training.
     """
     classes = 4 if train.label is None else int(train.label.max()) + 1
     with torch.random.fork_rng(devices=[]):
@@ -161,19 +207,22 @@ def fit_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     batches = TrainingStream(train, Preparation(), batch_size=batch_size, seed=seed, start=0, reference_size=0)
     for step, batch in zip(range(steps), batches, strict=False):
-        x, label = questions(batch, value_range, seed, step)
+        x, label = classification_batch(batch, value_range, seed, step)
         loss = F.cross_entropy(net.out(net(x.to(device))), label.to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     if not all(bool(torch.isfinite(p).all()) for p in net.parameters()):
-        raise ValueError(f"lr = {lr}: the weights are not finite after {steps} steps; give a lower one")
+        raise ValueError(f"lr = {lr}: the weights are not finite after {steps} steps. Use a lower learning rate.")
     return net.eval()
 
 
-def questions(batch: Batch | SampleSet, value_range: Sequence[float], seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1] and their classes: labels, or the quarter turns given to each."""
+def classification_batch(batch: Batch | SampleSet, value_range: Sequence[float], seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Convert a batch to images in [0, 1] and their labels.
+
+    Without labels, cut the central squares, rotate each by a random number of quarter turns, and use that as its label.
+    """
     x = (batch.x.float() - value_range[0]) / (value_range[1] - value_range[0])
     if "label" in batch.conditions:
         return x, batch.conditions["label"]
@@ -188,14 +237,14 @@ def questions(batch: Batch | SampleSet, value_range: Sequence[float], seed: int,
 def accuracy(
     net: Classifier, part: SampleSet, value_range: Sequence[float], seed: int, device: torch.device | str = "cpu"
 ) -> float:
-    """Share of `part` that `net` classifies rightly."""
-    right = []
+    """Compute the share of `part` that `net` classifies correctly; see `fit_classifier` for the other arguments."""
+    correct = []
     for i in range(0, len(part), 250):
-        x, label = questions(part[slice(i, i + 250)], value_range, seed, i)
-        right.append(net.out(net(x.to(device))).argmax(1).cpu() == label)
-    return float(torch.cat(right).double().mean())
+        x, label = classification_batch(part[slice(i, i + 250)], value_range, seed, i)
+        correct.append(net.out(net(x.to(device))).argmax(1).cpu() == label)
+    return float(torch.cat(correct).double().mean())
 
 
 def save_classifier(path: str | Path, net: Classifier, made: Mapping[str, Any]) -> None:
-    """Write `net` to a safetensors file, with what it was `made` from."""
+    """Write `net` to a safetensors file, with a record `made` of the data and settings that it was trained with."""
     checkpoints.write_tensors(path, net.state_dict(), {"classifier": net.spec, "made": dict(made)})

@@ -1,6 +1,7 @@
-"""Pictures: grids, scatter plots, the way down from the hemisphere, field lines, loss curves.
+"""Draw grids, scatter plots, trajectories from the hemisphere to the data, field lines and loss curves.
 
-Each function draws into a new PNG or GIF file; arrays are in the user's units, on any device.
+Each function writes a whole PNG or GIF file at `path`. Tensors are in the user's units and on any device. `value_range` gives
+black and white in these units; by default it is the range of the tensor.
 """
 
 import csv
@@ -19,39 +20,40 @@ from pfgm.files.atomic import atomic_write
 ValueRange = Sequence[float] | None
 
 
-def tidy(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """`draw`, which leaves no figures behind: they are cycles of megabytes, and seldom collected in a process of many objects.
+def free_figures(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate `draw` so that it leaves no figures in memory.
 
-    While collection rests all that is made stays young, and to collect the young alone takes milliseconds.
+    Figures are reference cycles of megabytes, which a process with many objects seldom collects. Garbage collection is disabled
+    while `draw` runs, so that all its objects stay in the youngest generation. Collecting that alone takes milliseconds.
     """
 
     @functools.wraps(draw)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        resting = not gc.isenabled()
+        enabled = gc.isenabled()
         gc.disable()
         try:
             return draw(*args, **kwargs)
         finally:
             gc.collect(0)
-            if not resting:
+            if enabled:
                 gc.enable()
 
     return wrapper
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Whether an event of `shape` can be shown as an image: (1 or 3, height, width)."""
+    """Return whether samples of `shape` can be shown as images: (1 or 3, height, width)."""
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def to_bytes(x: Tensor, value_range: ValueRange) -> Tensor:
-    """Images [n, C, H, W] as uint8; `value_range` (default: that of x) is mapped to 0..255 and clipped."""
+    """Convert images [n, C, H, W] to uint8 on the CPU, mapping `value_range` to 0..255 and clipping."""
     low, high = (float(x.min()), float(x.max())) if value_range is None else value_range
     return ((x.double() - low) / max(high - low, 1e-12) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def save_image(path: Path, image: Tensor) -> None:
-    """Write one uint8 image [C, H, W] as it is."""
+    """Save one uint8 image [C, H, W] without scaling."""
     from torchvision.utils import save_image
 
     with atomic_write(path) as temporary:
@@ -59,12 +61,12 @@ def save_image(path: Path, image: Tensor) -> None:
 
 
 def save_grid(path: Path, x: Tensor, value_range: ValueRange = None, columns: int | None = None) -> None:
-    """Images [n, C, H, W] side by side."""
+    """Save images [n, C, H, W] as a grid, by default with as many columns as rows."""
     save_image(path, _grid(x, value_range, columns))
 
 
 def _grid(x: Tensor, value_range: ValueRange, columns: int | None = None) -> Tensor:
-    """Images as one, uint8 [3, H', W']; small ones are enlarged to at least 32 pixels by whole factors."""
+    """Arrange images in one, uint8 [3, H', W'], enlarging small ones by an integer factor to at least 32 pixels."""
     from torchvision.utils import make_grid
 
     factor = max(1, -(-32 // min(x.shape[-2:])))
@@ -72,9 +74,9 @@ def _grid(x: Tensor, value_range: ValueRange, columns: int | None = None) -> Ten
     return make_grid(large, nrow=columns or int(np.ceil(np.sqrt(len(x)))), padding=2, pad_value=128)
 
 
-@tidy
+@free_figures
 def save_scatter(path: Path, x: Tensor) -> None:
-    """A scatter plot of points [n, 2]."""
+    """Save a scatter plot of points [n, 2]."""
     figure = _figure(5, 5)
     axes = figure.add_subplot()
     axes.scatter(*x.detach().cpu().T.numpy(), s=4, alpha=0.5, linewidths=0)
@@ -83,22 +85,31 @@ def save_scatter(path: Path, x: Tensor) -> None:
 
 
 def save_samples(path: Path, x: Tensor, value_range: ValueRange = None) -> None:
-    """A grid of images or a scatter plot of points. ValueError for other shapes."""
+    """Save a grid of images [n, C, H, W] or a scatter plot of points [n, 2].
+
+    Raises:
+        ValueError: If samples of this shape cannot be drawn.
+    """
     if is_image(x.shape[1:]):
         save_grid(path, x, value_range)
     elif x.shape[1:] == (2,):
         save_scatter(path, x)
     else:
         raise ValueError(
-            f"no picture for samples of shape {tuple(x.shape[1:])}: "
-            "it takes images (1 or 3, H, W) or points (2,); write .npz or .pt"
+            f"x has samples of shape {tuple(x.shape[1:])}, but only images (1 or 3, H, W) and points (2,) can be drawn. Write "
+            "a .npz or .pt file."
         )
 
 
 def save_strip(path: Path, states: Tensor, value_range: ValueRange = None) -> None:
-    """One batch on its way down: states [points, n, C, H, W], a row for each sample, the last column its end.
+    """Save the trajectories of images as a strip with a row per sample, whose last column is the generated image.
 
-    Each column is scaled to the spread of the data, since the noise above is far larger than the picture.
+    Each column is scaled to the spread of the data, since the noise at high levels is far larger than the image.
+
+    Args:
+        path: PNG file.
+        states: States [points, n, C, H, W] from the highest level to the data.
+        value_range: Black and white.
     """
     end = states[-1].double().std()
     scaled = states.double() * (end / states.double().flatten(2).std(2).clamp(min=end))[..., None, None, None]
@@ -107,7 +118,14 @@ def save_strip(path: Path, states: Tensor, value_range: ValueRange = None) -> No
 
 
 def save_animation(path: Path, noisy: Tensor, denoised: Tensor, value_range: ValueRange = None) -> None:
-    """A GIF of images or points in the plane, [points, n, ...]: noisy states left, denoised ones right; the end stays."""
+    """Save an animated GIF of noisy states on the left and denoised ones on the right; the last frame stays for 2 s.
+
+    Args:
+        path: GIF file.
+        noisy: Images [points, n, C, H, W] or 2-D points [points, n, 2], from the highest level to the data.
+        denoised: Output of the denoiser for each state, of the same shape.
+        value_range: Black and white of images.
+    """
     from PIL import Image
 
     if is_image(noisy.shape[2:]):
@@ -123,7 +141,7 @@ def save_animation(path: Path, noisy: Tensor, denoised: Tensor, value_range: Val
         first.save(temporary, format="GIF", save_all=True, append_images=others, duration=duration, loop=0)
 
 
-@tidy
+@free_figures
 def _scatter_frames(noisy: Tensor, denoised: Tensor) -> list[np.ndarray]:
     low, high = (end.cpu().numpy() for end in (denoised[-1].amin(0), denoised[-1].amax(0)))
     low, high = low - (high - low) / 2, high + (high - low) / 2
@@ -145,11 +163,15 @@ def _pixels(figure: Any) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-@tidy
+@free_figures
 def save_field_lines(path: Path, states: Tensor, heights: Tensor, charges: Tensor) -> None:
-    """Field lines of 2-D data in the augmented space: states [points, n, 2] at `heights` [points, n], charges [m, 2] at 0.
+    """Save the field lines of 2-D data in the augmented space, inside a hemisphere of 2.5 times the radius of the charges.
 
-    Shown from where they enter a hemisphere of 2.5 times the radius of the charges.
+    Args:
+        path: PNG file.
+        states: Points [points, n, 2] of n lines, from the highest level to the data.
+        heights: Augmented coordinate r [points, n] of each.
+        charges: Data [m, 2], drawn at r = 0.
     """
     figure = _figure(7, 6)
     axes: Any = figure.add_subplot(projection="3d", computed_zorder=False)
@@ -167,11 +189,11 @@ def save_field_lines(path: Path, states: Tensor, heights: Tensor, charges: Tenso
     _save(figure, path)
 
 
-@tidy
+@free_figures
 def save_loss_curve(path: Path, log: Path) -> None:
-    """Training and validation loss over steps, from a run's metrics.csv; on a logarithmic scale unless one is negative.
+    """Save training and validation loss over steps, from the metrics.csv file `log` of a run.
 
-    A learned log-variance makes training losses negative.
+    The scale is logarithmic unless a loss is not positive; a learned log-variance makes training losses negative.
     """
     figure = _figure(6, 4)
     axes = figure.add_subplot()
