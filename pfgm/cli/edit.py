@@ -10,10 +10,10 @@ from torch import Tensor
 from pfgm.cli.arguments import check_device, parse_seeds, read_condition
 from pfgm.cli.outputs import (
     ARRAYS,
-    check_array_output,
-    check_other_file,
+    LATENTS,
+    SAMPLES,
+    STRIP,
     check_output,
-    check_strip,
     save_arrays,
     write_images,
     write_strip,
@@ -58,8 +58,7 @@ def encode(
     """
     flow = load(checkpoint, check_device(device), ema, trust)
     x = read_inputs(images, flow.shape, flow.value_range, "images").to(flow.mean.device)
-    check_array_output(out)
-    check_other_file(out, images, condition)
+    check_output(out, LATENTS, flow.shape, others=[images, condition])
     check_method(method)
     options: dict[str, Any] = {"labels": labels, "condition": read_condition(condition, flow), "method": method}
     options |= {"rtol": rtol, "atol": atol}
@@ -109,8 +108,7 @@ def decode(
     """
     flow = load(checkpoint, check_device(device), ema, trust)
     latent, stored = read_latents(latents, flow)
-    check_output(out, flow.shape)
-    check_other_file(out, latents, condition)
+    check_output(out, SAMPLES, flow.shape, others=[latents, condition])
     check_method(method)
     given: Any = stored if labels is None else labels
     c = read_condition(condition, flow)
@@ -161,8 +159,7 @@ def interpolate(
         raise ValueError(f"temperature = {temperature}: it is for random samples, not for images; leave it out")
     check_points(points)
     flow = load(checkpoint, check_device(device), ema, trust)
-    check_strip(out, flow.shape)
-    check_other_file(out, condition, *(images or []))
+    check_output(out, STRIP, flow.shape, others=[condition, *(images or [])])
     c, rows = read_condition(condition, flow), []
     if seeds is not None:
         pairs = seed_pairs(seeds=parse_seeds(seeds))
@@ -224,8 +221,7 @@ def vary(
     x = x if len(x) > 1 else x.expand(8 if n is None else n, *flow.shape)
     for one in levels:
         flow.check_level(one)
-    check_strip(out, flow.shape)
-    check_other_file(out, images, condition)
+    check_output(out, STRIP, flow.shape, others=[images, condition])
     c = read_condition(condition, flow)
     rows = [flow.vary(x, one, seed=seed, labels=labels, condition=c, preset=preset).x for one in levels]
     write_strip(out, torch.stack([x, *rows]), flow.value_range)

@@ -13,15 +13,16 @@ from pfgm.cli.arguments import check_device, chosen_pairs, in_turn, read_conditi
 from pfgm.cli.output_folder import SampleFolder, Share
 from pfgm.cli.outputs import (
     ARRAYS,
+    SAMPLE_FOLDER,
+    SAMPLES,
+    TRAJECTORY,
     check_columns,
-    check_folder,
-    check_other_file,
     check_output,
     check_writable,
     save_arrays,
     write_images,
 )
-from pfgm.cli.trajectories import check_trajectory, write_trajectory
+from pfgm.cli.trajectories import write_trajectory
 from pfgm.core.configurable import to_json
 from pfgm.evaluation import plots
 from pfgm.flow.conditioning import check_conditioning, check_labels
@@ -104,8 +105,8 @@ def draw(
         solver: how to follow the flow, see `solver_options`.
     """
     options = solver_options(**solver)
-    part = Share.found() if share is None else Share.parse(share)
-    place = check_device(device, part.local)
+    part = Share.from_environment() if share is None else Share.parse(share)
+    place = check_device(device, part.local_rank)
     flow = load(checkpoint, place, ema, trust)
     c = read_condition(condition, flow)
     pairs = chosen_pairs(n, seed, seeds, labels, c)
@@ -143,11 +144,11 @@ def draw_to_folder(
 ) -> None:
     """Draw what is missing of this process's share, and write each batch as it comes."""
     parts = []
-    with drawing.opened() as missing:
-        for number, samples in flow.batches(pairs, only=missing, progress=drawing.share.number == 0, **settings):
+    with drawing.lock() as missing:
+        for number, samples in flow.batches(pairs, only=missing, progress=drawing.share.rank == 0, **settings):
             drawing.write(drawing.rows(number), samples.x)
             parts.append(dataclasses.replace(samples, x=samples.x[:0], error=None))
-    here, new = (sum(len(drawing.rows(batch)) for batch in batches) for batches in (drawing.mine, missing))
+    here, new = (sum(len(drawing.rows(batch)) for batch in batches) for batches in (drawing.batches, missing))
     if new < here:
         print(f"{here - new} of {here} samples were there already")
     report(new, parts, settings["max_calls"], drawing.out)
@@ -185,8 +186,7 @@ def check_outputs(
 ) -> None:
     """ValueError or OSError unless samples of `shape` and their trajectory can be written; makes the folders."""
     check_columns(columns, out, shape)
-    check_other_file(out, *inputs)
-    if share.of > 1 and (out.suffix or trajectory is not None):
+    if share.count > 1 and (out.suffix or trajectory is not None):
         raise ValueError(
             f"share = {share}, out = {out}, trajectory = {trajectory}: several processes draw to a folder, and no trajectory"
         )
@@ -196,14 +196,8 @@ def check_outputs(
             "max_calls out, and give a file as out"
         )
     if trajectory is not None:
-        check_other_file(trajectory, *inputs, name="trajectory")
-        check_trajectory(trajectory, out, shape)
-    if out.suffix:
-        check_output(out, shape)
-    else:
-        check_folder(out)
-    if trajectory is not None:
-        check_writable(trajectory.parent, "trajectory", trajectory)
+        check_output(trajectory, TRAJECTORY, shape, name="trajectory", others=[*inputs, out])
+    check_output(out, SAMPLES if out.suffix else SAMPLE_FOLDER, shape, others=inputs)
 
 
 def report(n: int, parts: Sequence[Samples], max_calls: int | None, out: Path) -> None:
