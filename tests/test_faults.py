@@ -55,8 +55,8 @@ def test_seeds_that_are_none_are_named(text):
 
 def test_no_input_is_written_over_by_another_name(tmp_path):
     (tmp_path / "below").mkdir()
-    with pytest.raises(ValueError, match="is also read; choose another name"):
-        outputs.check_other_file(tmp_path / "below" / ".." / "a.npz", tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="another argument names this file too"):
+        outputs.check_output(tmp_path / "below" / ".." / "a.npz", outputs.LATENTS, (2,), others=[tmp_path / "a.npz"])
 
 
 def test_denoisers_return_the_shape_that_they_get():

@@ -11,10 +11,10 @@ from torch import Tensor
 from pfgm.cli.options import ConditionOptions, ModelOptions, parse_seeds, read_condition
 from pfgm.cli.outputs import (
     ARRAYS,
-    check_array_output,
-    check_other_file,
+    LATENTS,
+    SAMPLES,
+    STRIP,
     check_output,
-    check_strip,
     save_arrays,
     write_images,
     write_strip,
@@ -47,8 +47,7 @@ def encode(
     """
     flow = model.load(checkpoint)
     x = read_inputs(images, flow.shape, flow.summary.value_range, "images").to(flow.device)
-    check_array_output(out)
-    check_other_file(out, images, under.condition)
+    check_output(out, LATENTS, flow.shape, others=[images, under.condition])
     options: Any = {"labels": under.labels, "condition": read_condition(under.condition, flow), "config": _accurate(solver)}
     model.cast(flow)
     latent = flow.encode(x, **options)
@@ -84,8 +83,7 @@ def decode(
     """
     flow = model.load(checkpoint)
     latent, stored = read_latents(latents, flow)
-    check_output(out, flow.shape)
-    check_other_file(out, latents, under.condition)
+    check_output(out, SAMPLES, flow.shape, others=[latents, under.condition])
     labels: Any = stored if under.labels is None else under.labels
     config, condition = _accurate(solver), read_condition(under.condition, flow)
     model.cast(flow)
@@ -125,8 +123,7 @@ def interpolate(
         raise ValueError(f"temperature = {solver.temperature}: it is for random samples, not for images; leave it out")
     check_points(points)
     flow = model.load(checkpoint)
-    check_strip(out, flow.shape)
-    check_other_file(out, under.condition, *(images or []))
+    check_output(out, STRIP, flow.shape, others=[under.condition, *(images or [])])
     options: dict[str, Any] = {"labels": under.labels, "condition": read_condition(under.condition, flow)}
     if options["condition"] is not None and len(options["condition"]) != 1:
         raise ValueError(f"condition = {under.condition}: {len(options['condition'])} conditions; give one for all")
@@ -180,8 +177,7 @@ def vary(
     x = x if len(x) > 1 else x.expand(8 if n is None else n, *flow.shape)
     for one in levels:
         flow.check_level(one)
-    check_strip(out, flow.shape)
-    check_other_file(out, images, under.condition)
+    check_output(out, STRIP, flow.shape, others=[images, under.condition])
     options: Any = {"labels": under.labels, "condition": read_condition(under.condition, flow), "config": solver}
     model.cast(flow)
     rows = [flow.vary(x, one, seed=seed, **options).x for one in levels]

@@ -21,15 +21,16 @@ from pfgm.cli.options import (
 from pfgm.cli.output_folder import SampleFolder, Share
 from pfgm.cli.outputs import (
     ARRAYS,
+    SAMPLE_FOLDER,
+    SAMPLES,
+    TRAJECTORY,
     check_columns,
-    check_folder,
-    check_other_file,
     check_output,
     check_writable,
     save_arrays,
     write_images,
 )
-from pfgm.cli.trajectories import check_trajectory, write_trajectory
+from pfgm.cli.trajectories import write_trajectory
 from pfgm.core.configurable import to_json
 from pfgm.flow.conditioning import check_conditioning, check_labels
 from pfgm.flow.integrity import digest
@@ -79,8 +80,8 @@ def draw(
     Args:
         checkpoint: A .ckpt file written by training, a run folder, or a folder written by save_pretrained.
     """
-    share = Share.found() if output.share is None else Share.parse(output.share)
-    flow = model.load(checkpoint, share.local)
+    share = Share.from_environment() if output.share is None else Share.parse(output.share)
+    flow = model.load(checkpoint, share.local_rank)
     condition = read_condition(under.condition, flow)
     pairs = seeds.pairs(under.labels, condition)
     labels = check_labels(flow, repeat_in_turn("labels", under.labels, len(pairs)), len(pairs))
@@ -88,7 +89,7 @@ def draw(
         "condition": repeat_in_turn("condition", condition, len(pairs)),
         "guidance": guided.guidance,
         "guidance_interval": guided.guidance_interval,
-        "guide": guided.guide and model.load(guided.guide, share.local),
+        "guide": guided.guide and model.load(guided.guide, share.local_rank),
         "measurement": read_inpainting(guided.inpaint, guided.measurement_noise, flow),
     }
     bound = check_conditioning(flow, len(pairs), labels, conditioning)  # type: ignore[arg-type]
@@ -129,11 +130,11 @@ def _draw_to_file(flow: PoissonFlow, pairs: Pairs, output: OutputOptions, settin
 def _draw_to_folder(flow: PoissonFlow, folder: SampleFolder, pairs: Pairs, settings: dict[str, Any]) -> None:
     """Draw what is missing of this process's share, and write each batch when it is done."""
     parts = []
-    with folder.opened() as missing:
-        for number, samples in flow.sample_batches(pairs, only=missing, progress=folder.share.number == 0, **settings):
+    with folder.lock() as missing:
+        for number, samples in flow.sample_batches(pairs, only=missing, progress=folder.share.rank == 0, **settings):
             folder.write(folder.rows(number), samples.x)
             parts.append(dataclasses.replace(samples, x=samples.x[:0], error=None))
-    here, new = (sum(len(folder.rows(batch)) for batch in batches) for batches in (folder.mine, missing))
+    here, new = (sum(len(folder.rows(batch)) for batch in batches) for batches in (folder.batches, missing))
     if new < here:
         print(f"{here - new} of {here} samples were there already")
     report(new, parts, settings["max_calls"], folder.out)
@@ -195,8 +196,7 @@ def check_outputs(shape: Sequence[int], output: OutputOptions, inputs: Sequence[
     """Raise ValueError or OSError unless samples of `shape` and their trajectory can be written; make the folders."""
     out, trajectory = output.out, output.trajectory
     check_columns(output.columns, out, shape)
-    check_other_file(out, *inputs)
-    if share.of > 1 and (out.suffix or trajectory is not None):
+    if share.count > 1 and (out.suffix or trajectory is not None):
         raise ValueError(
             f"share = {share}, out = {out}, trajectory = {trajectory}: several processes draw to a folder, and no trajectory"
         )
@@ -206,14 +206,8 @@ def check_outputs(shape: Sequence[int], output: OutputOptions, inputs: Sequence[
             "file; leave max_calls out, and give a file as out"
         )
     if trajectory is not None:
-        check_other_file(trajectory, *inputs, name="trajectory")
-        check_trajectory(trajectory, out, shape)
-    if out.suffix:
-        check_output(out, shape)
-    else:
-        check_folder(out)
-    if trajectory is not None:
-        check_writable(trajectory.parent, "trajectory", trajectory)
+        check_output(trajectory, TRAJECTORY, shape, name="trajectory", others=[*inputs, out])
+    check_output(out, SAMPLES if out.suffix else SAMPLE_FOLDER, shape, others=inputs)
 
 
 def _check_pairs(pairs: Pairs, out: Path) -> None:

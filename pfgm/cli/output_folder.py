@@ -1,7 +1,7 @@
-"""Drawing to a folder: every sample in a file of its own, written batch by batch, by one process or several, and continued.
+"""Write samples to a folder, one file each, batch by batch, by one process or several, and continue where a run stopped.
 
-The samples are cut into batches by their place in the list alone. A batch is drawn if one of its files is missing, so that
-neither an interruption nor the number of processes changes what a sample's batch mates are.
+Batches depend only on the position of the samples in the list. A batch is generated again if one of its files is missing, so
+neither interruptions nor the number of processes change which samples share a batch.
 """
 
 import json
@@ -21,50 +21,63 @@ from pfgm.files.atomic import PARTIAL, atomic_write
 from pfgm.files.locking import lock_folder
 from pfgm.files.untrusted import read_text
 
-RECORD = "draw.json"
-"""The file in the folder that says how its samples were drawn."""
+RECORD = "draw.json"  # file in the folder with the settings of its samples
+
+# Variables in which torchrun and srun give a process its rank, the number of processes, and its rank on this machine. Batch
+# scripts are not tasks but see SLURM_NTASKS too; only srun sets the number of tasks of a step.
 RANKS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
-"""Where torchrun and srun tell a process its number, how many there are, and its number on this machine. A batch script is not
-one of the tasks of its job, SLURM_NTASKS, but srun alone counts those of a step."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """The part of one process: batches `number`, number + `of`, ..., from 0; `local` is its number on its machine."""
+    """Describe the part of one process: batches `rank`, `rank + count`, ...
 
-    number: int = 0
-    of: int = 1
-    local: int = 0
+    Args:
+        rank: Number of this process, from 0.
+        count: Number of processes.
+        local_rank: Number of this process on its machine, from 0.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
 
     @classmethod
     def parse(cls, text: str) -> "Share":
-        """ "2/4", the second of four. ValueError for anything else."""
-        number, slash, of = text.partition("/")
-        if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-            raise ValueError(f"share = {text!r}: give the number of this process and how many there are, such as 1/4 to 4/4")
-        return cls(int(number) - 1, int(of))
+        """Parse a share such as "2/4", the second of four processes; raise ValueError for other text."""
+        number, slash, count = text.partition("/")
+        if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise ValueError(f"share = {text!r} is not a process number and a number of processes. Use 1/4, ..., 4/4 for four.")
+        return cls(int(number) - 1, int(count))
 
     @classmethod
-    def found(cls) -> "Share":
-        """As torchrun or srun say, else all."""
+    def from_environment(cls) -> "Share":
+        """Read the share that torchrun or srun set, or return the whole; raise ValueError if the variables are inconsistent."""
         for names in RANKS:
-            told = [os.environ.get(name, "") for name in names]
-            if all(value.isdecimal() for value in told):
-                share = cls(*map(int, told))
-                if share.number >= share.of:
-                    raise ValueError(f"{names[0]} = {told[0]}, {names[1]} = {told[1]}: no number of a process; unset them")
+            values = [os.environ.get(name, "") for name in names]
+            if all(value.isdecimal() for value in values):
+                share = cls(*map(int, values))
+                if share.rank >= share.count:
+                    raise ValueError(f"{names[0]} = {values[0]} is not below {names[1]} = {values[1]}. Unset these variables.")
                 return share
         return cls()
 
     def __str__(self) -> str:
-        return f"{self.number + 1}/{self.of}"
+        return f"{self.rank + 1}/{self.count}"
 
 
 class SampleFolder:
-    """Samples of (seed, index) `pairs` of event `shape` as files of the folder `out`.
+    """Write samples as files of a folder: PNGs for images, .npy files for other samples, both in the user's units.
 
-    Images are PNGs, of which `value_range` is black and white, other samples .npy files, both in the user's units. `made` is
-    what makes the samples, as plain data; it is kept in draw.json, so that a folder holds samples of one kind.
+    Args:
+        out: Folder; it is created if needed.
+        pairs: Seed and index of each sample, which name its file.
+        shape: Shape of one sample.
+        value_range: Black and white of images.
+        settings: Settings that determine the samples, as JSON data. They are kept in draw.json, so that a folder holds samples
+            of one kind.
+        batch_size: Samples per batch.
+        share: Part of this process.
     """
 
     def __init__(
@@ -73,50 +86,52 @@ class SampleFolder:
         pairs: Sequence[tuple[int, int]],
         shape: Sequence[int],
         value_range: plots.ValueRange,
-        made: Mapping[str, Any],
+        settings: Mapping[str, Any],
         *,
         batch_size: int,
         share: Share = Share(),
     ):
-        self.out, self.value_range, self.made = out, value_range, json.loads(json.dumps(made))
+        self.out, self.value_range, self.settings = out, value_range, json.loads(json.dumps(settings))
         self.batch_size, self.share = batch_size, share
         self.image = plots.is_image(shape) and value_range is not None
         self.names = [f"{seed:06d}-{index:06d}" for seed, index in pairs]
 
     def path(self, i: int) -> Path:
-        """Of sample `i`."""
+        """Return the file of sample `i`."""
         return self.out / (self.names[i] + (".png" if self.image else ".npy"))
 
     @property
-    def mine(self) -> range:
-        """The batches of this process."""
-        return range(self.share.number, -(-len(self.names) // self.batch_size), self.share.of)
+    def batches(self) -> range:
+        """Numbers of the batches of this process."""
+        return range(self.share.rank, -(-len(self.names) // self.batch_size), self.share.count)
 
     def rows(self, batch: int) -> range:
-        """Its samples."""
+        """Return the numbers of the samples in a batch."""
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.names)))
 
     def missing(self) -> list[int]:
-        """The batches of this process that are not all there."""
-        there = {name for name in os.listdir(self.out)} if self.out.exists() else set()
-        return [batch for batch in self.mine if not all(self.path(i).name in there for i in self.rows(batch))]
+        """Return the batches of this process of which a file is missing."""
+        present = set(os.listdir(self.out)) if self.out.exists() else set()
+        return [batch for batch in self.batches if not all(self.path(i).name in present for i in self.rows(batch))]
 
     @contextmanager
-    def opened(self) -> Iterator[list[int]]:
-        """The missing batches, while no other process has this share.
+    def lock(self) -> Iterator[list[int]]:
+        """Lock this share of the folder and yield the batches that are missing.
 
-        ValueError if the folder holds samples that were made otherwise, FileExistsError if nothing says how they were made,
-        BlockingIOError if the share is being drawn, or others of another number of processes.
+        Raises:
+            ValueError: If the folder holds samples of other settings.
+            FileExistsError: If the folder holds some of these samples but no draw.json.
+            BlockingIOError: If another process has this share, or if processes of another number of shares are writing.
         """
-        with lock_folder(self.out, "out", f"-{self.share.number + 1}-of-{self.share.of}"):
+        with lock_folder(self.out, "out", f"-{self.share.rank + 1}-of-{self.share.count}"):
             with FileLock(self.out / ".lock-record"):
-                self._check_others()
-                self._check()
-                self._clear()
+                self._check_other_shares()
+                self._check_record()
+                self._clear_partial()
             yield self.missing()
 
     def write(self, rows: range, x: Tensor) -> None:
-        """The files of samples `x` [n, *shape], each as a whole."""
+        """Write samples `x` [n, *shape] with these numbers, each file atomically."""
         for i, sample in zip(rows, plots.to_bytes(x, self.value_range) if self.image else x.float().cpu(), strict=True):
             if self.image:
                 plots.save_image(self.path(i), sample)
@@ -124,42 +139,45 @@ class SampleFolder:
                 with atomic_write(self.path(i)) as temporary:
                     np.save(temporary, sample.numpy())
 
-    def _check_others(self) -> None:
+    def _check_other_shares(self) -> None:
         for path in self.out.glob(".lock-*-of-*"):
-            of = path.name.rpartition("-")[2]
+            count = path.name.rpartition("-")[2]
             try:
-                if of != str(self.share.of):
+                if count != str(self.share.count):
                     FileLock(path).acquire(timeout=0).lock.release()
             except Timeout:
                 raise BlockingIOError(
-                    f"out = {self.out} is being drawn by {of} processes, each its share; wait for them, or be one of {of}"
+                    f"out = {self.out} is being written by {count} processes, each its share. Wait for them, or use a share of "
+                    f"{count}."
                 ) from None
 
-    def _check(self) -> None:
+    def _check_record(self) -> None:
+        """Compare the settings with draw.json, or write it for a new folder."""
         record = self.out / RECORD
         if not record.exists():
-            taken = sum(self.path(i).exists() for i in range(len(self.names)))
-            if taken:
+            existing = sum(self.path(i).exists() for i in range(len(self.names)))
+            if existing:
                 raise FileExistsError(
-                    f"out = {self.out} holds {taken} of these samples, and no {RECORD} that says how they were made; give a "
-                    "new folder"
+                    f"out = {self.out} holds {existing} of these samples but no {RECORD} with their settings. Use a new folder."
                 )
             with atomic_write(record) as temporary:
-                temporary.write_text(json.dumps(self.made, indent=2) + "\n")
+                temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
             return
         try:
-            before = dict(json.loads(read_text(record, record)))
+            old, new = dict(json.loads(read_text(record, record))), self.settings
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{record} cannot be read ({type(error).__name__}); give a new folder") from error
-        changed = [name for name in sorted(before.keys() | self.made.keys()) if before.get(name) != self.made.get(name)]
+            raise ValueError(
+                f"out = {self.out}: {RECORD} cannot be read ({type(error).__name__}). Use a new folder."
+            ) from error
+        changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if changed:
-            told = "; ".join(f"{name}: {before.get(name)} -> {self.made.get(name)}" for name in changed)
-            raise ValueError(f"out = {self.out} holds samples that were made otherwise ({told}); give a new folder")
+            changes = "; ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed)
+            raise ValueError(f"out = {self.out} holds samples of other settings ({changes}). Use a new folder.")
 
-    def _clear(self) -> None:
-        """What a killed process of this share left unfinished."""
-        record = Path(RECORD).stem
-        own = (f"{PARTIAL}{record}-", *(f"{PARTIAL}{self.names[i]}-" for batch in self.mine for i in self.rows(batch)))
+    def _clear_partial(self) -> None:
+        """Remove unfinished files that a killed process of this share left."""
+        names = [Path(RECORD).stem, *(self.names[i] for batch in self.batches for i in self.rows(batch))]
+        prefixes = tuple(f"{PARTIAL}{name}-" for name in names)
         for path in self.out.glob(f"{PARTIAL}*"):
-            if path.name.startswith(own):
+            if path.name.startswith(prefixes):
                 path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Samples on disk, as pictures or arrays: what can be written is known before any work is done."""
+"""Check and write output files: which endings can hold which samples, and how samples become pictures or arrays."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,94 +12,86 @@ from pfgm.evaluation import plots
 from pfgm.files.atomic import atomic_write, save_torch
 
 ARRAYS = (".npz", ".pt")
+IMAGES, PICTURES, ANY = "images (1 or 3, H, W)", "images (1 or 3, H, W) and points (2,)", "samples of any shape"
+
+# The samples that each kind of output can hold, by its ending. "" is a folder with one file per sample.
+LATENTS = {".npz": ANY, ".pt": ANY}
+STRIP = {".png": IMAGES, **LATENTS}
+SAMPLES = {".png": PICTURES, **LATENTS, "": IMAGES}
+SAMPLE_FOLDER = {"": ANY}
+TRAJECTORY = {".png": PICTURES, ".gif": PICTURES, ".npz": ANY}
 
 
-def check_output(out: Path, shape: Sequence[int]) -> None:
-    """Make the folder of `out` and make sure that it can be written and can hold samples of `shape`.
+def check_output(
+    path: Path, endings: Mapping[str, str], shape: Sequence[int], *, name: str = "out", others: Sequence[Path | None] = ()
+) -> None:
+    """Check that samples can be written to `path`, and make its folder.
 
-    `out` is a file .png (grid or scatter plot), .npz or .pt, or a folder of separate PNGs. ValueError or OSError otherwise.
+    Args:
+        path: File or folder to write.
+        endings: What it can hold by its ending, such as `SAMPLES`.
+        shape: Shape of one sample.
+        name: Argument to name in errors.
+        others: Files of other arguments, which must not be the same.
+
+    Raises:
+        ValueError: If the ending is not supported, cannot hold these samples, or `path` names something else.
+        OSError: If the folder cannot be written.
     """
-    if out.suffix and out.suffix not in (".png", *ARRAYS):
-        raise ValueError(
-            f"out = {out}: the ending {out.suffix!r} is unknown; use .png, .npz, .pt, or a folder for separate PNGs"
-        )
-    points = tuple(shape) == (2,) and out.suffix
-    if out.suffix not in ARRAYS and not (plots.is_image(shape) or points):
-        raise ValueError(f"out = {out}: samples of shape {tuple(shape)} are no images; use a file ending in .npz or .pt")
-    if (out.suffix and out.is_dir()) or (not out.suffix and out.is_file()):
-        raise ValueError(f"out = {out} is a {'folder' if out.is_dir() else 'file'}; choose another name")
-    check_writable(out.parent if out.suffix else out, "out", out)
-
-
-def check_folder(out: Path) -> None:
-    """Make the folder `out`. ValueError or OSError if it is a file, or cannot be written."""
-    if out.is_file():
-        raise ValueError(f"out = {out} is a file; choose another name")
-    check_writable(out, "out", out)
+    ending = path.suffix or "a folder"
+    if path.suffix not in endings:
+        supported = ", ".join(other or "a folder" for other in endings)
+        raise ValueError(f"{name} = {path}: {ending} is not supported here. Use one of {supported}.")
+    content = endings[path.suffix]
+    if content != ANY and not (plots.is_image(shape) or (content == PICTURES and tuple(shape) == (2,))):
+        arrays = " or ".join(other for other in endings if endings[other] == ANY)
+        raise ValueError(f"{name} = {path}: {ending} holds only {content}, not samples of shape {tuple(shape)}. Use {arrays}.")
+    if path.is_dir() if path.suffix else path.is_file():
+        raise ValueError(f"{name} = {path} is a {'folder' if path.suffix else 'file'}. Choose another name.")
+    if any(other is not None and other.resolve() == path.resolve() for other in others):
+        raise ValueError(f"{name} = {path}: another argument names this file too. Choose another name.")
+    check_writable(path.parent if path.suffix else path, name, path)
 
 
 def check_writable(folder: Path, name: str, path: Path) -> None:
-    """Make `folder`. OSError that names the argument `name` and its `path` if it cannot be written."""
+    """Make `folder`; raise OSError that calls `path` by the argument `name` if files cannot be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(f"{name} = {path} cannot be written: {error.strerror}; choose another folder") from error
-
-
-def check_other_file(path: Path, *inputs: Path | None, name: str = "out") -> None:
-    """ValueError, which calls `path` by `name`, if it is one of the `inputs`."""
-    if any(one is not None and one.resolve() == path.resolve() for one in inputs):
-        raise ValueError(f"{name} = {path} is also read; choose another name")
+        raise OSError(f"{name} = {path} cannot be written: {error.strerror}. Choose another folder.") from error
 
 
 def check_columns(columns: int | None, out: Path, shape: Sequence[int]) -> None:
-    """ValueError unless `columns` is None, or `out` a grid of images that can have so many."""
+    """Raise ValueError if `columns` is given for anything but a grid of images, or is not positive."""
     if columns is not None and (columns < 1 or out.suffix != ".png" or not plots.is_image(shape)):
-        raise ValueError(f"columns = {columns}, out = {out}: only a .png of images has columns, one at least; leave it out")
+        raise ValueError(f"columns = {columns}, out = {out}: only a .png of images has columns, at least one. Leave it out.")
 
 
-def check_array_output(out: Path) -> None:
-    """ValueError or OSError unless `out` is an .npz or .pt file that can be written."""
-    if out.suffix not in ARRAYS or out.is_dir():
-        raise ValueError(f"out = {out}: give a file ending in {' or '.join(ARRAYS)}")
-    check_writable(out.parent, "out", out)
-
-
-def check_strip(out: Path, shape: Sequence[int]) -> None:
-    """ValueError or OSError unless `out` is an array file, or a .png if samples of `shape` are images, that can be written."""
-    if out.suffix not in (".png", *ARRAYS) or out.is_dir():
-        raise ValueError(f"out = {out}: give a file ending in .png, .npz or .pt")
-    if out.suffix == ".png" and not plots.is_image(shape):
-        raise ValueError(f"out = {out}: samples of shape {tuple(shape)} are no images; use a file ending in .npz or .pt")
-    check_writable(out.parent, "out", out)
-
-
-def save_arrays(out: Path, arrays: dict[str, Tensor]) -> None:
-    """Tensors by name as an .npz or .pt file."""
-    here = {name: tensor.detach().cpu().contiguous() for name, tensor in arrays.items()}
+def save_arrays(out: Path, arrays: Mapping[str, Tensor]) -> None:
+    """Write named tensors to an .npz or .pt file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in arrays.items()}
     with atomic_write(out) as temporary:
         if out.suffix == ".pt":
-            save_torch(temporary, here)
+            save_torch(temporary, tensors)
         else:
-            numbers: dict[str, Any] = {name: tensor.numpy() for name, tensor in here.items()}
-            np.savez(temporary, **numbers)
+            numpy_arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+            np.savez(temporary, **numpy_arrays)
 
 
 def write_images(out: Path, x: Tensor, names: Sequence[str], value_range: plots.ValueRange, columns: int | None = None) -> None:
-    """Samples `x` [n, ...] as one .png, a grid or scatter plot, or in a folder of PNGs with the given names."""
+    """Write samples [n, ...] to one .png, a grid or scatter plot, or to a folder of PNG files with these names."""
     if columns is not None:
         plots.save_grid(out, x, value_range, columns)
-        return
-    if out.suffix == ".png":
+    elif out.suffix == ".png":
         plots.save_samples(out, x, value_range)
-        return
-    for name, image in zip(names, plots.to_bytes(x, value_range), strict=True):
-        plots.save_image(out / f"{name}.png", image)
+    else:
+        for name, image in zip(names, plots.to_bytes(x, value_range), strict=True):
+            plots.save_image(out / f"{name}.png", image)
 
 
 def write_strip(out: Path, x: Tensor, value_range: plots.ValueRange) -> None:
-    """Samples [rows, columns, *shape] as a picture or, as "x", in an array file; see `check_strip`."""
+    """Write samples [rows, columns, *shape] to a picture with these rows and columns, or as "x" to an array file."""
     if out.suffix in ARRAYS:
         save_arrays(out, {"x": x})
     else:

@@ -1,4 +1,4 @@
-"""The way of samples from the hemisphere down to the data, on disk: a picture, an animation or arrays, by the file's ending."""
+"""Write trajectories of samples from the hemisphere to the data: a picture, an animation or arrays, by the file's ending."""
 
 import math
 from collections.abc import Sequence
@@ -15,24 +15,8 @@ from pfgm.files.atomic import atomic_write
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.sampling.sampler import Trajectory
 
-ENDINGS = (".png", ".gif", ".npz")
-POINTS = {"strip": 12, "lines": 120, "film": 48, "cloud": 48, "arrays": 48}
-MOST = {"strip": 8, "lines": 200, "film": 64, "cloud": 1000}
-"""Points of the way, and how many samples are shown at most, by what is made of images and points."""
-
-
-def check_trajectory(path: Path, out: Path, shape: Sequence[int]) -> None:
-    """ValueError unless `path` is a .png, .gif or .npz of its own, for samples of a `shape` whose way can be shown so."""
-    if path.suffix not in ENDINGS:
-        raise ValueError(f"trajectory = {path}: give a name that ends in {', '.join(ENDINGS)}")
-    if path.suffix != ".npz" and not (plots.is_image(shape) or tuple(shape) == (2,)):
-        raise ValueError(
-            f"trajectory = {path}: only images (1 or 3, H, W) and points (2,) can be shown, not {tuple(shape)}; use .npz"
-        )
-    if path.is_dir():
-        raise ValueError(f"trajectory = {path} is a folder; choose another name")
-    if path.absolute() == out.absolute():
-        raise ValueError(f"trajectory = {path} is also out; give two names")
+# By ending, for images and for 2-D points: points per trajectory, and how many samples are shown at most.
+SIZES = {".png": ((12, 8), (120, 200)), ".gif": ((48, 64), (48, 1000))}
 
 
 def write_trajectory(
@@ -42,38 +26,46 @@ def write_trajectory(
     x: Tensor,
     settings: dict[str, Any],
 ) -> None:
-    """The way of the first (seed, index) `pairs`, drawn again with `options` under what is `given`; `samples` are their ends.
+    """Compute the trajectories of the first samples again and write them.
 
-    .png: a strip of 8 images, or field lines of 2-D data above all samples; .gif: noisy and denoised states, side
-    by side; .npz: both for all samples, "x" and "denoised" [points, n, *shape], at "sigma" [points, n], in the user's units.
+    A .png is a strip of images, or shows field lines of 2-D data above all samples. A .gif shows noisy and denoised states side
+    by side. An .npz has both for all samples, "x" and "denoised" [points, n, *shape] at "sigma" [points, n], in the user's
+    units.
+
+    Args:
+        path: File to write.
+        flow: Flow that generated the samples.
+        pairs: Seed and index of each sample.
+        x: Samples that were generated, the ends of the trajectories.
+        settings: Keyword arguments of `PoissonFlow.sample` that generated them.
     """
-    image, film, cloud = plots.is_image(flow.shape), ("strip", "film"), ("lines", "cloud")
-    kind = "arrays" if path.suffix == ".npz" else (film if image else cloud)[path.suffix == ".gif"]
-    few = pairs[: MOST.get(kind, len(pairs))]
-    own = {name: _first(value, len(few), len(pairs)) for name, value in settings.items()}
-    way = flow.trajectory(few, POINTS[kind], **own)
-    if kind == "arrays":
+    image = plots.is_image(flow.shape)
+    points, most = SIZES[path.suffix][0 if image else 1] if path.suffix in SIZES else (48, len(pairs))
+    shown = pairs[:most]
+    per_sample = {name: _first(value, len(shown), len(pairs)) for name, value in settings.items()}
+    trajectory = flow.trajectory(shown, points, **per_sample)
+    denoised, sigma = trajectory.denoised, trajectory.sigma
+    if path.suffix == ".npz":
         with atomic_write(path) as temporary:
-            np.savez(temporary, x=way.x.cpu(), denoised=way.denoised.cpu(), sigma=way.sigma.cpu(), seeds=np.array(few))
+            np.savez(temporary, x=trajectory.x.cpu(), denoised=denoised.cpu(), sigma=sigma.cpu(), seeds=np.array(shown))
     elif path.suffix == ".gif":
-        plots.save_animation(path, _rescaled(flow, way), way.denoised, flow.summary.value_range)
+        plots.save_animation(path, rescale(flow, trajectory), denoised, flow.summary.value_range)
     else:
-        states = torch.cat([way.x, x[None, : len(few)].double()])
-        if kind == "strip":
+        states = torch.cat([trajectory.x, x[None, : len(shown)].double()])
+        if image:
             plots.save_strip(path, states, flow.summary.value_range)
         else:
-            r = torch.cat([way.sigma, torch.zeros_like(way.sigma[:1])]) * math.sqrt(min(flow.kernel.D, 1e6))
+            r = torch.cat([sigma, torch.zeros_like(sigma[:1])]) * math.sqrt(min(flow.kernel.D, 1e6))
             plots.save_field_lines(path, states, r, x)
 
 
-def _first(value: Any, few: int, all_: int) -> Any:
-    """What belongs to the first samples, if there is one for each."""
-    return value[:few] if isinstance(value, (list, Tensor)) and len(value) == all_ else value
+def _first(value: Any, n: int, total: int) -> Any:
+    """Keep the first `n` of a value that has one entry for each of `total` samples."""
+    return value[:n] if isinstance(value, (list, Tensor)) and len(value) == total else value
 
 
-def _rescaled(flow: PoissonFlow, way: Trajectory) -> Tensor:
-    """The noisy states about the data's mean, with the spread of the data at every level: in angle coordinates."""
-    summary = flow.summary
-    mean = summary.mean.to(way.x) * summary.scale
-    level, s = way.level, summary.sigma_data * summary.scale
-    return mean + (way.x - mean) * expand(s / (level.square() + s**2).sqrt(), way.x)
+def rescale(flow: PoissonFlow, trajectory: Trajectory) -> Tensor:
+    """Scale noisy states about the mean of the data to the spread of the data at every level, as in angle coordinates."""
+    mean = flow.summary.mean.to(trajectory.x) * flow.summary.scale
+    level, s = trajectory.level, flow.summary.sigma_data * flow.summary.scale
+    return mean + (trajectory.x - mean) * expand(s / (level.square() + s**2).sqrt(), trajectory.x)

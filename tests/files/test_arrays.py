@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pfgm.cli.arguments import read_mask
+from pfgm.cli.options import read_mask
 from pfgm.files.arrays import check_values, load_arrays, raw_arrays, read_inputs, read_samples
 
 

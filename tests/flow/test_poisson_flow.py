@@ -16,7 +16,7 @@ from PIL import Image
 import pfgm
 import pfgm.sampling.sampler
 from pfgm.cli import main
-from pfgm.cli.trajectories import _rescaled
+from pfgm.cli.trajectories import rescale
 from pfgm.core.configurable import build
 from pfgm.flow import checkpoints
 from pfgm.nn.preconditioning import PreconditionedDenoiser
@@ -252,7 +252,7 @@ def test_a_trajectory_is_shown_with_the_spread_of_the_data_about_their_mean():
     flow = make_flow(D=1, shape=(1, 16, 16), scale=3.0)
     for options in ({}, {"method": "euler", "steps": 3, "s_churn": 1.0}):
         way = flow.trajectory(seed_pairs(40), 4, **options)
-        start = (_rescaled(flow, way)[0] / 3 - flow.summary.mean).flatten(1)
+        start = (rescale(flow, way)[0] / 3 - flow.summary.mean).flatten(1)
         assert start.square().mean(1).sqrt().numpy() == pytest.approx(0.5, rel=0.5 if options else 0.03)
         assert float(start.square().mean(1).sqrt().median()) == pytest.approx(0.5, rel=0.02)
 
@@ -352,7 +352,7 @@ def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys
         (["--seeds=5-1"], "seeds = '5-1'"),
         (["--seeds=1,1", "--out=folder"], "given twice"),
         (["--preset=fast", "--steps=3"], "Leave out either preset or steps"),
-        (["--trajectory=samples.png"], "give two names"),
+        (["--trajectory=samples.png"], "another argument names this file"),
         (["--out=new/x.png", "--method=foo"], "method = 'foo'"),
         (["--labels=[5]"], "labels = 5: this model was trained without labels"),
         (["--method=rk45"], "method = 'rk45'"),
