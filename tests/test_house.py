@@ -1,6 +1,7 @@
 """The order of the house: a room imports only from the rooms before it, and only some may import Lightning."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,12 @@ def test_lightning_stays_where_it_belongs(path):
         return
     names = [name for name in imported_modules(path) if name.split(".")[0] in ("pytorch_lightning", "lightning_fabric")]
     assert not names, f"{place} imports {names}"
+
+
+def test_every_folder_is_a_room_with_an_introduction_and_is_installed():
+    folders = {path.parent.name for path in PACKAGE.glob("*/*.py")}
+    assert folders == set(ROOMS)
+    for room in ROOMS:
+        assert ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())), room
+    packages = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert set(packages) == {"pfgm", "pfgm.configs", *(f"pfgm.{room}" for room in ROOMS)}

@@ -16,9 +16,8 @@ from pathlib import Path
 from benchmarks.faulty.forks import forks
 from pfgm.core.exits import LOST
 from pfgm.files.atomic import PARTIAL
-from pfgm.flow.checkpoints import CheckpointError, read_checkpoint
+from pfgm.flow.checkpoints import CheckpointError, checkpoint_path, read_checkpoint
 from pfgm.flow.integrity import digest
-from pfgm.training.run_directory import checkpoint_path
 
 ROOT = Path(__file__).parent.parent.parent
 COMMON = [

@@ -108,7 +108,7 @@ class TrainCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except TypeError as error:
-            raise ValueError(f"trainer: {error}; see train.py fit --help") from error
+            raise ValueError(f"trainer: {error}; see pfgm fit --help") from error
 
     def fit(self, model: PFGM, datamodule: DataModule) -> None:
         """Resume if the run has a checkpoint, else start, from `--init_from` if given."""
@@ -139,7 +139,7 @@ class TrainCLI(LightningCLI):
 
     def test(self, model: PFGM, datamodule: DataModule) -> None:
         """Evaluate the newest checkpoint of the run."""
-        last = run_directory.checkpoint_path(self._get(self.config, "run_dir"))
+        last = checkpoints.checkpoint_path(self._get(self.config, "run_dir"))
         if not last.exists():
             raise FileNotFoundError(f"run_dir = {last.parent.parent} has no checkpoint to test; run fit first")
         check_same_run(checkpoints.read_checkpoint(last), model, datamodule, last.parent.parent)
@@ -185,8 +185,8 @@ def _extra_channels(loss: Loss | None) -> int:
     return (loss or DenoisingLoss()).extra_channels
 
 
-def main(args: list[str] | None = None) -> TrainCLI:
-    """Run `fit` or `test`; with `args` in Python, where errors are raised as they are."""
+def main(args: list[str] | None = None, program: str = "train.py") -> TrainCLI:
+    """Run `fit` or `test`; with `args` in Python, where errors are raised as they are. Help calls it `program`."""
     return TrainCLI(
         PFGM,
         DataModule,
@@ -198,6 +198,7 @@ def main(args: list[str] | None = None) -> TrainCLI:
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
+            "prog": program,
             "description": f"Train and test a Poisson flow. Further commands: {', '.join(COMMANDS)} (each with --help).",
             "exit_on_error": False,
             "parser_mode": PARSER_MODE,
@@ -225,7 +226,7 @@ def command(words: list[str], program: str = "train.py") -> None:
     sys.argv[1:] = words  # where Lightning looks, also for the processes that it starts
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # Lightning 2.6 on newer torch; no user can help it
     try:
-        main()
+        main(program=program.split()[0])
     except Stopped as stop:
         print(f"{program}: {stop}", file=sys.stderr)
         _leave()

@@ -50,7 +50,7 @@ def check_format(checkpoint: Mapping[str, Any], path: object = "the checkpoint")
         raise CheckpointError(f"{path} has format {found!r}, this version reads {READABLE}; install the version that wrote it")
 
 
-def run_checkpoint(run_dir: str | Path, name: str = LAST) -> Path:
+def checkpoint_path(run_dir: str | Path, name: str = LAST) -> Path:
     """Return the path of a checkpoint of a run, by default of the newest."""
     return Path(run_dir) / "checkpoints" / name
 

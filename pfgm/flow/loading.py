@@ -27,7 +27,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True,
         CheckpointError: If the file is damaged or of another format, or if weights and network do not match.
         ValueError: If a class is outside the trusted modules.
     """
-    last = checkpoints.run_checkpoint(path)
+    last = checkpoints.checkpoint_path(path)
     path = last if last.is_file() else Path(path)
     if path.is_dir():
         if not ema:

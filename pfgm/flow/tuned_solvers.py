@@ -10,7 +10,7 @@ from torch import Tensor
 from pfgm.core.arguments import checked
 from pfgm.files.atomic import atomic_write
 from pfgm.files.untrusted import read_text
-from pfgm.flow.checkpoints import run_checkpoint
+from pfgm.flow.checkpoints import checkpoint_path
 from pfgm.flow.integrity import digest
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.sampling.coordinates import Angle
@@ -64,7 +64,7 @@ def optimize_grid(flow: PoissonFlow, steps: int, n: int = 64, condition: Tensor 
 
 def grid_file(checkpoint: Path) -> Path:
     """Return the file that keeps the grids of a checkpoint, a run folder or an export."""
-    last = run_checkpoint(checkpoint)
+    last = checkpoint_path(checkpoint)
     checkpoint = last if last.is_file() else checkpoint
     return checkpoint / "grids.json" if checkpoint.is_dir() else checkpoint.with_suffix(".grids.json")
 

@@ -12,9 +12,8 @@ from pytorch_lightning.callbacks import Checkpoint
 from pfgm.core import exits
 from pfgm.core.arguments import checked
 from pfgm.flow import checkpoints
-from pfgm.flow.checkpoints import LAST, PREVIOUS
+from pfgm.flow.checkpoints import LAST, PREVIOUS, checkpoint_path
 from pfgm.training.module import PFGM
-from pfgm.training.run_directory import checkpoint_path
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # requests to save and stop; Windows has no SIGUSR1
 

@@ -10,17 +10,12 @@ from pfgm.core.configurable import with_defaults
 from pfgm.data.datamodule import DataModule
 from pfgm.files.atomic import clear_partial
 from pfgm.flow import checkpoints
-from pfgm.flow.checkpoints import LAST, PREVIOUS, CheckpointError, DamagedCheckpointError, read_checkpoint
+from pfgm.flow.checkpoints import LAST, PREVIOUS, CheckpointError, DamagedCheckpointError, checkpoint_path, read_checkpoint
 from pfgm.flow.loading import load
 from pfgm.training.module import PFGM
 
 DAMAGED = "damaged.ckpt"  # new name of a last checkpoint that cannot be read
 RUN_FILES = ("config.yaml", "metrics.csv", "loss.png", "grids", "averages", "checkpoints")
-
-
-def checkpoint_path(run_dir: str | Path, name: str = LAST) -> Path:
-    """Return the path of a checkpoint of a run, by default the last."""
-    return Path(run_dir) / "checkpoints" / name
 
 
 def remove_partial_files(run_dir: str | Path) -> None:

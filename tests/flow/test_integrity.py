@@ -6,7 +6,6 @@ import torch
 from benchmarks.faulty import damage
 from pfgm.flow import checkpoints
 from pfgm.flow.integrity import DamagedError, verify_digest
-from pfgm.training import run_directory
 
 
 def test_a_flipped_bit_anywhere_in_a_large_file_is_detected(tmp_path):
@@ -22,5 +21,5 @@ def test_a_flipped_bit_anywhere_in_a_large_file_is_detected(tmp_path):
 
 
 def test_loading_names_a_checkpoint_with_any_flipped_bit(run, tmp_path):
-    counts = damage.trial(run_directory.checkpoint_path(run), tmp_path, tries=60, seed=2)
+    counts = damage.trial(checkpoints.checkpoint_path(run), tmp_path, tries=60, seed=2)
     assert counts == {"tried": 60, "named": 60}

@@ -195,14 +195,14 @@ def test_labels_reach_the_denoiser():
     [
         ({}, "either a number"),
         ({"n": 2, "seeds": [1]}, "either"),
-        ({"n": -1}, "n has the value -1"),
-        ({"n": 1, "seed": -2}, "seed has"),
-        ({"n": 0, "seed": -2}, "seed has"),
+        ({"n": -1}, "n = -1: expected"),
+        ({"n": 1, "seed": -2}, "seed = -2: expected"),
+        ({"n": 0, "seed": -2}, "seed = -2: expected"),
         ({"seeds": [1, -3]}, "-3"),
         ({"seeds": [1], "seed": 2}, "either"),
-        ({"n": 2.5}, r"n has the value 2\.5; give whole numbers"),
-        ({"seeds": [1.5]}, "whole numbers"),
-        ({"n": 1, "seed": 2**32}, r"below 2\^32"),
+        ({"n": 2.5}, r"n = 2\.5: expected an integer"),
+        ({"seeds": [1.5]}, r"seeds = 1\.5: expected"),
+        ({"n": 1, "seed": 2**32}, r"seed = 4294967296: .* to 2\^32 - 1"),
     ],
 )
 def test_invalid_numbers_and_seeds_are_named(arguments, message):

@@ -16,7 +16,6 @@ import pfgm
 from benchmarks.faulty import kills
 from pfgm.cli import train
 from pfgm.flow import checkpoints
-from pfgm.training import run_directory
 from pfgm.training.checkpointing import LastCheckpoint, Stopped
 from pfgm.training.module import PFGM
 from pfgm.training.nonfinite import NonFiniteLoss
@@ -34,7 +33,7 @@ def test_signals_save_the_step_in_progress_and_set_the_exit_code(number, tmp_pat
     os.kill(process.pid, number)
     process.join(30)
     assert process.exitcode == 128 + number
-    assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == kills.reached(tmp_path) >= 20
+    assert checkpoints.read_checkpoint(checkpoints.checkpoint_path(tmp_path))["global_step"] == kills.reached(tmp_path) >= 20
     assert not list(tmp_path.glob(".owner"))
 
 
@@ -56,7 +55,7 @@ def test_saving_waits_for_a_finite_step(tmp_path, monkeypatch):
     def bad(self, batch, stream):
         if self.global_step == 12 and stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        seen.append(checkpoints.read_checkpoint(run_directory.checkpoint_path(run))["global_step"])
+        seen.append(checkpoints.read_checkpoint(checkpoints.checkpoint_path(run))["global_step"])
         return whole(self, batch, stream) * (torch.nan if 8 <= batch.step < 13 else 1)
 
     monkeypatch.setattr(PFGM, "_loss", bad)
@@ -85,7 +84,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(LastCheckpoint, "on_train_batch_start", ruin)
     with pytest.raises(NonFiniteLoss, match="weights are not finite any more at step 7"):
         train.main([*kills.command(tmp_path, "denoising", 20), "--checkpoint.every_n_steps=1"])
-    assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 6
+    assert checkpoints.read_checkpoint(checkpoints.checkpoint_path(tmp_path))["global_step"] == 6
 
 
 @pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
@@ -117,7 +116,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path, monkeypatch, capsy
         train.run()
     assert after == [3]
     assert "stopped by SIGINT; files are whole" in capsys.readouterr().err
-    assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 0
+    assert checkpoints.read_checkpoint(checkpoints.checkpoint_path(tmp_path))["global_step"] == 0
 
 
 def test_an_ignored_signal_does_not_stop_a_run(tmp_path, monkeypatch):
@@ -128,13 +127,13 @@ def test_an_ignored_signal_does_not_stop_a_run(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert after == [3, 3]
-    assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 8
+    assert checkpoints.read_checkpoint(checkpoints.checkpoint_path(tmp_path))["global_step"] == 8
 
 
 def test_a_run_in_a_thread_installs_no_signal_handlers(tmp_path):
     with ThreadPoolExecutor() as pool:
         pool.submit(train.main, kills.command(tmp_path, "denoising", 8)).result()
-    assert checkpoints.read_checkpoint(run_directory.checkpoint_path(tmp_path))["global_step"] == 8
+    assert checkpoints.read_checkpoint(checkpoints.checkpoint_path(tmp_path))["global_step"] == 8
 
 
 def test_only_the_first_rank_exits_with_the_code_of_the_signal():
@@ -168,7 +167,7 @@ def test_only_an_interrupted_validation_is_repeated(tmp_path, monkeypatch):
 
 def test_a_full_disk_leaves_the_old_checkpoint(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    path = run_directory.checkpoint_path(tmp_path / "run")
+    path = checkpoints.checkpoint_path(tmp_path / "run")
     names, before = sorted(path.parent.iterdir()), path.read_bytes()
     with (
         full_disk(20_000),

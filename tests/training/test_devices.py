@@ -64,7 +64,7 @@ def test_a_signal_during_the_ranks_decision_counts_at_the_next_one():
 def test_the_process_group_is_destroyed_when_the_run_ends(stopped, tmp_path, monkeypatch):
     """gloo sometimes aborts if it outlives the interpreter."""
 
-    def main():
+    def main(**_):
         torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
         if stopped:
             raise Stopped(signal.SIGTERM, 3, 143)
@@ -78,7 +78,7 @@ def test_the_process_group_is_destroyed_when_the_run_ends(stopped, tmp_path, mon
 
 @pytest.mark.parametrize("text", ["[gloo/transport/tcp/pair.cc:545] Connection reset by peer", "CUDA error"])
 def test_a_lost_process_is_distinguished_from_other_errors(text, tmp_path, monkeypatch):
-    def main():
+    def main(**_):
         raise RuntimeError(text)
 
     monkeypatch.setattr(train, "main", main)
@@ -99,7 +99,7 @@ def test_a_lost_process_is_distinguished_from_other_errors(text, tmp_path, monke
 
 @pytest.mark.process
 def test_a_missing_rank_raises_lost_process(monkeypatch):
-    def main():
+    def main(**_):
         nobody = "tcp://127.0.0.1:9"
         torch.distributed.init_process_group("gloo", nobody, timedelta(seconds=1), rank=1, world_size=2)
 
@@ -147,7 +147,7 @@ def test_a_nonfinite_step_on_one_rank_is_skipped_by_all(monkeypatch):
 
 @pytest.mark.parametrize("devices", ["-1", "two", "1.5", "0", "[0,1,2]", "99"])
 def test_invalid_devices_raise(devices, tmp_path):
-    for command in ("fit", "predict"):
+    for command in ("fit", "test"):
         with pytest.raises(ValueError, match=r"trainer\.devices = .*; give a number from 1 to"):
             train.main([command, *kills.command(tmp_path, "denoising", 5)[1:], f"--trainer.devices={devices}"])
 

@@ -15,6 +15,7 @@ from pfgm.core import rng
 from pfgm.data import DataModule
 from pfgm.data.batches import Batch, SampleSet, TrainingStream
 from pfgm.data.degradations import AddNoise
+from pfgm.flow.checkpoints import checkpoint_path
 from pfgm.nn import TimeMLP
 from pfgm.theory.field import normalized_field, poisson_field, posterior_mean
 from pfgm.theory.kernel import StudentTKernel
@@ -23,7 +24,6 @@ from pfgm.training.ema import EMA, PowerAverages
 from pfgm.training.module import PFGM
 from pfgm.training.noise import PoissonFlowNoise
 from pfgm.training.nonfinite import NonFiniteLoss, SkippedSteps
-from pfgm.training.run_directory import checkpoint_path
 from tests.helpers import OBJECTIVES, digits, model, train_steps
 
 

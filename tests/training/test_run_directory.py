@@ -53,7 +53,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("harm", damage.HARMS)
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_resumed(harm, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
-    path = run_directory.checkpoint_path(tmp_path / "run")
+    path = checkpoints.checkpoint_path(tmp_path / "run")
     damage.HARMS[harm](path, random.Random(1))
     with pytest.raises(checkpoints.DamagedCheckpointError, match=r"last\.ckpt .*such as .*previous\.ckpt"):
         pfgm.load(path)
@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_resumed(harm, run, t
 def test_a_run_with_two_damaged_checkpoints_is_left_alone(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     for name in ("last.ckpt", "previous.ckpt"):
-        damage.empty(run_directory.checkpoint_path(tmp_path / "run", name), random.Random(1))
+        damage.empty(checkpoints.checkpoint_path(tmp_path / "run", name), random.Random(1))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(
         checkpoints.CheckpointError, match=r"run cannot be resumed: .*last\.ckpt is empty.*previous\.ckpt is empty"
@@ -81,7 +81,7 @@ def test_a_run_with_two_damaged_checkpoints_is_left_alone(run, tmp_path):
 
 def test_a_run_without_its_last_checkpoint_resumes_from_the_previous_one(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    run_directory.checkpoint_path(tmp_path / "run").unlink()
+    checkpoints.checkpoint_path(tmp_path / "run").unlink()
     train.main(kills.command(tmp_path / "run", "denoising", 10))
     assert kills.fingerprint(tmp_path / "run") == kills.fingerprint(run)
 
@@ -97,7 +97,7 @@ def test_an_unreadable_checkpoint_is_not_renamed(run, tmp_path, monkeypatch):
             patch.setattr(checkpoints, "load_torch", fail)
             with pytest.raises(type(error)):
                 train.main(kills.command(tmp_path / "run", "denoising", 12))
-    assert not run_directory.checkpoint_path(tmp_path / "run", "damaged.ckpt").exists()
+    assert not checkpoints.checkpoint_path(tmp_path / "run", "damaged.ckpt").exists()
     train.main(kills.command(tmp_path / "run", "denoising", 10))
 
 
@@ -110,7 +110,7 @@ def test_an_unreadable_checkpoint_is_not_renamed(run, tmp_path, monkeypatch):
 )
 def test_an_incomplete_checkpoint_is_named(missing, message, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    path = run_directory.checkpoint_path(tmp_path / "run")
+    path = checkpoints.checkpoint_path(tmp_path / "run")
     checkpoint = checkpoints.read_checkpoint(path)
     del checkpoint[missing]
     own = checkpoint.pop(checkpoints.KEY)
