@@ -1,6 +1,5 @@
 """Hostile files, odd arguments, spoiled command lines. The bench of faults in small."""
 
-import gc
 import re
 import signal
 import time
@@ -12,30 +11,12 @@ import torch
 
 from benchmarks import faults
 from benchmarks.faulty import hostile_data, hostile_models, inputs, lines, patience, strangers
-from pfgm.cli import arguments, main, options, outputs
-from pfgm.evaluation import plots
+from pfgm.cli import arguments, main, options
 from pfgm.sampling.likelihood import log_prob
 from pfgm.sampling.ode import SolverError
 from pfgm.sampling.sampler import Sampler
 from pfgm.theory import field
 from pfgm.theory.kernel import StudentTKernel
-from pfgm.training.csv_logger import MetricsLogger
-
-
-def test_pictures_leave_no_figures_in_memory(tmp_path):
-    from matplotlib.figure import Figure
-
-    MetricsLogger(tmp_path).log_metrics({"train_loss": 0.5}, 1)
-    states = torch.rand(3, 4, 2)
-    gc.collect()
-    for _ in range(3):
-        plots.save_loss_curve(tmp_path / "loss.png", tmp_path / "metrics.csv")
-        plots.save_scatter(tmp_path / "a.png", states[0])
-        plots.save_field_lines(tmp_path / "b.png", states, torch.rand(3, 4), states[0])
-        plots.save_animation(tmp_path / "c.gif", states, states)
-    assert not [thing for thing in gc.get_objects() if type(thing) is Figure]
-    assert gc.isenabled()
-
 
 HOSTILE = [*hostile_models.corpus(), *hostile_data.corpus()]
 
@@ -51,12 +32,6 @@ def test_files_of_strangers_run_no_code_write_nothing_and_take_little_memory(fil
 def test_seeds_that_are_none_are_named(text):
     with pytest.raises(ValueError, match=re.escape(f"seeds = {text!r}: give numbers and rising ranges")):
         options.parse_seeds(text)
-
-
-def test_no_input_is_written_over_by_another_name(tmp_path):
-    (tmp_path / "below").mkdir()
-    with pytest.raises(ValueError, match="another argument names this file too"):
-        outputs.check_output(tmp_path / "below" / ".." / "a.npz", outputs.LATENTS, (2,), others=[tmp_path / "a.npz"])
 
 
 def test_denoisers_return_the_shape_that_they_get():
