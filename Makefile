@@ -1,19 +1,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := -q -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test
+.PHONY: demo test test-all
 
 demo: .venv/installed
-	$(BIN)/python train.py fit --config configs/digits.yaml
-	$(BIN)/python sample.py runs/digits/checkpoints/last.ckpt --n 64 --method adaptive_heun \
+	$(BIN)/pfgm fit --config digits
+	$(BIN)/pfgm sample runs/digits --n 64 --method adaptive_heun \
 		--out runs/digits/samples.png --trajectory runs/digits/strip.png
-	$(BIN)/python train.py test --config configs/digits.yaml
+	$(BIN)/pfgm test --config digits
 
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal
+	$(BIN)/pytest $(PYTEST)
+
+# Also the tests that start processes or train for long.
+test-all: test
+	$(BIN)/pytest $(PYTEST) -m "process and not slow and not gpu"
 
 # Python >= 3.11 and pip are all it takes; a second run installs only what pyproject.toml changed.
 .venv/installed: pyproject.toml

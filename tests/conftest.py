@@ -14,6 +14,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the b
 torch.set_num_threads(1)  # the suite runs in as many processes as there are cores
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark slow and GPU tests as process tests too, so that `-m "not process"` leaves all of them out."""
+    for item in items:
+        if item.get_closest_marker("slow") or item.get_closest_marker("gpu"):
+            item.add_marker("process")
+
+
 @pytest.fixture(autouse=True)
 def _clean_start(monkeypatch):
     """The same global random state for every test, and no command line but the one that a test gives."""

@@ -100,7 +100,7 @@ def test_the_bench_calls_other_what_has_no_name():
 
 
 def test_calls_that_want_too_much_memory_are_counted_apart(monkeypatch):
-    monkeypatch.setattr(main, "command", lambda words: torch.empty(int(words[0])))
+    monkeypatch.setattr(main, "_sampling_command", lambda name, words, program: torch.empty(int(words[0])))
     assert lines.attempt(("sample", [str(2**60)])) == ("of memory", "")
     assert lines.attempt(("sample", ["1"])) == ("done", "")
     assert inputs.outcome(lambda size: torch.empty(size), {"size": 2**60}, []) == ("of memory", "")

@@ -163,9 +163,13 @@ def _descriptions() -> Iterator[Hostile]:
     spec = good.config["denoiser"]
     net = spec["init_args"]["net"]
 
+    def changed(part: str, **arguments: Any) -> dict[str, Any]:
+        whole = good.config[part]
+        return {part: whole | {"init_args": whole["init_args"] | arguments}}
+
     def with_net(**arguments: Any) -> dict[str, Any]:
         inner = net | {"init_args": net["init_args"] | arguments}
-        return {"denoiser": spec | {"init_args": spec["init_args"] | {"net": inner}}}
+        return changed("denoiser", net=inner)
 
     def named(class_path: str, **arguments: Any) -> dict[str, Any]:
         return {"denoiser": {"class_path": class_path, "init_args": arguments}}
@@ -186,12 +190,12 @@ def _descriptions() -> Iterator[Hostile]:
         "a wide network": with_net(width=10**6),
         "a deep network": with_net(depth=10**9),
         "a negative width": with_net(width=-1),
-        "a huge shape": {"shape": [10**6, 10**6]},
-        "a shape beyond int64": {"shape": [10**30]},
-        "a negative shape": {"shape": [-4]},
+        "a huge shape": changed("summary", shape=[10**6, 10**6]),
+        "a shape beyond int64": changed("summary", shape=[10**30]),
+        "a negative shape": changed("summary", shape=[-4]),
         "text for a level": {"sigma_max": "os.system"},
-        "no dimensions": {"D": "nan"},
-        "a list of dimensions": {"D": [1]},
+        "no dimensions": changed("denoiser", D="nan"),
+        "a list of dimensions": changed("denoiser", D=[1]),
         "no description": {"denoiser": 7},
         "more arguments": {"harm": True},
     }

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from benchmarks.faulty.hostile import flow
 from benchmarks.faulty.patience import AtWork, limited
-from pfgm.cli.console import is_memory_error
+from pfgm.cli.console import is_out_of_memory
 from pfgm.data import Arrays, Digits, Toy
 from pfgm.data.augmentation import Augment
 from pfgm.data.degradations import AddNoise, Downsample
@@ -165,7 +165,7 @@ def outcome(call: Callable[..., Any], arguments: dict[str, Any], changed: list[s
     except AtWork:
         return "at work", ""
     except Exception as error:
-        if is_memory_error(error):
+        if is_out_of_memory(error):
             return "of memory", ""
         return "traceback", f"{type(error).__name__}: {error}"
     return "result", ""

@@ -24,7 +24,7 @@ from benchmarks.faulty.hostile import flow
 from benchmarks.faulty.patience import AtWork, limited
 from pfgm.cli import main
 from pfgm.cli import train as train_cli
-from pfgm.cli.console import is_memory_error
+from pfgm.cli.console import is_out_of_memory
 
 WORDS = ["", "0", "-1", "1.5", "nan", "inf", "-inf", "1e999", "99999999999999999999", "none", "null", "true", "[]", "[1"]
 WORDS += ["{}", "[1,2,3]", "[[1,2],[3]]", "/dev/null", "..", "x/y/z", "nothing.npy", "a.npy", "bad.npy", "a.png", "b.ckpt"]
@@ -134,7 +134,7 @@ def attempt(line: Line) -> tuple[str, str]:
                     train_cli.run()
         except SystemExit as end:
             code = end.code or 0
-            if end.__context__ is not None and is_memory_error(end.__context__):
+            if end.__context__ is not None and is_out_of_memory(end.__context__):
                 return "of memory", ""
             if accidental(end.__context__):
                 return "by accident", repr(end.__context__)

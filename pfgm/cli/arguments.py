@@ -70,7 +70,9 @@ def find_config(name: str) -> Path:
     shipped = {path.stem: path for path in sorted(shipped_configs().glob("*.yaml"))}
     stem = name.removesuffix(".yaml")
     if stem not in shipped:
-        raise FileNotFoundError(f"config = {name}: no such file here, and no shipped configuration: {', '.join(shipped)}")
+        raise FileNotFoundError(
+            f"config = {name} is neither a file nor a shipped configuration. Pass a path, or one of {', '.join(shipped)}."
+        )
     return shipped[stem]
 
 
@@ -97,12 +99,15 @@ def read_config(path: str) -> dict[str, Any]:
     try:
         content = yaml.load(read_text(Path(path), f"config = {path}"), UniqueKeyLoader)
     except OSError as error:
-        raise OSError(f"config = {path} cannot be read: {error.strerror}; give a YAML file of settings") from error
+        raise OSError(f"config = {path} cannot be read: {error.strerror}. Pass a YAML file of settings.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"config = {path} is no YAML ({reason}); correct it, or give another") from error
+        raise ValueError(f"config = {path} is not valid YAML: {reason}. Correct the file.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"config = {path} holds no settings but {type(content).__name__}; give those of configs/, for example")
+        raise ValueError(
+            f"config = {path} holds a {type(content).__name__}, not settings. Write lines such as run_dir: runs/mine, or start "
+            "from a shipped configuration."
+        )
     return content
 
 

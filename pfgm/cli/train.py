@@ -108,7 +108,7 @@ class TrainCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except TypeError as error:
-            raise ValueError(f"trainer: {error}; see pfgm fit --help") from error
+            raise ValueError(f"trainer: {error}. See pfgm fit --help") from error
 
     def fit(self, model: PFGM, datamodule: DataModule) -> None:
         """Resume if the run has a checkpoint, else start, from `--init_from` if given."""
@@ -155,10 +155,10 @@ def check_trainer(config: Mapping[str, Any], fitting: bool) -> None:
     for name, lowest in (SMALLEST | ({} if fitting else {"max_steps": -1})).items():
         value = config.get(name)
         if value is not None and not (is_real(value) and value >= lowest):
-            raise ValueError(f"trainer.{name} = {value}: give a number >= {lowest}")
+            raise ValueError(f"trainer.{name} = {value}: too small. Pass a number >= {lowest}")
     for name in LIMITS:
         if config.get(name) == 0:
-            raise ValueError(f"trainer.{name} = {config.get(name)}: nothing would be done; give more, or leave it out")
+            raise ValueError(f"trainer.{name} = {config.get(name)} leaves nothing to do. Pass more, or leave it out.")
     check_strategy(str(getattr(config.get("strategy"), "class_path", config.get("strategy"))))
     if config["accelerator"] == "cpu" or (config["accelerator"] == "auto" and not torch.cuda.is_available()):
         check_processes(config["devices"], os.cpu_count() or 1)

@@ -94,7 +94,7 @@ def check_same_run(checkpoint: dict[str, Any], model: PFGM, data: DataModule, ru
     changes = [
         f"{name}: {before.get(name)} -> {now.get(name)}"
         for name in sorted({*before, *now} - {f"data.{key}" for key in data.PLACES})
-        if not _equal(before.get(name, "absent"), now.get(name, "absent"))
+        if not _equal(before.get(name), now.get(name))
     ]
     if changes:
         raise ValueError(

@@ -83,7 +83,7 @@ def test_interpolation_begins_and_ends_at_its_images(here, capsys):
     assert way.shape == (1, 4, 1, 8, 8)
     assert np.abs(way[0, [0, 3]] - user(here[:2]).numpy()).max() < 0.05
     main.sample(["interpolate", "plain", "--seeds=3,7,9", "--points=5", "--out=way.png"])
-    assert "2 ways of 5 points" in capsys.readouterr().out
+    assert "2 interpolations of 5 points" in capsys.readouterr().out
     with Image.open("way.png") as strip:
         assert strip.size == (5 * 34 + 2, 2 * 34 + 2)
     drawn = pfgm.load("plain").sample(seeds=[3, 7, 9], preset="reference").x
@@ -213,7 +213,7 @@ def test_a_film_shows_the_first_of_many_guided_samples(here):
         (["encode", "plain", "images", "--labels=1"], "trained without labels"),
         (["encode", "superres", "images"], "condition = None"),
         (["decode", "plain", "low.npy"], "latents = low.npy has no array 'level', only"),
-        (["encode", "plain", "images", "--method=ab3"], "method = 'ab3': give an adaptive method"),
+        (["encode", "plain", "images", "--method=ab3"], "steps = None: ab3 takes fixed steps"),
         (["encode", "plain", "training.npz", "--out=training.npz"], "out = training.npz: another argument names this file"),
         (["encode", "plain", "complex.npy"], r"complex.npy holds .* torch.complex"),
         (["encode", "plain", "float.tif"], r"images = float.tif cannot be used: its pixels have no black and white \(mode F\)"),

@@ -66,7 +66,7 @@ def test_shipped_configurations_are_found_by_name(tmp_path, monkeypatch):
         assert find_config(name) == shipped_configs() / "digits.yaml"
     (tmp_path / "digits").write_text("model: {}\n")
     assert str(find_config("digits")) == "digits", "a file here comes first"
-    with pytest.raises(FileNotFoundError, match=r"config = digit: no such file here.*digits, .*heart"):
+    with pytest.raises(FileNotFoundError, match=r"config = digit is neither a file nor .*digits, .*heart"):
         find_config("digit")
 
 

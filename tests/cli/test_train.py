@@ -203,10 +203,10 @@ def test_held_out_batches_and_steps_have_their_own_randomness():
     x = torch.arange(100.0)[:, None]
     held_out = HeldOutBatches(SampleSet(x), batch_size=30, seed=0, reference_size=0)
     assert [held_out[i].step for i in range(4)] == [0, 30, 60, 90]
-    assert [held_out[i]["rows"] for i in range(4)] == [(0, 30), (0, 30), (0, 30), (0, 10)]
+    assert [held_out[i].rows for i in range(4)] == [(0, 30), (0, 30), (0, 30), (0, 10)]
     stream = TrainingStream(SampleSet(x), batch_size=8, seed=0, start=0, rank=0, world=1, reference_size=50)
     batches = [stream.batch(step) for step in (0, 13)]
-    a, b = (set(v["reference"].flatten().tolist()) - set(v["x"].flatten().tolist()) for v in batches)
+    a, b = (set(v.charges.x.flatten().tolist()) - set(v.x.flatten().tolist()) for v in batches)
     assert len(a & b) < 40
 
 
@@ -305,7 +305,6 @@ def test_infinite_D_may_be_written_in_each_usual_way(text, tmp_path):
         (["--ema.warmup=0"], "warmup = 0"),
         (["--data.init_args.batch_size=0"], "batch_size = 0"),
         (["--init_from=none.ckpt"], r"none\.ckpt does not exist"),
-        (["--model.start=sphere"], "sphere"),
         (["--model.data_norm=0"], "data_norm = 0"),
         (["--model.sigma_data=-1", "--model.sigma_min=0.01"], "sigma_data = -1"),
         (["--model.net.init_args.depth=-1"], "depth = -1"),
@@ -323,6 +322,7 @@ def test_bad_training_arguments_are_named_before_any_work(arguments, message, tm
     ("arguments", "word"),
     [
         (["--model.colour=1"], "colour"),
+        (["--model.start=sphere"], "sphere"),
         (["--data.class_path=pfgm.data.Nothing"], "Nothing"),
         (["--data.init_args.name=circle"], "circle"),
     ],

@@ -121,9 +121,9 @@ def test_networks_train_on_changed_images_and_their_labels_but_validate_without(
     seen = []
 
     class Spy(DenoisingLoss):
-        def forward(self, denoiser, y, label=None, *, augmentation=None, **others):
-            seen.append((y.detach().clone(), augmentation, self.training))
-            return super().forward(denoiser, y, label, augmentation=augmentation, **others)
+        def forward(self, denoiser, y, conditions, **others):
+            seen.append((y.detach().clone(), conditions.get("augmentation"), self.training))
+            return super().forward(denoiser, y, conditions, **others)
 
     data = images()
     module = PFGM(UNet(data.shape, width=8, augmentation_size=9), data.summary, Spy(), augment=Augment(1.0))

@@ -33,7 +33,7 @@ def stream(part, preparation, **options):
 def test_dequantisation_fills_the_gaps_evenly_and_anew_each_step():
     levels = torch.randint(17, (2000, 3), generator=torch.Generator().manual_seed(0)).float() / 8 - 1
     noisy = stream(SampleSet(levels), Preparation(width=0.125), batch_size=2000)
-    first, second = (noisy.batch(step)["x"] for step in (0, 1))
+    first, second = (noisy.batch(step).x for step in (0, 1))
     assert bool((first - (first * 8).round() / 8).abs().max() <= 0.0625)
     noise = stream(SampleSet(torch.zeros(2000, 3)), Preparation(width=0.125), batch_size=2000).batch(0).x
     assert torch.allclose(noise.flatten().sort().values, torch.linspace(-0.0625, 0.0625, 6000), atol=4e-3), "uniform"

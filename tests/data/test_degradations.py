@@ -26,7 +26,7 @@ def test_conditions_are_block_means_luma_and_noise_of_the_std():
         (lambda: Digits(degrade=Downsample(3)), "factor = 3 does not divide 8 x 8"),
         (lambda: Digits(degrade=Grey()), "channels = 1: Grey needs images with 3 channels"),
         (lambda: Downsample(2).shape((4,)), r"shape = \(4,\): this degradation needs images"),
-        (lambda: Downsample(2.0), "factor = 2.0: give a whole number"),
+        (lambda: Downsample(2.0), "factor = 2.0: expected a 64-bit integer"),
         (lambda: AddNoise(-1), "std = -1"),
     ],
 )

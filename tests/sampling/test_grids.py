@@ -73,7 +73,7 @@ def test_explicit_grids_serve_both_directions():
     s = make_sampler(CauchyBlob(0.3), method="midpoint", grid=[5.0, 2.0, 1.0, 0.5, 0.2])
     up = make_sampler(CauchyBlob(0.3), **TIGHT).integrate(x, 0.01, 5.0)
     assert torch.allclose(s.integrate(x, 0.01, 5.0), up, rtol=0.05), "one more step to the end"
-    with pytest.raises(ValueError, match="grid begins at 5; this way begins at 40"):
+    with pytest.raises(ValueError, match="grid begins at 5, but the highest level here is 40"):
         s.sample(2)
     with pytest.raises(ValueError, match=r"grid ends at 0\.2; this way ends at 0.3"):
         s.integrate(x, 5.0, 0.3)

@@ -40,7 +40,9 @@ def test_signals_save_the_step_in_progress_and_set_the_exit_code(number, tmp_pat
 @pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
 def test_ruined_weights_replace_no_checkpoint(tmp_path):
     run = [*kills.command(tmp_path, "denoising", 40), "--model.lr=1e38", "--model.warmup_steps=0"]
-    with pytest.raises(NonFiniteLoss, match=r"At step \d+ sample .*The last checkpoint is of before, and is kept.* --run_dir"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"At step \d+ sample .*The last checkpoint precedes these steps and is kept.* --run_dir"
+    ):
         train.main(run)
     for path in (tmp_path / "checkpoints").iterdir():
         assert all(bool(torch.isfinite(p).all()) for p in pfgm.load(path, ema=False).parameters())

@@ -54,10 +54,10 @@ def test_a_signal_during_the_ranks_decision_counts_at_the_next_one():
     class Trainer:
         world_size, strategy = 2, Strategy()
 
-    assert [callback._asked(Trainer()) for _ in range(2)] == [0, signal.SIGUSR1]
+    assert [callback._agreed_signal(Trainer()) for _ in range(2)] == [0, signal.SIGUSR1]
     callback.signal = 0
     Strategy.reduce_boolean_decision = lambda *_, **__: True
-    assert callback._asked(Trainer()) == signal.SIGTERM
+    assert callback._agreed_signal(Trainer()) == signal.SIGTERM
 
 
 @pytest.mark.parametrize("stopped", [True, False])
@@ -140,7 +140,7 @@ def test_a_nonfinite_step_on_one_rank_is_skipped_by_all(monkeypatch):
     skips, optimizer = SkippedSteps(), torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], fused=True)
     states = []
     for loss in (1.0, 1.0, float("nan")):
-        skips.add(torch.tensor(loss), torch.tensor(1.0), optimizer, world=2)
+        skips.add(torch.tensor(loss), torch.tensor(1.0), optimizer, world_size=2)
         states.append((*skips.state, float(optimizer.found_inf)))
     assert states == [(0, 0, 0.0), (1, 1, 1.0), (2, 2, 1.0)]
 
