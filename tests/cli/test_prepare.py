@@ -12,7 +12,10 @@ from tests.helpers import ROOT
         (["--out=a.pt"], "out = a.pt: give a file ending in .safetensors"),
         (["--out=a.safetensors", "--width=5"], "width = 5"),
         (["--out=a.safetensors", "--steps=0"], "steps = 0"),
-        (["--out=a.safetensors", "--config", str(ROOT / "configs" / "heart.yaml")], r"not of samples of shape \(2,\)"),
+        (
+            ["--out=a.safetensors", "--config", str(ROOT / "configs" / "heart.yaml")],
+            r"features need images, not samples of shape \(2,\)",
+        ),
     ],
 )
 def test_bad_options_of_features_raise_by_name(words, message, tmp_path):
