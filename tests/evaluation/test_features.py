@@ -11,7 +11,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from pfgm.core import rng
 from pfgm.data import Digits
-from pfgm.data.batches import Batch, SampleSet
+from pfgm.data.batches import SampleSet
 from pfgm.evaluation import features, metrics
 from pfgm.evaluation.features import Classifier, accuracy, extract, fit_classifier, load_features, save_classifier
 from pfgm.evaluation.metrics import FeatureSet
@@ -41,12 +41,12 @@ def test_classifier_learns_labels_or_rotations_and_is_reproducible(judge):
 
 def test_unlabelled_batches_become_rotated_squares_labelled_by_their_turn():
     x = torch.randint(0, 256, (200, 3, 6, 8), dtype=torch.uint8)
-    asked, turns = features.classification_batch(Batch(x, {}, 2, (0, 200)), (0.0, 255.0), seed=1, step=2)
+    asked, turns = features.classification_batch(SampleSet(x), (0.0, 255.0), seed=1, step=2)
     square = x[:, :, :, 1:7].numpy() / 255
     for image, before, k in zip(asked.numpy(), square, turns.tolist(), strict=True):
         assert np.allclose(image, np.rot90(before, k, (1, 2)), atol=1e-6)
     assert turns.bincount().min() > 30
-    same = features.classification_batch(Batch(x, {"label": turns}, 2, (0, 200)), (0.0, 255.0), seed=1, step=2)
+    same = features.classification_batch(SampleSet(x, {"label": turns}), (0.0, 255.0), seed=1, step=2)
     assert torch.allclose(same[0], x / 255)
     assert torch.equal(same[1], turns)
 

@@ -19,9 +19,7 @@ from benchmarks.faulty import kills
 from pfgm.cli import train
 from pfgm.core.exits import LostProcess
 from pfgm.flow import checkpoints
-from pfgm.training.checkpointing import LastCheckpoint, Stopped
-from pfgm.training.ema import EMA
-from pfgm.training.nonfinite import SkippedSteps
+from pfgm.training.checkpointing import Stopped
 
 
 @pytest.mark.process
@@ -40,24 +38,6 @@ def test_a_run_on_two_devices_starts_from_one_command_and_saves_on_a_signal(tmp_
     assert process.returncode == 128 + signal.SIGTERM, stderr
     assert "stopped by SIGTERM. The state after step" in stderr
     assert checkpoints.read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == kills.reached(tmp_path)
-
-
-def test_a_signal_during_the_ranks_decision_counts_at_the_next_one():
-    """Otherwise one rank would stop while the others wait for it."""
-    callback = LastCheckpoint()
-
-    class Strategy:
-        def reduce_boolean_decision(self, decision, all):
-            callback.signal = signal.SIGUSR1
-            return decision
-
-    class Trainer:
-        world_size, strategy = 2, Strategy()
-
-    assert [callback._agreed_signal(Trainer()) for _ in range(2)] == [0, signal.SIGUSR1]
-    callback.signal = 0
-    Strategy.reduce_boolean_decision = lambda *_, **__: True
-    assert callback._agreed_signal(Trainer()) == signal.SIGTERM
 
 
 @pytest.mark.parametrize("stopped", [True, False])
@@ -132,19 +112,6 @@ def test_two_processes_match_one_with_twice_the_batch(objective, tmp_path):
             assert torch.allclose(value, b[part][name], rtol=1e-4, atol=1e-7), name
 
 
-def test_a_nonfinite_step_on_one_rank_is_skipped_by_all(monkeypatch):
-    bad_elsewhere = [0, 1, 0]
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda x, how: x.copy_(torch.maximum(x, torch.tensor(bad_elsewhere.pop(0))))
-    )
-    skips, optimizer = SkippedSteps(), torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], fused=True)
-    states = []
-    for loss in (1.0, 1.0, float("nan")):
-        skips.add(torch.tensor(loss), torch.tensor(1.0), optimizer, world_size=2)
-        states.append((*skips.state, float(optimizer.found_inf)))
-    assert states == [(0, 0, 0.0), (1, 1, 1.0), (2, 2, 1.0)]
-
-
 @pytest.mark.parametrize("devices", ["-1", "two", "1.5", "0", "[0,1,2]", "99"])
 def test_invalid_devices_raise(devices, tmp_path):
     for command in ("fit", "test"):
@@ -178,13 +145,3 @@ def test_slurm_jobs_are_not_requeued_by_lightning(tmp_path, monkeypatch):
 def test_strategies_that_shard_weights_raise(strategy, tmp_path):
     with pytest.raises(ValueError, match=rf"trainer\.strategy = .*{strategy}: .* neither averaged .* give ddp"):
         train.main([*kills.command(tmp_path, "denoising", 5), f"--trainer.strategy={strategy}"])
-
-
-def test_the_average_refuses_sharded_weights_in_python():
-    from pytorch_lightning.strategies import FSDPStrategy
-
-    class Trainer:
-        strategy = object.__new__(FSDPStrategy)
-
-    with pytest.raises(ValueError, match="FSDPStrategy: weights that are shared out over devices cannot be averaged"):
-        EMA().setup(Trainer(), None, "fit")
