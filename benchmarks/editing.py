@@ -46,7 +46,7 @@ def main() -> None:
         )
         if arguments.pictures and not k:
             strip = torch.cat([flow.sample(10, temperature=t).x for t in TEMPERATURES])
-            plots.save_grid(arguments.pictures / "temperature.png", strip, flow.value_range, columns=10)
+            plots.save_grid(arguments.pictures / "temperature.png", strip, flow.summary.value_range, columns=10)
 
 
 def rms(x: Tensor) -> Tensor:

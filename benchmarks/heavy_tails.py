@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from pfgm.core.tensors import expand, norm, per_sample
 from pfgm.data import DataModule, Digits
+from pfgm.data.batches import SampleSet
 from pfgm.evaluation.metrics import energy_distance, frechet_distance
 from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.nn import TimeMLP, UNet
@@ -101,18 +102,18 @@ class VariantLoss(DenoisingLoss):
 
     def __init__(self, levels: str, max_rms: float):
         super().__init__()
-        self.levels, self.max_rms = levels, max_rms
+        self.variant, self.max_rms = levels, max_rms
 
     def make_denoiser(self, net: nn.Module, D: float, data: DataSummary) -> Variant:
         """The denoiser that it trains."""
-        return Variant(net, D, data.sigma_data, data.power_std, self.max_rms, self.levels)
+        return Variant(net, D, data.sigma_data, data.power_std, self.max_rms, self.variant)
 
 
 class Vectors(DataModule):
     """Training and held-out vectors of `student`."""
 
     def __init__(self, size: int = 4096, seed: int = 0):
-        super().__init__((student(size, 0), None), (student(size, 1), None), batch_size=256, seed=seed)
+        super().__init__(SampleSet(student(size, 0)), SampleSet(student(size, 1)), batch_size=256, seed=seed)
 
 
 def student(n: int, seed: int) -> Tensor:

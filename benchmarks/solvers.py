@@ -67,15 +67,15 @@ class Reference:
     """Converged samples (`n` of seed 11) of a flow, from both starts."""
 
     def __init__(self, flow: PoissonFlow, n: int):
-        self.flow, self.pairs = flow, [(11, i) for i in range(n)]
+        self.flow, self.n = flow, n
         converged = {"method": "dopri5", "rtol": 1e-5, "atol": 1e-5}
-        self.x = {start: flow.draw(self.pairs, start=start, **converged).x for start in ("hemisphere", "hyperplane")}
-        low, high = flow.value_range or (-1.0, 1.0)
+        self.x = {start: flow.sample(n, seed=11, start=start, **converged).x for start in ("hemisphere", "hyperplane")}
+        low, high = flow.summary.value_range or (-1.0, 1.0)
         self.unit = (high - low) / 2
 
     def error(self, option: dict[str, Any]) -> tuple[int, float, float]:
         """Calls, error, and the error that the solver estimates, of a draw with these options."""
-        out = self.flow.draw(self.pairs, batch_size=len(self.pairs), **option)
+        out = self.flow.sample(self.n, seed=11, batch_size=self.n, **option)
         difference = (out.x - self.x[option.get("start", "hemisphere")]) / self.unit
         estimate = math.nan if out.error is None else float(out.error.mean()) / self.unit
         return out.calls, float(difference.flatten(1).square().mean(1).sqrt().mean()), estimate

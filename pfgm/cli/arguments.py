@@ -97,7 +97,7 @@ def read_config(path: str) -> dict[str, Any]:
         OSError: If it cannot be read.
     """
     try:
-        content = yaml.load(read_text(Path(path), f"config = {path}"), UniqueKeyLoader)
+        content = renamed(yaml.load(read_text(Path(path), f"config = {path}"), UniqueKeyLoader))
     except OSError as error:
         raise OSError(f"config = {path} cannot be read: {error.strerror}. Pass a YAML file of settings.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

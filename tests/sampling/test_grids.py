@@ -75,5 +75,5 @@ def test_explicit_grids_serve_both_directions():
     assert torch.allclose(s.integrate(x, 0.01, 5.0), up, rtol=0.05), "one more step to the end"
     with pytest.raises(ValueError, match="grid begins at 5, but the highest level here is 40"):
         s.sample(2)
-    with pytest.raises(ValueError, match=r"grid ends at 0\.2; this way ends at 0.3"):
+    with pytest.raises(ValueError, match=r"grid ends at 0\.2, but the lowest level here is 0\.3"):
         s.integrate(x, 5.0, 0.3)

@@ -125,7 +125,7 @@ def test_the_default_method_depends_on_the_fields():
         ({"steps": 2.5}, r"steps = 2\.5: expected a 64-bit integer or None"),
         ({"method": "dopri8", "rtol": 0.1, "independent": True}, "dopri8 has no steps for each sample. Choose one of dopri5"),
         ({"method": "euler", "steps": 3, "independent": True}, "euler has fixed steps, so its samples are independent"),
-        ({"restart": [(0.1, math.inf, 1)]}, "restart = .* expected"),
+        ({"restart": [(0.1, math.inf, 1)]}, "restart has"),
         ({"restart": [(0.1, 1.0, 1.5)]}, "restart = .* expected"),
         ({"sigma_min": 40.0}, "sigma_min = 40.0"),
         ({"sigma_min": math.nan}, "sigma_min = nan"),
