@@ -8,12 +8,11 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pfgm.core import rng
 from pfgm.core.arguments import Array, checked
 from pfgm.core.configurable import build, to_json
 from pfgm.core.tensors import check_finite_samples, check_levels, per_sample
@@ -24,7 +23,7 @@ from pfgm.sampling.latents import Latent, check_points, interpolate
 from pfgm.sampling.likelihood import LogProb, estimate_log_prob
 from pfgm.sampling.progress import SamplingProgress
 from pfgm.sampling.sampler import Sampler, Samples, Trajectory, check_max_calls, seed_pairs
-from pfgm.sampling.solvers import SOLVER_FIELDS, SolverConfig, check_start
+from pfgm.sampling.solvers import SOLVER_FIELDS, SolverConfig, Start, check_start
 from pfgm.theory.data_summary import DataSummary, level_spacing
 from pfgm.theory.kernel import StudentTKernel
 
@@ -58,7 +57,7 @@ class PoissonFlow(nn.Module):
         sigma_min: float,
         sigma_max: float,
         unconditional: bool = False,
-        start: Literal["hemisphere", "hyperplane"] = "hemisphere",
+        start: Start = "hemisphere",
     ):
         super().__init__()
         check_levels(sigma_min, sigma_max)
@@ -167,7 +166,7 @@ class PoissonFlow(nn.Module):
         """
         pairs = seed_pairs(n, seed, seeds)
         settings: Any = {"labels": labels, "batch_size": batch_size, "max_calls": max_calls, "progress": progress}
-        return _joined([samples for _, samples in self.sample_batches(pairs, **settings, **options)])
+        return Samples.joined([samples for _, samples in self.sample_batches(pairs, **settings, **options)])
 
     @checked
     def vary(
@@ -189,7 +188,7 @@ class PoissonFlow(nn.Module):
         check_finite_samples("x", source)
         self.check_level(level)
         settings: Any = {"labels": labels, "batch_size": batch_size, "source": source, "sigma_max": level / self.summary.scale}
-        return _joined([samples for _, samples in self.sample_batches(seed_pairs(len(x), seed), **settings, **options)])
+        return Samples.joined([samples for _, samples in self.sample_batches(seed_pairs(len(x), seed), **settings, **options)])
 
     def sample_batches(
         self,
@@ -346,14 +345,10 @@ class PoissonFlow(nn.Module):
             ValueError: For a model of continuous data, and for one trained without that noise: its density may grow without
                 bound at the levels, which is no likelihood.
         """
-        self.check_discrete()
+        self.summary.check_discrete()
         self.to_model(x)  # its checks
-        x, N = torch.as_tensor(x), math.prod(self.shape)
-        spacing = level_spacing(self.summary.value_range, self.summary.levels)
-        draws = [
-            torch.rand(self.shape, generator=rng.generator(seed, i, 0, 0, rng.DEQUANTIZATION)) - 0.5 for i in range(len(x))
-        ]
-        filled = x + spacing * torch.stack(draws).to(x.device) if draws else x
+        N, spacing = math.prod(self.shape), level_spacing(self.summary.value_range, self.summary.levels)
+        filled = self.summary.fill_gaps(torch.as_tensor(x), seed)
         value = self.log_prob(filled, labels=labels, seed=seed, **options)
         return -(value / N + math.log(spacing)) / math.log(2)
 
@@ -362,19 +357,6 @@ class PoissonFlow(nn.Module):
         low, high = self.sigma_min * self.summary.scale, self.sigma_max * self.summary.scale
         if not low < level <= high:
             raise ValueError(f"level = {level} must lie above {low:g}, up to {high:g}, the model's range in the data's units")
-
-    def check_discrete(self) -> None:
-        """Raise ValueError if the model has no `bits_per_dim`."""
-        levels = self.summary.levels
-        if not levels:
-            raise ValueError(
-                "bits/dim: this model's data are continuous, so that the figure would depend on units; use log_prob"
-            )
-        if not self.summary.dequantized:
-            raise ValueError(
-                f"bits/dim: the {levels} levels of this model's data are points to it, since it was trained without noise "
-                "between them, and its density there is no likelihood; train with data.dequantize = true"
-            )
 
     def _prepare(self, n: int, labels: Any, options: dict[str, Any]) -> tuple[BoundConditions, SolverConfig]:
         """Separate and check the conditions of `n` samples and the solver's settings."""
@@ -397,15 +379,6 @@ class PoissonFlow(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Export the flow to `folder`: config.json (valid JSON, also for D = inf) and model.safetensors."""
         checkpoints.write_export(folder, self.config, self.state_dict())
-
-
-def _joined(parts: Sequence[Samples]) -> Samples:
-    """Join the samples of several batches; calls and steps are those of the most expensive batch."""
-    largest = {name: max(getattr(part, name) for part in parts) for name in ("calls", "accepted", "rejected")}
-    errors = [part.error for part in parts if part.error is not None]
-    error = torch.cat(errors) if len(errors) == len(parts) else None
-    complete, seconds = all(part.complete for part in parts), sum(part.seconds for part in parts)
-    return Samples(torch.cat([part.x for part in parts]), seconds=seconds, error=error, complete=complete, **largest)
 
 
 def _check_names(options: dict[str, Any], known: Any) -> None:

@@ -51,6 +51,15 @@ class Samples:
     error: Tensor | None = None
     complete: bool = True
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Samples]") -> "Samples":
+        """Join the samples of several batches; calls and steps are those of the most expensive batch."""
+        largest = {name: max(getattr(part, name) for part in parts) for name in ("calls", "accepted", "rejected")}
+        errors = [part.error for part in parts if part.error is not None]
+        error = torch.cat(errors) if len(errors) == len(parts) else None
+        complete, seconds = all(part.complete for part in parts), sum(part.seconds for part in parts)
+        return cls(torch.cat([part.x for part in parts]), seconds=seconds, error=error, complete=complete, **largest)
+
 
 @dataclass
 class Trajectory:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"method": "ab3", "steps": 8},
     "reference": {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4},
 }
-STARTS = ("hemisphere", "hyperplane")
+Start = Literal["hemisphere", "hyperplane"]  # surfaces on which samples start; `Sampler.prior` draws on them
 RTOL, ATOL = 0.05, 0.05  # default tolerances, for a state of unit variance
 FIRST_STEP = 0.05  # first step of the adaptive methods, as a fraction of the whole interval
 MAX_STEPS = 10_000  # number of steps after which an adaptive method gives up
@@ -155,7 +155,7 @@ class SolverConfig:
     independent: bool | None = None
     steps: int | None = None
     grid: str | list[float] | tuple[float, ...] | None = None
-    start: Literal["hemisphere", "hyperplane"] | None = None
+    start: Start | None = None
     temperature: float = 1.0
     s_churn: float = 0.0
     s_tmin: float = 0.0
@@ -280,6 +280,6 @@ SOLVER_FIELDS = ("preset", "method", "coordinates", "rtol", "atol", "independent
 
 
 def check_start(start: str) -> None:
-    """Raise ValueError unless `start` is one of STARTS."""
-    if start not in STARTS:
-        raise ValueError(f"start = {start!r} is unknown. Choose one of {', '.join(STARTS)}.")
+    """Raise ValueError unless `start` is a `Start`."""
+    if start not in get_args(Start):
+        raise ValueError(f"start = {start!r} is unknown. Choose one of {', '.join(get_args(Start))}.")

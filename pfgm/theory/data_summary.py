@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pfgm.core import rng
 from pfgm.core.configurable import Configurable, build, public_path, to_json
 from pfgm.core.tensors import check_positive, check_shape, norm
 
@@ -151,6 +152,25 @@ class DataSummary(Configurable, nn.Module):
 
     def _normalized(self, key: str, value: Tensor) -> Tensor:
         return (value.float() - getattr(self, f"{key}_mean")) / getattr(self, f"{key}_std")
+
+    def check_discrete(self) -> None:
+        """Raise ValueError unless a model of these data has bits per dimension."""
+        if not self.levels:
+            raise ValueError(
+                "bits/dim: this model's data are continuous, so that the figure would depend on units; use log_prob"
+            )
+        if not self.dequantized:
+            raise ValueError(
+                f"bits/dim: the {self.levels} levels of this model's data are points to it, since it was trained without noise "
+                "between them, and its density there is no likelihood; train with data.dequantize = true"
+            )
+
+    def fill_gaps(self, x: Tensor, seed: int) -> Tensor:
+        """Add uniform noise as wide as the gap between two levels to `x` [B, *shape], a function of (seed, i) for sample i."""
+        if not len(x):
+            return x
+        draws = [torch.rand(self.shape, generator=rng.generator(seed, i, 0, 0, rng.DEQUANTIZATION)) for i in range(len(x))]
+        return x + level_spacing(self.value_range, self.levels) * (torch.stack(draws) - 0.5).to(x.device)
 
 
 def condition_key(shape: Sequence[int]) -> str:

@@ -145,7 +145,7 @@ class Evaluation(Callback):
     def _bits_per_dim(self, module: PFGM, data: DataModule) -> list[float] | str:
         """Return the mean over held-out data and its standard error, or the reason why there is none."""
         try:
-            module.flow.check_discrete()
+            module.flow.summary.check_discrete()
         except ValueError as error:
             return str(error)
         try:

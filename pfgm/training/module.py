@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +18,7 @@ from pfgm.data.augmentation import Augment
 from pfgm.data.batches import Batch
 from pfgm.flow import checkpoints
 from pfgm.flow.poisson_flow import PoissonFlow
+from pfgm.sampling.solvers import Start
 from pfgm.theory.data_summary import DataSummary
 from pfgm.theory.kernel import check_dimensions
 from pfgm.training.losses import Charges, DenoisingLoss, Loss
@@ -73,7 +74,7 @@ class PFGM(Configurable, pl.LightningModule):
         sigma_max: float | None = None,
         sigma_data: float | None = None,
         data_norm: float | None = None,
-        start: Literal["hemisphere", "hyperplane"] = "hemisphere",
+        start: Start = "hemisphere",
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         warmup_steps: int = 100,
