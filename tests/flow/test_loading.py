@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 import pfgm
-from pfgm.core.configurable import ALIASES, public_path, renamed
+from pfgm.core.configurable import ALIASES
 from pfgm.flow.checkpoints import CheckpointError, read_checkpoint
 from pfgm.flow.integrity import digest
 from tests.helpers import FIXTURES, SMALL, last
@@ -92,11 +92,3 @@ def test_an_export_of_version_0_1_with_two_D_is_refused(tmp_path):
     (tmp_path / "export" / "config.json").write_text(json.dumps(config | {"digest": digest(content)}))
     with pytest.raises(CheckpointError, match=r"D = 8\.0 of the flow is not that of its denoiser"):
         pfgm.load(tmp_path / "export")
-
-
-@pytest.mark.parametrize(("old", "new"), ALIASES.items())
-def test_aliases_name_classes_by_their_public_path(old, new):
-    room, _, name = new.rpartition(".")
-    class_ = getattr(__import__(room, fromlist=[name]), name)
-    assert public_path(class_) == new
-    assert renamed({"net": [{"class_path": old}]}) == {"net": [{"class_path": new}]}
