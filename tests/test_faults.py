@@ -21,6 +21,7 @@ from pfgm.theory.kernel import StudentTKernel
 HOSTILE = [*hostile_models.corpus(), *hostile_data.corpus()]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("file", [f for f in HOSTILE if f.quick][::3], ids=lambda file: file.name)
 def test_files_of_strangers_run_no_code_write_nothing_and_take_little_memory(file, tmp_path):
     kind, text, memory = strangers.attempt(file, tmp_path / "a")
@@ -70,6 +71,7 @@ def test_a_field_that_is_not_like_its_points_is_named():
         field.denoised_from_field(torch.zeros(3, 4), 1.0, torch.zeros(3, 5), torch.ones(3), 0.1)
 
 
+@pytest.mark.process
 def test_odd_arguments_are_named():
     told = []
     counts = inputs.functions(150, 3, told.append)
@@ -106,6 +108,7 @@ def test_calls_that_want_too_much_memory_are_counted_apart(monkeypatch):
     assert inputs.outcome(lambda size: torch.empty(size), {"size": 2**60}, []) == ("of memory", "")
 
 
+@pytest.mark.process
 def test_calls_without_end_are_counted_apart(monkeypatch):
     monkeypatch.setattr(patience, "SECONDS", 1)
     before = signal.getsignal(signal.SIGALRM)
@@ -115,6 +118,7 @@ def test_calls_without_end_are_counted_apart(monkeypatch):
     assert signal.alarm(0) == 0, "no alarm is left"
 
 
+@pytest.mark.process
 def test_spoiled_command_lines_end_in_one_line(tmp_path):
     told = []
     counts = lines.command_lines(12, 7, tmp_path, told.append)

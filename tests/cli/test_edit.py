@@ -53,6 +53,7 @@ def user(pixels):
     return torch.from_numpy(pixels / 127.5 - 1).float()[:, None]
 
 
+@pytest.mark.process
 def test_encoding_and_decoding_images_gives_them_back(here, capsys):
     main.sample(["encode", "plain", "images", "--out=new/latents.npz", "--rtol=1e-4", "--atol=1e-4"])
     median, worst = re.search(r"median (\S+), worst (\S+),", capsys.readouterr().out).groups()
@@ -67,6 +68,7 @@ def test_encoding_and_decoding_images_gives_them_back(here, capsys):
             assert np.abs(np.asarray(image.convert("L")).astype(int) - here[i]).max() <= 2
 
 
+@pytest.mark.process
 def test_labels_are_kept_with_the_latents(here):
     main.sample(["encode", "labelled", "images/0.png", "--labels=2", "--out=latents.pt", "--rtol=1e-3"])
     assert torch.load("latents.pt")["labels"].tolist() == [2]
@@ -77,6 +79,7 @@ def test_labels_are_kept_with_the_latents(here):
     assert float((other - own).abs().max()) > 0.02
 
 
+@pytest.mark.process
 def test_interpolation_begins_and_ends_at_its_images(here, capsys):
     main.sample(["interpolate", "plain", "--images=[images/0.png,images/1.png]", "--points=4", "--out=way.npz"])
     way = np.load("way.npz")["x"]
@@ -108,6 +111,7 @@ def test_variations_keep_the_image_at_low_levels(here):
     assert np.allclose(np.load("v.npz")["x"][1], pfgm.load("plain").vary(three, 30.0, seed=5).x, atol=1e-5)
 
 
+@pytest.mark.process
 def test_inpainting_keeps_what_the_mask_leaves(here):
     options = ["--n=2", "--measurement_noise=0.05", "--out=x.npz"]
     main.sample(["plain", "--inpaint", "images/0.png", "mask.png", *options])
@@ -130,6 +134,7 @@ def test_the_least_noise_of_a_measurement_is_the_models(here):
     assert np.array_equal(np.load("x.npz")["x"], first)
 
 
+@pytest.mark.process
 def test_latents_of_a_conditional_model_need_its_condition_again(here):
     np.save("one.npy", np.full((1, 4, 4), 0.5, dtype=np.float32))
     main.sample(["encode", "superres", "images", "--condition=one.npy", "--out=latents.npz", "--rtol=1e-4", "--atol=1e-4"])
@@ -149,6 +154,7 @@ def test_images_of_another_size_are_fitted_and_named(here, capsys):
     assert np.allclose(np.load("v.npz")["x"][0], user(data.train.x[:1, 0].numpy()), atol=1e-6)
 
 
+@pytest.mark.process
 def test_latents_and_levels_are_in_the_units_of_the_data(here):
     make_flow(scale=3.0).save_pretrained("scaled")
     main.sample(["encode", "scaled", "images", "--out=latents.npz", "--rtol=1e-4", "--atol=1e-4"])
@@ -166,6 +172,7 @@ def test_samples_of_one_number_are_read_as_a_column(tmp_path):
     assert read_inputs(tmp_path / "a.npy", (1,), None, "x").flatten().tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.process
 def test_conditions_come_from_arrays_and_images(here):
     main.sample(["superres", "--condition=low.npy", "--out=a.npz", "--trajectory=way.npz"])
     assert np.load("a.npz")["x"].shape == (3, 1, 8, 8), "one for each condition"
@@ -193,6 +200,7 @@ def test_guidance_and_temperature_reach_the_sampler(here, capsys):
     assert torch.allclose(prior, 0.5 * flow.sampler().prior([(0, 0)]).t)
 
 
+@pytest.mark.process
 def test_a_film_shows_the_first_of_many_guided_samples(here):
     main.sample(["superres", "--condition=low.npy", "--out=a.npz", "--trajectory=way.png", "--preset=fast"])
     main.sample(

@@ -70,6 +70,7 @@ def test_shipped_configurations_are_found_by_name(tmp_path, monkeypatch):
         find_config("digit")
 
 
+@pytest.mark.process
 def test_fit_by_name_then_sample_the_run_folder(tmp_path, monkeypatch):
     """In an empty folder, as after `pip install`; the file is what `pfgm.load` gives in Python."""
     monkeypatch.chdir(tmp_path)

@@ -87,6 +87,7 @@ def test_interrupted_sampling_continues_without_repeating_a_batch(solver, export
     assert "21 of 21 samples were there already" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_a_folder_refuses_samples_of_other_settings(exports, tmp_path, capsys):
     draw(exports, tmp_path / "a", "--preset=fast")
     before = content(tmp_path / "a")

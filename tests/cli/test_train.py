@@ -63,6 +63,7 @@ def test_configs_of_published_networks_have_their_size(config, millions):
 LARGE = {"folder.yaml", "ffhq64.yaml", "celeba64.yaml", "church256.yaml"}  # see test_images.py
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("config", [name for name in CONFIGS if name not in LARGE])
 def test_every_config_fits_two_steps_and_samples(config, tmp_path):
     base = ["--config", str(ROOT / "configs" / config), *SMALL]
@@ -81,6 +82,7 @@ def test_every_config_fits_two_steps_and_samples(config, tmp_path):
     assert sum(bool(row["train_loss"]) for row in rows) == 2
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stop", [3, 7])
 def test_resuming_equals_not_stopping(stop, tmp_path):
     """300 samples in batches of 32: step 7 is in the middle of a pass. Validation falls between, and after, the stops."""
@@ -134,6 +136,7 @@ def test_more_processes_than_cores_are_refused():
     train.check_trainer(settings | {"devices": "auto"}, fitting=True)
 
 
+@pytest.mark.process
 def test_a_new_process_draws_the_same_samples(tmp_path):
     trained = fit(tmp_path, "--trainer.max_steps=3")
     here = trained.model.flow.eval().sample(5, seed=1, method="midpoint", steps=4).x
@@ -186,6 +189,7 @@ def test_the_learning_rate_warms_up():
     assert rates == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("config", ["digits.yaml", "digits_pfgmpp.yaml"])
 def test_classes_are_trained_drawn_and_evaluated(config, tmp_path):
     base = ["--config", str(ROOT / "configs" / config), *SMALL, "--data.init_args.labels=true", "--model.net.init_args.width=8"]
@@ -210,6 +214,7 @@ def test_held_out_batches_and_steps_have_their_own_randomness():
     assert len(a & b) < 40
 
 
+@pytest.mark.process
 def test_resuming_with_other_settings_is_refused_and_names_them(tmp_path):
     fit(tmp_path, "--trainer.max_steps=2")
     before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes(), (tmp_path / "config.yaml").read_bytes()
@@ -283,6 +288,7 @@ def test_files_of_others_are_not_written_over(tmp_path):
         fit(tmp_path / "a", "--trainer.max_steps=2", "--init_from", str(tmp_path / "kept.ckpt"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("text", ["inf", ".inf", "Infinity", ".Inf"])
 def test_infinite_D_may_be_written_in_each_usual_way(text, tmp_path):
     base = ["--config", str(ROOT / "configs" / "digits_pfgmpp.yaml"), *SMALL, f"--model.D={text}"]

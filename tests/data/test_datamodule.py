@@ -125,6 +125,7 @@ def test_arrays_with_conditions_of_their_own_train_and_draw(tmp_path):
         Arrays(tmp_path / "a.npz", conditions=True, degrade=Downsample())
 
 
+@pytest.mark.process
 def test_super_resolution_runs_from_its_config_through_test(tmp_path, capsys):
     fit(tmp_path, "--trainer.max_steps=2", "--trainer.val_check_interval=2", base=SUPERRES)
     assert (tmp_path / "grids" / "00000002.png").exists()
@@ -132,6 +133,7 @@ def test_super_resolution_runs_from_its_config_through_test(tmp_path, capsys):
     assert "17 levels of this model's data are points" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_bits_per_dim_of_held_out_digits_are_reported(tmp_path, capsys):
     base = [*SUPERRES, "--data.init_args.dequantize=true", "--evaluation.n=20", "--evaluation.likelihood=8"]
     fit(tmp_path, "--trainer.max_steps=2", base=base)
@@ -201,6 +203,7 @@ def test_settings_that_do_not_go_together_are_refused(options, message):
         PFGM(net, data, **options)
 
 
+@pytest.mark.process
 def test_runs_of_versions_without_an_argument_resume(tmp_path):
     """What is missing in a checkpoint counts as the default: other values are other settings."""
     base = ["--config", str(ROOT / "configs" / "digits_conditional.yaml"), *SMALL, "--model.net.init_args.width=8"]
@@ -225,6 +228,7 @@ def test_toys_are_continuous():
     assert Toy(size=50).summary.levels == 0
 
 
+@pytest.mark.process
 def test_a_vector_condition_is_learned(tmp_path):
     """x = (c - 50)/4 + small noise: samples under a condition are where it says."""
     g = np.random.default_rng(0)

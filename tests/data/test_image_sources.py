@@ -79,6 +79,7 @@ def test_torchvision_reads_from_its_root_and_says_what_to_do_offline(tmp_path, m
         ImageDataModule(str(tmp_path), root="data")
 
 
+@pytest.mark.process
 def test_hugging_face_sets_are_read_offline_with_their_labels(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

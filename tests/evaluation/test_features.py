@@ -65,6 +65,7 @@ def test_classifier_takes_any_image_size_and_reloads_with_equal_features(shape, 
     assert features.describe_features(loaded) == f"Classifier {digest[:12]}"
 
 
+@pytest.mark.process
 def test_any_network_serves_as_feature_network(judge):
     """Uses the means of the four quarters of an image."""
     net = nn.Sequential(nn.AvgPool2d(4), nn.Flatten())
@@ -109,6 +110,7 @@ class Evil:
         return (type(self.path).touch, (self.path,))
 
 
+@pytest.mark.process
 def test_inception_receives_three_byte_channels_and_returns_2048_features(tmp_path, monkeypatch):
     """Uses random weights, stored as the published ones are."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")

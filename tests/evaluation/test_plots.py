@@ -56,6 +56,7 @@ def test_animations_have_a_frame_per_point_and_hold_the_last(tmp_path):
             assert film.info["duration"] == 2000
 
 
+@pytest.mark.process
 def test_pictures_leave_no_figures_in_memory(tmp_path):
     from matplotlib.figure import Figure
 

@@ -60,6 +60,7 @@ REASONS = {
 CORPUS = {file.name: file for file in [*hostile_models.corpus(), *hostile_data.corpus()]}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", REASONS)
 def test_each_hostile_file_is_refused_for_its_own_reason(name, tmp_path):
     file = CORPUS[name]
@@ -149,6 +150,7 @@ def test_the_unpacked_size_of_archives_is_bounded(tmp_path):
         pass
 
 
+@pytest.mark.process
 def test_archives_of_more_than_twenty_times_their_size_are_refused(tmp_path):
     path = tmp_path / "a.zip"
     for zeros, fine in ((15, True), (25, False)):

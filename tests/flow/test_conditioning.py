@@ -142,6 +142,7 @@ def test_guides_of_other_data_are_refused(options, message):
         labelled().sample(1, labels=0, guide=labelled(), guidance=2.0, classifier=lambda x, s: x)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("shape", "condition_shape"), [((2,), (3,)), ((1, 6, 5), (3,)), ((1, 6, 5), (2, 3, 3)), ((2,), (1, 2, 2))]
 )
@@ -249,6 +250,7 @@ def test_numpy_arrays_are_welcome_and_unknown_names_are_not():
         flow.interpolate(x, x[:1], 3)
 
 
+@pytest.mark.process
 def test_encoding_is_accurate_unless_a_solver_is_chosen():
     flow, x = labelled(), torch.randn(2, 1, 8, 8)
     accurate, guided = flow.encode(x, labels=1).t, flow.encode(x, labels=1, guidance=1.0).t
@@ -291,6 +293,7 @@ def test_a_variation_of_a_gaussian_has_its_closed_form():
     assert torch.allclose(v.std(0), torch.full((2,), 0.5 * factor, dtype=v.dtype), rtol=0.05)
 
 
+@pytest.mark.process
 def test_interpolation_goes_from_the_first_to_the_second():
     flow, a, b = make_flow(), torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
     way = flow.interpolate(a, b, 3, rtol=1e-5, atol=1e-5, method="dopri5")

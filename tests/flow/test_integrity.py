@@ -20,6 +20,7 @@ def test_a_flipped_bit_anywhere_in_a_large_file_is_detected(tmp_path):
     verify_digest(path)
 
 
+@pytest.mark.process
 def test_loading_names_a_checkpoint_with_any_flipped_bit(run, tmp_path):
     counts = damage.trial(checkpoints.checkpoint_path(run), tmp_path, tries=60, seed=2)
     assert counts == {"tried": 60, "named": 60}

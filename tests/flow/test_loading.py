@@ -61,6 +61,7 @@ def test_densities_and_adaptive_samples_of_version_0_1_stay(run):
     torch.testing.assert_close(density, stored(f"{name}_log_prob"), rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("run", RUNS, indirect=True)
 def test_runs_of_version_0_1_resume_by_their_configuration(run):
     """The stored configuration names the old classes; two more steps change the weights and keep the rest."""

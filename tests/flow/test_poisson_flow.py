@@ -255,6 +255,7 @@ def test_a_trajectory_in_batches_has_the_labels_of_each():
     assert not torch.allclose(whole.x, flow.trajectory(seed_pairs(4), 3, **(options | {"labels": 0})).x, atol=1e-2)
 
 
+@pytest.mark.process
 def test_a_draw_is_complete_only_if_all_its_batches_are():
     flow = make_flow(D=1)
     options = {"method": "bosh3", "rtol": 1e-3, "atol": 1e-3}
@@ -265,6 +266,7 @@ def test_a_draw_is_complete_only_if_all_its_batches_are():
     assert flow.sample(8, batch_size=1, max_calls=max(calls), **options).complete
 
 
+@pytest.mark.process
 def test_log_prob_is_in_the_users_units():
     """The same model told in other units: the density of 3 x is 3^-N times as large."""
     one, other = make_flow(D=4.0), make_flow(D=4.0)
@@ -294,6 +296,7 @@ def conditional(tmp_path):
     return str(tmp_path / "conditional")
 
 
+@pytest.mark.process
 def test_drawing_writes_what_was_asked_for(export, conditional, tmp_path, capsys):
     out = str(tmp_path / "out")
     main.sample(
@@ -380,6 +383,7 @@ def test_a_missing_checkpoint_ends_in_one_line(capsys):
     assert error == "sample.py: error: none.ckpt does not exist or is no file; give a .ckpt file or an exported folder"
 
 
+@pytest.mark.process
 def test_the_sampling_path_stays_light():
     """Importing it and loading leaves Lightning, torchvision, scikit-learn and matplotlib unimported."""
     heavy = ("pytorch_lightning", "lightning", "torchvision", "sklearn", "matplotlib", "torchdiffeq")

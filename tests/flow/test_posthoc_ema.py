@@ -87,6 +87,7 @@ def test_a_snapshot_is_reconstructed_as_itself():
     assert error < 1e-6
 
 
+@pytest.mark.process
 def test_the_command_exports_the_average_of_any_width(tmp_path, capsys):
     """Against a second run of the same seed that kept this width itself; a run that was stopped has the same snapshots."""
     fit(tmp_path / "a", "--trainer.max_steps=60", *AVERAGES, FAST)
@@ -116,6 +117,7 @@ def test_the_command_exports_the_average_of_any_width(tmp_path, capsys):
     assert all(torch.allclose(early[name].float(), thirty[f"0.1/{name}"], atol=1e-5) for name in early)
 
 
+@pytest.mark.process
 def test_what_cannot_be_averaged_is_named(tmp_path, capsys):
     fit(tmp_path / "a", "--trainer.max_steps=10", *AVERAGES)
     run, out = str(tmp_path / "a"), str(tmp_path / "out")
@@ -192,6 +194,7 @@ def test_the_learning_rate_decays_as_an_inverse_root():
         PFGM(TimeMLP((2,), width=8), DataSummary.from_data(torch.randn(9, 2)), decay_steps=0)
 
 
+@pytest.mark.process
 def test_the_learned_log_variance_is_the_log_of_the_expected_loss():
     """u minimises L e^-u + u at u = log L: with a network of zeros on Gaussian data L(sigma) is known by quadrature."""
     torch.manual_seed(0)
@@ -229,6 +232,7 @@ def test_the_learned_log_variance_weighs_training_only():
     assert torch.allclose(waves(sigma).detach(), expected, atol=1e-5)
 
 
+@pytest.mark.process
 def test_a_run_with_learned_weights_of_the_loss_resumes_and_samples(tmp_path):
     base = ["--config", str(ROOT / "configs" / "digits_pfgmpp.yaml"), "--model.net.init_args.width=8"]
     base += ["--data.init_args.batch_size=16", "--model.loss.init_args.log_variance=true", "--trainer.accelerator=cpu"]

@@ -53,6 +53,7 @@ def error(grid, seed):
     return float((f.sample(200, seed=seed, method="ab3", **options).x - exact).square().mean(1).sqrt().mean())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("steps", [3, 7])
 def test_optimized_grids_win_on_other_seeds(steps):
     levels = optimize_grid(flow(), steps)

@@ -77,6 +77,7 @@ def test_groups_have_at_least_four_channels():
     assert [group_norm(channels).num_groups for channels in (2, 6, 8, 96, 128, 384)] == [1, 1, 2, 24, 32, 32]
 
 
+@pytest.mark.process
 def test_padding_compiles_for_dynamic_sizes():
     compiled = torch.compile(pad, backend="aot_eager", dynamic=True, fullgraph=True)
     for shape in ((1, 2, 7, 9), (3, 2, 5, 12), (1, 1, 4, 4)):

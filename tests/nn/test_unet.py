@@ -219,6 +219,7 @@ def test_glorot_weights_have_edms_variances():
     assert torch.isclose(net.embedding.labels.weight.std(), torch.tensor(1.0), rtol=0.2), "labels keep their own distribution"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "backend",
     [

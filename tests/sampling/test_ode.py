@@ -10,6 +10,7 @@ from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, Po
 from tests.helpers import F64, TIGHT, make_sampler
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("coordinates", ["angle", "log_sigma"])
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
 def test_lines_to_a_point_charge_are_straight(coordinates, method):

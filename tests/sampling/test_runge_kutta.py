@@ -38,6 +38,7 @@ def test_adaptive_heun_is_the_heun_euler_tableau():
     assert list(tableau.error) == [0.5 - 1, 0.5, 0]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("coordinates", ["angle", "log_sigma"])
 @pytest.mark.parametrize(("method", "tolerance"), [("bosh3", 1e-9), ("dopri5", 1e-10), ("adaptive_heun", 1e-6)])
 def test_lines_to_a_point_charge_are_straight(method, tolerance, coordinates):
@@ -243,6 +244,7 @@ def test_max_calls_denoises_the_last_state(options, most):
         assert levels[-1] <= levels[-2:][0] * (1 + 1e-9)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("D", [1.0, math.inf])
 def test_network_samples_on_fixed_grids_depend_on_their_seed_only(D):
     """Vary batch size, members and order; results in float32 on the CPU agree to 1e-6."""

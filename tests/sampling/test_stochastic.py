@@ -46,6 +46,7 @@ def radius_p_value(kernel, plan):
     return stats.kstest(ratio.numpy(), stats.betaprime(N / 2, kernel.D / 2).cdf).pvalue
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("D", [1.0, 4.0])
 @pytest.mark.parametrize("plan", PLANS)
 def test_added_noise_keeps_the_kernels_law_and_gaussian_noise_would_not(plan, D):

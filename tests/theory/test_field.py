@@ -114,6 +114,7 @@ def test_block_size_does_not_change_the_posterior_mean(monkeypatch):
     assert whole.shape == x.shape
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("D", [1.0, 128.0])
 @pytest.mark.parametrize("data", ["digits", "random"])
 def test_posterior_mean_of_float32_data_is_accurate_at_every_sigma(D, data):

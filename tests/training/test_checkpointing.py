@@ -89,6 +89,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     assert checkpoints.read_checkpoint(checkpoints.checkpoint_path(tmp_path))["global_step"] == 6
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
 def test_training_stops_after_32_steps_without_a_finite_loss(tmp_path, monkeypatch):
     whole = PFGM._loss
@@ -167,6 +168,7 @@ def test_only_an_interrupted_validation_is_repeated(tmp_path, monkeypatch):
     assert kills.fingerprint(run) == kills.fingerprint(whole)
 
 
+@pytest.mark.process
 def test_a_full_disk_leaves_the_old_checkpoint(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     path = checkpoints.checkpoint_path(tmp_path / "run")
@@ -200,6 +202,7 @@ def test_a_signal_during_the_agreement_of_ranks_counts_next_time():
     assert callback._agreed_signal(Trainer()) == signal.SIGTERM
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_evaluation_stopped_by_a_signal_exits_with_its_code(number, run, monkeypatch, capsys):
     monkeypatch.setattr(PFGM, "test_step", lambda *_: os.kill(os.getpid(), number))

@@ -43,6 +43,7 @@ def test_loss_weighs_each_sample_by_its_own_level(D):
     assert torch.allclose(loss(denoiser, y, {}, summary=summary, generator=rng.generator(5)), expected, rtol=1e-10)
 
 
+@pytest.mark.process
 def test_denoising_and_explicit_loss_differ_by_the_same_number_for_every_network():
     """By Vincent's identity L(y) - L(E[y|x]) does not depend on the network; here up to three standard errors."""
     charges, summary = 0.5 * torch.randn(8, 2, dtype=F64), summary_of(2)

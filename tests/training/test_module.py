@@ -43,6 +43,7 @@ class Log(pl.loggers.Logger):
         self.rows.append((step, metrics))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_accumulated_batches_have_the_gradient_of_a_large_one(objective, tmp_path):
     """Data, noise, dropped labels, charges, clipping, average and what is logged: in four parts of 8 as in one of 32."""
@@ -167,6 +168,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, monkeypatch):
         assert {int(state["step"]) for state in module.optimizers(False).state.values()} == {4}
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.* steps were skipped so far")
 @pytest.mark.parametrize("objective", ["PFGM", "PFGM++"])
 @pytest.mark.parametrize(("what", "place"), [("loss", 20), ("loss", 4), ("gradient", 20)])
@@ -314,6 +316,7 @@ def test_parts_of_a_batch_drop_units_of_their_own():
     assert seeds[0] == seeds[3]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("parts", [(4, 4), (4, 2)])
 def test_a_run_stopped_between_two_parts_of_a_batch_is_resumed_at_a_step(parts, tmp_path):
     """Batches are taken up where the last optimizer step left them, also if a step has another number of them then."""
@@ -348,6 +351,7 @@ def test_dropout_is_a_function_of_the_step(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("objective", ["PFGM", "PFGM++"])
 def test_bfloat16_training_is_finite_and_as_good_as_float32(objective, tmp_path):
     """100 steps on the same data and noise: the losses of the last 50 within 2 %."""
@@ -366,6 +370,7 @@ def test_bfloat16_training_is_finite_and_as_good_as_float32(objective, tmp_path)
     assert losses["bf16-mixed"] != losses["32-true"]
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")  # its first step is one that is skipped
 @pytest.mark.parametrize("objective", ["PFGM", "PFGM++"])
 def test_float16_skips_what_overflows_until_it_has_its_scale_and_resumes_with_it(objective, tmp_path):

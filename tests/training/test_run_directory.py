@@ -50,6 +50,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsy
     assert not Path(tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("harm", damage.HARMS)
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_resumed(harm, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
@@ -67,6 +68,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_resumed(harm, run, t
     assert path.with_name("damaged.ckpt").exists()
 
 
+@pytest.mark.process
 def test_a_run_with_two_damaged_checkpoints_is_left_alone(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     for name in ("last.ckpt", "previous.ckpt"):
@@ -79,6 +81,7 @@ def test_a_run_with_two_damaged_checkpoints_is_left_alone(run, tmp_path):
     assert before == {path: path.read_bytes() for path in before}
 
 
+@pytest.mark.process
 def test_a_run_without_its_last_checkpoint_resumes_from_the_previous_one(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     checkpoints.checkpoint_path(tmp_path / "run").unlink()
@@ -86,6 +89,7 @@ def test_a_run_without_its_last_checkpoint_resumes_from_the_previous_one(run, tm
     assert kills.fingerprint(tmp_path / "run") == kills.fingerprint(run)
 
 
+@pytest.mark.process
 def test_an_unreadable_checkpoint_is_not_renamed(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run")
     for error in (PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), MemoryError()):
@@ -101,6 +105,7 @@ def test_an_unreadable_checkpoint_is_not_renamed(run, tmp_path, monkeypatch):
     train.main(kills.command(tmp_path / "run", "denoising", 10))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
