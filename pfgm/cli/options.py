@@ -49,7 +49,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ConditionOptions:
-    """What samples are drawn under.
+    """Choose what samples are drawn under.
 
     Args:
         labels: One class for all samples, or several ([1,7,...]) in turn, each for as many samples.
@@ -62,7 +62,7 @@ class ConditionOptions:
 
 @dataclass(frozen=True)
 class GuidanceOptions:
-    """What leads samples further.
+    """Choose how samples are guided.
 
     Args:
         guidance: Guidance scale, or one for each sample ([1,2,...]); 1 is none. Needs labels and label dropout, or a guide.

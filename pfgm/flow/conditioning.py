@@ -1,4 +1,4 @@
-"""What samples are drawn under: labels, conditions, guidance and measurements, checked before any network call."""
+"""Labels, conditions, guidance and measurements of samples, checked before any network call."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ MAX_CLASSES = 2**31  # bound on labels for a classifier, whose number of classes
 
 
 class Conditioning(TypedDict, total=False):
-    """What a flow's sample, vary, denoise, encode, decode and interpolate take besides labels.
+    """Name what sample, vary, denoise, encode, decode and interpolate of a flow take besides labels.
 
     condition: Of models trained with conditions: [n, ...], or one for all, in the user's units; a mapping by key ("image",
         "vector") if there are several.

@@ -1,4 +1,4 @@
-"""What samplers expect of denoisers and denoisers of networks, and the embedding that networks share."""
+"""The contracts of denoisers and networks, and the embedding that networks share."""
 
 import math
 from collections.abc import Mapping, Sequence

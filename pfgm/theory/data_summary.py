@@ -1,4 +1,4 @@
-"""What a model has to know of its data: shape, units, size, classes and conditions.
+"""Summary of the data that a model has to know: shape, units, size, classes and conditions.
 
 Model space is the user's units, scaled and centred: model = user / scale - mean. Everything below `PoissonFlow` works there.
 """

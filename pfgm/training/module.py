@@ -115,7 +115,7 @@ class PFGM(Configurable, pl.LightningModule):
 
     @property
     def summary(self) -> DataSummary:
-        """What is known of the training data."""
+        """Return the summary of the training data."""
         return self.flow.summary
 
     @property
