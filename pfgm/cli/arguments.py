@@ -44,7 +44,7 @@ def _join_pair(words: list[str]) -> list[str]:
 
 def _find_configs(words: list[str]) -> list[str]:
     """Replace names of shipped configurations after --config by their paths, and check that all can be read."""
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith(("--config=", "-c=")) else [word])]
     for i, word in enumerate(words[1:], 1):
         if words[i - 1] in ("--config", "-c") and not word.lstrip().startswith("{"):
             words[i] = str(find_config(word))
@@ -65,7 +65,7 @@ def find_config(name: str) -> Path:
     Raises:
         FileNotFoundError: If there is neither; the message lists the shipped names.
     """
-    if Path(name).exists():
+    if Path(name).exists() and not Path(name).is_dir():
         return Path(name)
     shipped = {path.stem: path for path in sorted(shipped_configs().glob("*.yaml"))}
     stem = name.removesuffix(".yaml")
