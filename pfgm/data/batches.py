@@ -70,7 +70,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, i: int) -> "Batch":
+    def single(self, i: int) -> "Batch":
         """Return sample `i` as a batch, with the noise that it has here."""
         one = slice(i, i + 1)
         index = None if self.index is None else self.index[one]

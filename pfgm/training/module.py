@@ -217,7 +217,7 @@ class PFGM(Configurable, pl.LightningModule):
     def _culprit(self) -> str:
         """Describe the first sample of the present step whose loss or gradient is not finite, with its noise level."""
         parameters = [p for p in self.parameters() if p.requires_grad]
-        for batch in [several[i] for several in self._batches for i in range(len(several))]:
+        for batch in [several.single(i) for several in self._batches for i in range(len(several))]:
             with torch.enable_grad(), self.trainer.precision_plugin.train_step_context():
                 (loss,) = self._loss(batch, rng.TRAINING)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

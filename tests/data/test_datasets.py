@@ -155,9 +155,12 @@ def test_images_read_from_the_disk_by_workers_make_the_same_batches(reference_si
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork in a process with threads
         workers = iter(DataLoader(TrainingStream(read.train, **options), batch_size=None, num_workers=2))
         for _, a, b in zip(range(7), memory, workers, strict=False):
-            tensors = [key for key in a if key not in ("step", "rows")]
-            assert (a["step"], tuple(a["rows"]), a.keys()) == (b["step"], tuple(b["rows"]), b.keys())
-            assert all(torch.equal(a[key], b[key]) for key in tensors)
+            assert (a.step, a.rows, a.conditions.keys()) == (b.step, b.rows, b.conditions.keys())
+            assert torch.equal(a.x, b.x)
+            assert torch.equal(a.index, b.index)
+            assert torch.equal(a.conditions["label"], b.conditions["label"])
+            assert (a.charges is None) == (b.charges is None) == (reference_size == 0)
+            assert a.charges is None or torch.equal(a.charges.x, b.charges.x)
         del workers
 
 
