@@ -10,7 +10,7 @@ from pfgm.core.exports import lazy_names
 
 if TYPE_CHECKING:
     from pfgm.data.augmentation import Augment
-    from pfgm.data.batches import SampleSet
+    from pfgm.data.batches import Batch, SampleSet
     from pfgm.data.datamodule import DataModule
     from pfgm.data.datasets import Arrays, Digits, ImageDataModule, Toy
     from pfgm.data.degradations import AddNoise, Degradation, Downsample, Grey
@@ -19,6 +19,7 @@ __all__ = [
     "AddNoise",
     "Arrays",
     "Augment",
+    "Batch",
     "DataModule",
     "Degradation",
     "Digits",
@@ -31,7 +32,7 @@ __all__ = [
 
 _HOMES = {
     "augmentation": ["Augment"],
-    "batches": ["SampleSet"],
+    "batches": ["Batch", "SampleSet"],
     "datamodule": ["DataModule"],
     "datasets": ["Arrays", "Digits", "ImageDataModule", "Toy"],
     "degradations": ["AddNoise", "Degradation", "Downsample", "Grey"],
