@@ -48,7 +48,8 @@ def _find_configs(words: list[str]) -> list[str]:
     for i, word in enumerate(words[1:], 1):
         if words[i - 1] in ("--config", "-c") and not word.lstrip().startswith("{"):
             words[i] = str(find_config(word))
-            read_config(words[i])
+            if Path(words[i]).is_file():  # a pipe can be read only once, by the parser
+                read_config(words[i])
     return words
 
 

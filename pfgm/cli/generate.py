@@ -25,6 +25,7 @@ from pfgm.cli.outputs import (
     SAMPLES,
     TRAJECTORY,
     check_columns,
+    check_name,
     check_output,
     check_writable,
     save_arrays,
@@ -205,9 +206,11 @@ def check_outputs(shape: Sequence[int], output: OutputOptions, inputs: Sequence[
             f"trajectory = {trajectory}, out = {out}, max_calls = {output.max_calls}: a trajectory is whole, and beside a "
             "file; leave max_calls out, and give a file as out"
         )
+    kind = SAMPLES if out.suffix else SAMPLE_FOLDER
+    check_name(out, kind, shape, others=inputs)
     if trajectory is not None:
         check_output(trajectory, TRAJECTORY, shape, name="trajectory", others=[*inputs, out])
-    check_output(out, SAMPLES if out.suffix else SAMPLE_FOLDER, shape, others=inputs)
+    check_output(out, kind, shape, others=inputs)
 
 
 def _check_pairs(pairs: Pairs, out: Path) -> None:

@@ -49,13 +49,19 @@ def main(args: Sequence[str] | None = None) -> None:
         from pfgm import __version__
 
         print(f"pfgm {__version__}")
-    elif not words or words[0] in ("-h", "--help"):
+        return
+    if not words or words[0] in ("-h", "--help"):
         print(help_text())
-    elif words[0] not in COMMANDS:
-        print(f"pfgm: error: command = {words[0]}: choose one of {', '.join(COMMANDS)}; see pfgm --help", file=sys.stderr)
-        sys.exit(2)
+        return
+    debug, words = [word for word in words if word == "--debug"], [word for word in words if word != "--debug"]
+    if words and words[0] in COMMANDS:
+        run([*words, *debug], f"pfgm {words[0]}")
     else:
-        run(words, f"pfgm {words[0]}")
+        print(
+            f"pfgm: error: command = {' '.join(words[:1])}: choose one of {', '.join(COMMANDS)}; see pfgm --help",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def help_text() -> str:

@@ -25,7 +25,15 @@ TRAJECTORY = {".png": PICTURES, ".gif": PICTURES, ".npz": ANY}
 def check_output(
     path: Path, endings: Mapping[str, str], shape: Sequence[int], *, name: str = "out", others: Sequence[Path | None] = ()
 ) -> None:
-    """Check that samples can be written to `path`, and make its folder.
+    """Check that samples can be written to `path`, and make its folder."""
+    check_name(path, endings, shape, name=name, others=others)
+    check_writable(path.parent if path.suffix else path, name, path)
+
+
+def check_name(
+    path: Path, endings: Mapping[str, str], shape: Sequence[int], *, name: str = "out", others: Sequence[Path | None] = ()
+) -> None:
+    """Check that `path` names an output for samples of `shape`, without touching the disk.
 
     Args:
         path: File or folder to write.
@@ -36,7 +44,6 @@ def check_output(
 
     Raises:
         ValueError: If the ending is not supported, cannot hold these samples, or `path` names something else.
-        OSError: If the folder cannot be written.
     """
     ending = path.suffix or "a folder"
     if path.suffix not in endings:
@@ -50,7 +57,6 @@ def check_output(
         raise ValueError(f"{name} = {path} is a {'folder' if path.suffix else 'file'}. Choose another name.")
     if any(other is not None and other.resolve() == path.resolve() for other in others):
         raise ValueError(f"{name} = {path}: another argument names this file too. Choose another name.")
-    check_writable(path.parent if path.suffix else path, name, path)
 
 
 def check_writable(folder: Path, name: str, path: Path) -> None:

@@ -72,7 +72,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         OSError: If it cannot be read now, as MemoryError.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist or is no file; give a .ckpt file or an exported folder")
+        raise FileNotFoundError(f"{path} does not exist or is no file; give a .ckpt file, a run folder or an exported folder")
     try:
         verify_digest(Path(path))
         checkpoint = load_torch(Path(path), path)

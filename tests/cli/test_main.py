@@ -39,6 +39,20 @@ def test_unknown_commands_exit_with_2_and_list_the_known(words, capsys):
     assert f"command = {words[0]}: choose one of {', '.join(main.COMMANDS)}" in captured.err
 
 
+def test_debug_may_come_before_the_command():
+    with pytest.raises(FileNotFoundError, match="none.ckpt does not exist"):
+        main.main(["--debug", "sample", "none.ckpt"])
+
+
+@pytest.mark.process
+def test_a_configuration_may_come_through_a_pipe(tmp_path):
+    quick = "--trainer.max_steps=1 --trainer.enable_progress_bar=false --trainer.accelerator=cpu"
+    line = f"{sys.executable} -W ignore -m pfgm fit --config <(cat configs/heart.yaml) {quick} --run_dir {tmp_path}/run"
+    process = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
 def test_version(capsys):
     main.main(["--version"])
     assert capsys.readouterr().out == f"pfgm {pfgm.__version__}\n"

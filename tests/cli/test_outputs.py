@@ -5,6 +5,8 @@ import re
 import pytest
 
 from pfgm.cli import outputs
+from pfgm.cli.generate import OutputOptions, check_outputs
+from pfgm.cli.output_folder import Share
 from pfgm.cli.outputs import LATENTS, SAMPLE_FOLDER, SAMPLES, STRIP, TRAJECTORY, check_output
 
 
@@ -61,3 +63,11 @@ def test_an_input_under_another_name_is_not_overwritten(tmp_path):
     (tmp_path / "below").mkdir()
     with pytest.raises(ValueError, match="another argument names this file too"):
         check_output(tmp_path / "below" / ".." / "a.npz", LATENTS, (2,), others=[tmp_path / "a.npz"])
+
+
+def test_no_folder_is_made_if_one_of_two_outputs_is_refused(tmp_path):
+    for out, trajectory in (("a/x.jpg", "b/x.gif"), ("a/x.png", "b/x.jpg")):
+        output = OutputOptions(out=tmp_path / out, trajectory=tmp_path / trajectory)
+        with pytest.raises(ValueError, match=r"\.jpg is not supported here"):
+            check_outputs((1, 8, 8), output, [], Share())
+    assert not list(tmp_path.iterdir())

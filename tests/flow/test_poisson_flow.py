@@ -380,7 +380,10 @@ def test_a_missing_checkpoint_ends_in_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         main.sample(["none.ckpt"])
     error = capsys.readouterr().err.strip()
-    assert error == "sample.py: error: none.ckpt does not exist or is no file; give a .ckpt file or an exported folder"
+    assert (
+        error
+        == "sample.py: error: none.ckpt does not exist or is no file; give a .ckpt file, a run folder or an exported folder"
+    )
 
 
 @pytest.mark.process
