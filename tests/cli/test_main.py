@@ -40,7 +40,7 @@ def test_unknown_commands_exit_with_2_and_list_the_known(words, capsys):
 
 
 def test_debug_may_come_before_the_command():
-    with pytest.raises(FileNotFoundError, match="none.ckpt does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt does not exist"):
         main.main(["--debug", "sample", "none.ckpt"])
 
 

@@ -275,3 +275,11 @@ def test_summaries_of_large_data_are_made_in_blocks(monkeypatch):
     centred = (x.double() / 2 - (x.double() / 2).mean(0)).flatten(1).numpy()
     assert blocks.sigma_data == pytest.approx(centred.std(), rel=1e-6)
     assert blocks.power_std == pytest.approx((centred**2).mean(1).std(), rel=1e-6)
+
+
+def test_a_batch_is_no_sequence():
+    """Python would iterate over any object that has items, and slices never run out."""
+    batch = Batch(torch.zeros(2, 3), {}, 0, (0, 2))
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(batch)
+    assert len(batch.single(1)) == 1

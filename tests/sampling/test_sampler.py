@@ -9,7 +9,7 @@ from scipy import stats
 from pfgm.core import rng
 from pfgm.core.tensors import norm
 from pfgm.sampling.latents import Latent
-from pfgm.sampling.sampler import seed_pairs
+from pfgm.sampling.sampler import Samples, seed_pairs
 from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, PointCharge
 from pfgm.theory.kernel import StudentTKernel
 from tests.helpers import F64, TIGHT, make_sampler
@@ -208,3 +208,13 @@ def test_labels_reach_the_denoiser():
 def test_invalid_numbers_and_seeds_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_sampler(PointCharge(torch.zeros(3))).sample(**arguments)
+
+
+def test_joined_samples_cost_what_the_dearest_batch_cost_and_all_their_time():
+    one = Samples(torch.zeros(2, 3), 10, 1.0, 8, 2, torch.tensor([0.1, 0.2]))
+    other = Samples(torch.ones(1, 3), 6, 2.5, 9, 0, torch.tensor([0.3]), complete=False)
+    both = Samples.joined([one, other])
+    assert (both.calls, both.seconds, both.accepted, both.rejected, both.complete) == (10, 3.5, 9, 2, False)
+    assert torch.equal(both.x, torch.cat([one.x, other.x]))
+    assert torch.equal(both.error, torch.tensor([0.1, 0.2, 0.3]))
+    assert Samples.joined([one, Samples(torch.ones(1, 3), 6, 2.5)]).error is None
