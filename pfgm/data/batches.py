@@ -139,6 +139,7 @@ class TrainingStream(IterableDataset):
         world: Number of devices.
         accumulate: Batches of a step on each device.
         reference_size: Charges that the objective asks for; 0 for none.
+        repeat_batches: Number of batches whose samples are repeated with fresh noise, to overfit them; 0 for all data.
     """
 
     def __init__(
@@ -153,8 +154,10 @@ class TrainingStream(IterableDataset):
         world: int = 1,
         accumulate: int = 1,
         reference_size: int,
+        repeat_batches: int = 0,
     ):
         self.samples, self.preparation, self.batch_size, self.seed = samples, preparation, batch_size, seed
+        self.period = repeat_batches * batch_size * world
         self.start, self.rank, self.world, self.reference_size = start, rank, world, reference_size
         self.accumulate, self.total = accumulate, batch_size * world * accumulate
 
@@ -168,7 +171,7 @@ class TrainingStream(IterableDataset):
 
     def batch(self, step: int, i: int = 0) -> Batch:
         """Make batch `i` of optimizer step `step` on this device."""
-        index = stream_indices(step * self.total, self.total, len(self.samples), self.seed)
+        index = self._indices(step)
         first = (i * self.world + self.rank) * self.batch_size
         mine, generator = slice(first, first + self.batch_size), rng.generator(self.seed, rng.PREPARATION, step)
         if self.reference_size:
@@ -178,6 +181,13 @@ class TrainingStream(IterableDataset):
         else:
             charges, own = None, self.preparation(self.samples[index[mine]], Rows(generator, first, self.total))
         return Batch(own.x, dict(own.conditions), step, (first, self.total), index[mine], charges)
+
+    def _indices(self, step: int) -> Tensor:
+        """Return the rows of all samples of a step, [total]."""
+        n, first = len(self.samples), step * self.total
+        if not self.period:
+            return stream_indices(first, self.total, n, self.seed)
+        return stream_indices(0, self.period, n, self.seed)[torch.arange(first, first + self.total) % self.period]
 
     def _charges(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Rows of the charges, and where among them the samples `index` are.

@@ -1,7 +1,7 @@
 """The base of all data modules: training and held-out samples with their units, and batches of them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from pfgm.core import rng
 from pfgm.core.configurable import Configurable
-from pfgm.data.batches import HeldOutBatches, Preparation, SampleSet, TrainingStream
+from pfgm.data.batches import Batch, HeldOutBatches, Preparation, SampleSet, TrainingStream
 from pfgm.data.degradations import Degradation
 from pfgm.theory.data_summary import DataSummary, level_spacing
 
@@ -132,9 +132,15 @@ class DataModule(Configurable, pl.LightningDataModule):
         """The shape of each condition but the label, by its key."""
         return self.summary.conditions
 
-    def train_dataloader(self) -> DataLoader:
-        """Return the stream from the trainer's present step on, so that a resumed run continues it."""
+    def train_dataloader(self) -> "StepLoader":
+        """Return the stream of training batches, a function of the trainer's step.
+
+        Raises:
+            ValueError: If epochs would never end, or end within an optimizer step.
+        """
         trainer: Any = self.trainer
+        _check_epochs(trainer)
+        repeated = trainer.overfit_batches if isinstance(trainer.overfit_batches, int) else 0
         stream = TrainingStream(
             self.train,
             self.augmentation,
@@ -145,8 +151,9 @@ class DataModule(Configurable, pl.LightningDataModule):
             world=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
             reference_size=trainer.lightning_module.reference_size,
+            repeat_batches=repeated,
         )
-        return self._loader(stream)
+        return StepLoader(stream, self._loader, trainer)
 
     def _loader(self, batches: TrainingStream | HeldOutBatches) -> DataLoader:
         """Load batches as they are, in page-locked memory for an accelerator, which then need not be waited for."""
@@ -171,6 +178,47 @@ class DataModule(Configurable, pl.LightningDataModule):
         return self._loader(held_out)
 
     test_dataloader = val_dataloader
+
+
+class StepLoader:
+    """Iterate over training batches from the trainer's present step on, whatever the trainer calls an epoch.
+
+    Args:
+        stream: The batches.
+        load: Makes the loader of the stream.
+        trainer: The trainer that counts the steps.
+    """
+
+    def __init__(self, stream: TrainingStream, load: Callable[[TrainingStream], DataLoader], trainer: pl.Trainer):
+        self.stream, self.load, self.trainer = stream, load, trainer
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.stream.start = self.trainer.global_step
+        return iter(self.load(self.stream))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: with these two methods Lightning knows that the loader resumes within an epoch."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing: the step of the trainer is all the state there is."""
+
+
+def _check_epochs(trainer: Any) -> None:
+    """Raise ValueError unless epochs, if the trainer counts them, are a number of optimizer steps."""
+    limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    endless = isinstance(limit, float)  # an integer is a number of batches, a float a share of them
+    if endless and trainer.max_epochs not in (None, -1):
+        raise ValueError(
+            f"trainer.max_epochs = {trainer.max_epochs}: the stream of training batches has no end, so an epoch has none. "
+            "Pass trainer.max_steps instead, or also the length of an epoch, trainer.limit_train_batches."
+        )
+    if not endless and limit % accumulate and not trainer.fast_dev_run:
+        name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
+        raise ValueError(
+            f"trainer.{name} = {limit}, trainer.accumulate_grad_batches = {accumulate}: an epoch would end within an optimizer "
+            f"step. Pass a multiple of {accumulate}."
+        )
 
 
 SUMMARY_BYTES = 2**31  # larger data are summarised from random samples of this size

@@ -114,11 +114,12 @@ def _held_out_conditions(trainer: pl.Trainer, n: int) -> dict[str, Tensor] | Non
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Show progress in training steps, since the stream of batches has no epochs."""
+    """Show progress in batches of the whole run if the trainer does not limit those of an epoch."""
 
     @property
     def total_train_batches(self) -> int | float:
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        limit, steps = super().total_train_batches, self.trainer.max_steps
+        return steps * self.trainer.accumulate_grad_batches if limit == float("inf") and steps >= 0 else limit
 
 
 class SaveConfig(SaveConfigCallback):

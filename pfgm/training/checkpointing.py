@@ -104,8 +104,7 @@ class LastCheckpoint(Checkpoint):
         """Save with a pending validation, except at the last step, from which no run resumes."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or 0 <= trainer.max_steps <= trainer.global_step:
             return
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
-        self.validation_pending = batches == trainer.global_step * trainer.accumulate_grad_batches
+        self.validation_pending = not trainer.fit_loop._should_accumulate()  # not between two batches of a step
         self._save_step(trainer)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:

@@ -143,8 +143,11 @@ class PFGM(Configurable, pl.LightningModule):
         A run may have been stopped between two batches of a step, or may have accumulated another number of them.
         """
         trainer: Any = self.trainer
-        progress, batches = trainer.fit_loop.epoch_loop.batch_progress, trainer.global_step * trainer.accumulate_grad_batches
-        for counts in (progress.total, progress.current):
+        limit, epochs = trainer.num_training_batches, trainer.fit_loop.epoch_progress.current
+        progress, total = trainer.fit_loop.epoch_loop.batch_progress, trainer.global_step * trainer.accumulate_grad_batches
+        pending = progress.current.completed >= limit and epochs.completed < epochs.ready  # the end of an epoch
+        current = total if limit == math.inf else total % limit
+        for counts, batches in ((progress.total, total), (progress.current, current)):
             counts.ready = counts.started = counts.processed = counts.completed = batches
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -6,21 +6,24 @@ import math
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 import pfgm
 from pfgm.cli import train
 from pfgm.core import rng
 from pfgm.data import Arrays, Digits, Toy
-from pfgm.data.batches import Batch, HeldOutBatches, Preparation, SampleSet, TrainingStream
+from pfgm.data.batches import Batch, HeldOutBatches, Preparation, SampleSet, TrainingStream, stream_indices
 from pfgm.data.degradations import Downsample
 from pfgm.flow import checkpoints
 from pfgm.nn import TimeMLP
 from pfgm.nn.preconditioning import PreconditionedDenoiser
 from pfgm.theory.data_summary import DataSummary
+from pfgm.training.checkpointing import LastCheckpoint
+from pfgm.training.ema import EMA
 from pfgm.training.losses import Charges, DenoisingLoss, PoissonFieldLoss
 from pfgm.training.module import PFGM
-from tests.helpers import ROOT, SMALL, fit, last
+from tests.helpers import ROOT, SMALL, fit, last, train_steps
 
 SUPERRES = ["--config", str(ROOT / "configs" / "digits_superres.yaml"), *SMALL, "--model.net.init_args.width=8"]
 
@@ -283,3 +286,73 @@ def test_a_batch_is_no_sequence():
     with pytest.raises(TypeError, match="not iterable"):
         iter(batch)
     assert len(batch.single(1)) == 1
+
+
+class Record(pl.Callback):
+    """Keep steps, rows and losses of the training batches of a run."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.seen.append((batch.step, batch.rows, batch.index.tolist(), float(outputs["loss"]), trainer.global_step))
+
+
+def recorded(folder, *stops, **options):
+    """Train to each of the steps `stops`, resuming, and return what `Record` has seen and the weights."""
+    record, path = Record(), folder / "checkpoints" / "last.ckpt"
+    for stop in stops:
+        data = Toy(size=200, batch_size=8)
+        torch.manual_seed(0)
+        module = PFGM(TimeMLP(data.shape, width=8, depth=1), data.summary)
+        weights = train_steps(data, module, stop, EMA(), LastCheckpoint(2), record, folder=folder, resume=path, **options)
+    return record.seen, [w.tolist() for w in weights]
+
+
+EPOCHS = {"limit_train_batches": 4, "accumulate_grad_batches": 2}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("stops", [(7,), (4, 7), (3, 7), (1, 5, 7)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"limit_train_batches": 2},
+        {"limit_train_batches": 3},
+        EPOCHS,
+        {**EPOCHS, "limit_val_batches": 1},
+        {"limit_train_batches": 2, "limit_val_batches": 1, "val_check_interval": 3, "check_val_every_n_epoch": None},
+        {"limit_train_batches": 2, "reload_dataloaders_every_n_epochs": 1},
+    ],
+)
+def test_training_is_a_function_of_the_step_whatever_an_epoch_is(options, stops, tmp_path):
+    parts = {"accumulate_grad_batches": options.get("accumulate_grad_batches", 1)}
+    assert recorded(tmp_path / "epochs", *stops, **options) == recorded(tmp_path / "one", 7, **parts)
+
+
+@pytest.mark.parametrize("stops", [(6,), (3, 6)])
+def test_overfitted_batches_repeat_their_samples_with_fresh_noise(stops, tmp_path):
+    seen, _ = recorded(tmp_path / "one", *stops, overfit_batches=2)
+    first = stream_indices(0, 16, 200, 0).tolist()
+    assert [index for _, _, index, _, _ in seen] == [first[:8], first[8:]] * 3
+    assert [step for step, *_ in seen] == list(range(6))
+    x = SampleSet(torch.zeros(100, 3))
+    still = stream(x, Preparation(width=1.0), repeat_batches=1)
+    assert torch.equal(still.batch(0).index, still.batch(5).index)
+    assert not torch.equal(still.batch(0).x, still.batch(5).x)
+    devices = [stream(x, Preparation(), repeat_batches=1, rank=rank, world=2) for rank in (0, 1)]
+    indices = [[one.batch(step).index.tolist() for step in (0, 3)] for one in devices]
+    assert indices[0][0] == indices[0][1] != indices[1][0] == indices[1][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_epochs": 3, "max_steps": -1}, r"trainer.max_epochs = 3: the stream .* Pass trainer.max_steps instead, or"),
+        ({"limit_train_batches": 3, "accumulate_grad_batches": 2}, r"limit_train_batches = 3, .* Pass a multiple of 2"),
+        ({"overfit_batches": 1, "accumulate_grad_batches": 2}, r"overfit_batches = 1, .* an epoch would end within"),
+    ],
+)
+def test_epochs_that_cannot_end_at_a_step_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        recorded(tmp_path, 2, **options)
