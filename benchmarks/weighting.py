@@ -11,6 +11,7 @@ and for averages of several widths, reconstructed after training.
 import argparse
 import contextlib
 import io
+import math
 import statistics
 from pathlib import Path
 
@@ -57,8 +58,9 @@ def measure(flow: PoissonFlow, data: Digits) -> tuple[float, float, float]:
 
 
 def row(name: str, values: list[tuple[float, float, float]]) -> str:
-    """Means and standard deviations over the seeds."""
-    cells = [f"{statistics.mean(v):.4f} ({statistics.stdev(v):.4f})" for v in zip(*values, strict=True)]
+    """Format means and standard deviations over the seeds as a row of the table."""
+    spread = statistics.stdev if len(values) > 1 else lambda v: math.nan
+    cells = [f"{statistics.mean(v):.4f} ({spread(v):.4f})" for v in zip(*values, strict=True)]
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
