@@ -52,7 +52,7 @@ def measure(flow: PoissonFlow, data: Digits) -> tuple[float, float, float]:
     """Fréchet distance, energy distance and held-out loss, each the mean of three sets of noise."""
     sets = [flow.sample(1000, seed=seed).x for seed in range(3)]
     y, loss = flow.to_model(data.held_out.x), DenoisingLoss()
-    losses = [float(loss(flow.denoiser, y, data=data.summary, generator=rng.generator(9, k)).mean()) for k in range(20)]
+    losses = [float(loss(flow.denoiser, y, {}, summary=data.summary, generator=rng.generator(9, k)).mean()) for k in range(20)]
     distances = [[f(x, data.train.x) for x in sets] for f in (metrics.frechet_distance, metrics.energy_distance)]
     return statistics.mean(distances[0]), statistics.mean(distances[1]), statistics.mean(losses)
 
