@@ -41,6 +41,7 @@ def main():
     size, workers = arguments.size, arguments.workers
     start = time.perf_counter()
     data = ImageDataModule(arguments.path, size=size, batch_size=arguments.batch_size, flip=True)
+    data.setup()
     count = len(data.train) + len(data.held_out)
     seconds = time.perf_counter() - start
     print(f"{count} images of {data.shape}: read, checked and measured in {seconds:.1f} s, {count / seconds:.0f} images/s")

@@ -176,7 +176,8 @@ def main() -> None:
             table = [next(results) for _ in a.seeds]
             rows.writerows((*case, seed, a.steps, *row) for seed, row in zip(a.seeds, table, strict=True))
             file.flush()
-            cells = [f"{statistics.mean(column):.4f} ({statistics.stdev(column):.4f})" for column in zip(*table, strict=True)]
+            spread = statistics.stdev if len(table) > 1 else lambda column: math.nan
+            cells = [f"{statistics.mean(column):.4f} ({spread(column):.4f})" for column in zip(*table, strict=True)]
             print(f"| {case[0]} | {case[1]:g} | {case[2]} | " + " | ".join(cells) + " |", flush=True)
 
 

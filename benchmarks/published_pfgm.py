@@ -60,7 +60,7 @@ def published(drift: Drift, flow: PoissonFlow, n: int, seed: int) -> tuple[Tenso
 
     t = torch.tensor([latent.level, Z_MIN], dtype=torch.float64).log()
     x = odeint(right_hand_side, x, t, method="dopri5", rtol=TOLERANCE, atol=TOLERANCE)[-1]
-    return flow.to_user(x.float()), calls
+    return flow.summary.to_user(x.float()), calls
 
 
 def here(preset: str, flow: PoissonFlow, n: int, seed: int) -> tuple[Tensor, int]:

@@ -163,7 +163,8 @@ def main() -> None:
     train, results, lines = Digits().train.x, {}, []
     for path in arguments.checkpoints:
         flow = pfgm.load(path)
-        model = f"{path.parent.parent.name} (D = {flow.kernel.D:g})"
+        run = path if path.is_dir() else path.parent.parent
+        model = f"{run.name} (D = {flow.kernel.D:g})"
         reference = Reference(flow, arguments.n)
         results[model] = rows = errors(reference)
         print(f"\n{model}\n| method | error at calls | " + " | ".join(f"calls for {e}" for e in ERRORS) + " | estimate |")

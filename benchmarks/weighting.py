@@ -11,6 +11,7 @@ and for averages of several widths, reconstructed after training.
 import argparse
 import contextlib
 import io
+import math
 import statistics
 from pathlib import Path
 
@@ -51,14 +52,15 @@ def measure(flow: PoissonFlow, data: Digits) -> tuple[float, float, float]:
     """Fréchet distance, energy distance and held-out loss, each the mean of three sets of noise."""
     sets = [flow.sample(1000, seed=seed).x for seed in range(3)]
     y, loss = flow.to_model(data.held_out.x), DenoisingLoss()
-    losses = [float(loss(flow.denoiser, y, data=data.summary, generator=rng.generator(9, k)).mean()) for k in range(20)]
+    losses = [float(loss(flow.denoiser, y, {}, summary=data.summary, generator=rng.generator(9, k)).mean()) for k in range(20)]
     distances = [[f(x, data.train.x) for x in sets] for f in (metrics.frechet_distance, metrics.energy_distance)]
     return statistics.mean(distances[0]), statistics.mean(distances[1]), statistics.mean(losses)
 
 
 def row(name: str, values: list[tuple[float, float, float]]) -> str:
-    """Means and standard deviations over the seeds."""
-    cells = [f"{statistics.mean(v):.4f} ({statistics.stdev(v):.4f})" for v in zip(*values, strict=True)]
+    """Format means and standard deviations over the seeds as a row of the table."""
+    spread = statistics.stdev if len(values) > 1 else lambda v: math.nan
+    cells = [f"{statistics.mean(v):.4f} ({spread(v):.4f})" for v in zip(*values, strict=True)]
     return f"| {name} | " + " | ".join(cells) + " |"
 
 

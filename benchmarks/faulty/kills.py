@@ -161,7 +161,7 @@ def chain(folder: Path, objective: str, kills: int, seed: int, steps: int = 60, 
             if any(codes):
                 waited = ranks > 1 and ENDLESS in codes and reached(run) == before  # for a process that never came
                 odd = not set(codes) <= EXPECTED | ({ENDLESS} if waited else set())
-                counts.update({"kills": 1, moment: 1, "unexpected": odd, "waited": waited})
+                counts.update({"kills": 1, moment: 1, "unexpected": int(odd), "waited": int(waited)})
                 if odd:
                     print(f"{run}, {moment}: exit codes {codes}", file=sys.stderr)
                 _look(run, counts)
