@@ -1,8 +1,7 @@
-"""Denoise known distributions exactly, with modules that can replace a trained network.
+"""Denoise known distributions exactly: ground truth for solvers, likelihoods and networks.
 
-They serve as ground truth for solvers, likelihoods and networks. Each is called as `denoiser(x, sigma, **conditions)` with `x`
-[B, ...] in centred model space and `sigma` a float or [B]. It returns E[y | x, sigma], like x, and ignores all conditions.
-`kernel` is the perturbation kernel for which it is exact.
+`denoiser(x, sigma, **conditions)` returns E[y | x, sigma], like `x` [B, ...], for `sigma` a float or [B]. It is exact for its
+`kernel`, of `D` augmented dimensions, and ignores all conditions.
 """
 
 import math
@@ -39,12 +38,7 @@ class EmpiricalDenoiser(nn.Module):
 
 
 class PointCharge(nn.Module):
-    """Denoise data at a single point y: denoised = y for every D, and the flow lines are straight.
-
-    Args:
-        y: the point [...].
-        D: augmented dimensions.
-    """
+    """Denoise data at a single point `y` [...]: denoised = y for every D, and the flow lines are straight."""
 
     y: Tensor
 
@@ -58,13 +52,10 @@ class PointCharge(nn.Module):
 
 
 class CauchyBlob(nn.Module):
-    """Denoise multivariate Cauchy data of scale s at D = 1: E[y | x, r] = x s/(s + r).
+    """Denoise multivariate Cauchy data of scale s > 0 at D = 1: E[y | x, r] = x s/(s + r).
 
     The field of this data is that of a point charge at depth s below the plane r = 0 (image charge). So p_r is the Cauchy
     density of scale s + r, and the flow is x(r) = x_0 (s + r)/(s + r_0).
-
-    Args:
-        scale: s > 0.
     """
 
     def __init__(self, scale: float):
@@ -77,14 +68,10 @@ class CauchyBlob(nn.Module):
 
 
 class GaussianBlob(nn.Module):
-    """Denoise Gaussian data N(0, s² I): E[y | x, sigma] = x s²/(s² + sigma²) at D = inf.
+    """Denoise Gaussian data N(0, s² I) of scale s > 0: E[y | x, sigma] = x s²/(s² + sigma²) at D = inf.
 
     At finite D the noise is Gaussian of scale sigma/sqrt(kappa), and the factor s²/(s² + sigma²/kappa) is averaged over
-    kappa | x. The average is a trapezoidal rule over log kappa; its grid is narrowed around the posterior of each sample.
-
-    Args:
-        scale: s > 0.
-        D: augmented dimensions.
+    kappa | x, by a trapezoidal rule over log kappa whose grid is narrowed around the posterior of each sample.
     """
 
     NODES = 400  # of the quadrature
@@ -102,6 +89,7 @@ class GaussianBlob(nn.Module):
         return expand(shrink, x) * x
 
     def _shrink(self, sigma: Tensor, kappa: Tensor) -> Tensor:
+        """Compute the factor of x, given kappa."""
         return self.scale**2 / (self.scale**2 + sigma.square() / kappa)
 
     def _average(self, x: Tensor, sigma: Tensor) -> Tensor:
