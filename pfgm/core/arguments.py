@@ -4,7 +4,6 @@ A wrong type fails at the call that passed it, with the argument's name. Plain a
 tensors, arrays, sequences of these, literals, classes and unions. All others fit every value.
 """
 
-import collections.abc
 import functools
 import inspect
 import numbers
@@ -99,7 +98,7 @@ def _annotations(function: Callable[..., Any]) -> dict[str, Expected]:
 def _expected(hint: Any) -> Expected:
     """Return what the annotation `hint` expects; annotations of unknown kinds fit everything."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if hint in PLAIN or origin is collections.abc.Callable:
+    if hint in PLAIN or origin is Callable:
         return PLAIN[origin or hint]
     if origin in (typing.Union, types.UnionType):
         options = [_expected(part) for part in parts]
@@ -108,12 +107,13 @@ def _expected(hint: Any) -> Expected:
     if origin is typing.Literal:
         text = f"one of {', '.join(map(str, parts))}"
         return Expected(lambda value: any(type(value) is type(part) and value == part for part in parts), text)
-    if origin in (collections.abc.Sequence, list, tuple):
+    if origin in (Sequence, list, tuple):
         return _expected_items(parts, fixed=origin is tuple and parts[-1] is not ...)
     text = f"a {getattr(hint, '__name__', hint)}"
-    if isinstance(hint, type) and not getattr(hint, "_is_protocol", False) and not typing.is_typeddict(hint):
-        return Expected(lambda value: isinstance(value, hint) or _is_unbuilt(value), text)
-    return Expected(lambda value: True, text)
+    if not isinstance(hint, type) or getattr(hint, "_is_protocol", False) or typing.is_typeddict(hint):
+        return Expected(lambda value: True, text)
+    # The spec of an object that is built later fits as well, see `pfgm.core.configurable`.
+    return Expected(lambda value: isinstance(value, hint) or (isinstance(value, Mapping) and "class_path" in value), text)
 
 
 def _expected_items(parts: Sequence[Any], fixed: bool) -> Expected:
@@ -130,11 +130,6 @@ def _expected_items(parts: Sequence[Any], fixed: bool) -> Expected:
 
     text = ", ".join(item.text for item in items)
     return Expected(fits, f"[{text}]" if fixed else f"[{text}, ...]")
-
-
-def _is_unbuilt(value: Any) -> bool:
-    """Return whether `value` is the spec of an object that is built later, see `pfgm.core.configurable`."""
-    return isinstance(value, Mapping) and "class_path" in value
 
 
 def _short(value: Any) -> str:

@@ -109,17 +109,16 @@ def renamed(value: Any) -> Any:
 
 
 def with_defaults(old: Any, now: Any) -> Any:
-    """Complete `old`, the spec of an earlier version, with the arguments that only `now` has, at their defaults.
+    """Complete `old`, if it is a spec of the class of `now`, with the arguments that only `now` has, and nested specs too.
 
-    A default keeps the behaviour of the versions that did not have the argument. Nested specs are completed too. Plain data and
-    specs of another class than that of `now` are returned as they are.
+    Their defaults keep the behaviour of the earlier versions, which did not have the arguments.
     """
     if not (_is_spec(old) and _is_spec(now) and old["class_path"] == now["class_path"]):
         return old
     arguments = {key: with_defaults(value, now["init_args"].get(key)) for key, value in old["init_args"].items()}
     for name, parameter in inspect.signature(pkgutil.resolve_name(now["class_path"]).__init__).parameters.items():
-        if name in now["init_args"] and parameter.default is not parameter.empty:
-            arguments.setdefault(name, to_json(parameter.default))
+        if name in now["init_args"] and name not in arguments and parameter.default is not parameter.empty:
+            arguments[name] = to_json(parameter.default)
     return {**old, "init_args": arguments}
 
 

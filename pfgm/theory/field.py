@@ -49,15 +49,13 @@ def poisson_field(
 ) -> tuple[Tensor, Tensor]:
     """Compute the Poisson field (E_x, E_r) = Σ p_i (x - y_i, r) / |(x - y_i, r)|^(N+D). Differentiable in x and r.
 
-    The factor 1/(area of the unit sphere) is left out. The strength is a power N + D - 1 of a distance. For N above about a
-    hundred it leaves the range of its dtype and becomes 0 or inf; use `normalized_field` or `posterior_mean` there.
+    The factor 1/(area of the unit sphere) is left out. For N above about a hundred the strength leaves the range of its dtype
+    and becomes 0 or inf; use `normalized_field` or `posterior_mean` there.
 
     Args:
-        x: points [B, ...].
+        x, charges, weights: as for `posterior_mean`; weights are normalised to sum 1.
         r: augmented radius > 0, a float or [B].
-        charges: data points [L, ...].
         D: augmented dimensions, from .5, finite: at D = inf only the direction of the field has a limit.
-        weights: as for `posterior_mean`; they are normalised to sum 1.
 
     Returns:
         E_x like x and E_r [B], in the dtype of x.
@@ -79,19 +77,14 @@ def poisson_field(
 def normalized_field(
     x: Tensor, z: float | Tensor, charges: Tensor, gamma: float = 0.0, weights: Tensor | None = None, *, check: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Compute PFGM's training target, the normalised field at D = 1 (where z = r = sigma).
+    """Compute PFGM's training target, the normalised field at D = 1 (section 3.2, with the sign of its official code).
 
-        v = -sqrt(N) (x - denoised, z) / (|(x - denoised, z)| + gamma)
-
-    Source: PFGM section 3.2 and the sign of its official code.
+        v = -sqrt(N) (x - denoised, z) / (|(x - denoised, z)| + gamma),    z = r = sigma
 
     Args:
-        x: points [B, ...].
+        x, charges, weights, check: as for `posterior_mean`.
         z: augmented coordinate > 0, a float or [B].
-        charges: data points [L, ...].
         gamma: softening >= 0, in the units of the data.
-        weights: as for `posterior_mean`.
-        check: as for `posterior_mean`.
 
     Returns:
         v_x like x and v_z [B], in the dtype of x.

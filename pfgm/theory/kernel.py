@@ -55,7 +55,7 @@ class StudentTKernel:
 
         Args:
             shape: [B, ...] of the samples.
-            generator: one generator for the batch, one per sample, or None for torch's global generator.
+            generator: one for the batch, one per sample, or None for torch's global generator.
             like: tensor that sets dtype and device.
         """
         n = rng.normal(shape, generator, like=like)
@@ -75,17 +75,9 @@ class StudentTKernel:
         return y + expand(per_sample(sigma, y), y) * self.direction(y.shape, generator, like=y)
 
     def log_prob(self, x: Tensor, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """Compute log p(x | y, sigma), the log-density of the multivariate Student-t.
+        """Compute log p(x | y, sigma) in nats, [B] in float64, with `sigma` > 0 a float or [B].
 
             log Γ((N+D)/2) - log Γ(D/2) - N/2 log(pi D) - N log sigma - (N+D)/2 log(1 + |x-y|²/(D sigma²))
-
-        Args:
-            x: perturbed data [B, ...].
-            y: clean data, like x or a single sample.
-            sigma: noise level > 0, a float or [B].
-
-        Returns:
-            Nats per sample, [B] in float64.
 
         Raises:
             ValueError: if sigma <= 0 or the shapes do not match.
