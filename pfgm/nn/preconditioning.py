@@ -1,4 +1,4 @@
-"""Make a denoiser of a network: `PreconditionedDenoiser` of one for EDM and PFGM++, `FieldDenoiser` of one for PFGM's field.
+"""Make denoisers of networks that learn the denoised point (EDM, PFGM++) or PFGM's normalised field.
 
 The network runs in the dtype of its parameters, all else in float32 at least. All quantities are in centred model space.
 """
@@ -99,9 +99,12 @@ class FieldDenoiser(_NetworkDenoiser):
         self.gamma = gamma
 
     def field(self, x: Tensor, z: float | Tensor, **conditions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the predicted field, v_x like `x` and v_z [B], at the augmented coordinate `z` > 0, a float or [B].
+        """Return the predicted field, v_x like x and v_z [B].
 
-        `conditions` are those of `PreconditionedDenoiser.denoise`.
+        Args:
+            x: Noisy samples [B, C, ...].
+            z: Augmented coordinate, > 0, a float or [B].
+            **conditions: See `PreconditionedDenoiser.denoise`.
         """
         height, N, C = per_sample(z, x, "z"), x[0].numel(), x.shape[1]
         level, c_skip, c_out = self._coefficients(x, height)

@@ -20,12 +20,10 @@ class UNet(Network):
     Sizes that do not divide are padded by repeating the border, and cropped. An image condition, of any size, is resized and
     concatenated to the input; a vector condition joins the embedding of the noise level.
 
-    The published networks for CIFAR-10 differ only by the frequencies of the noise embedding. EDM's DDPM++ (arXiv 2206.00364,
-    table 7), of 55.7 million parameters, is width=128, multipliers=(2, 2, 2), blocks=4, attention_levels=(1,),
-    head_channels=256, scale_shift=False, resblock_updown=True, noise_features=128, augmentation_size=9, dropout=.13,
-    glorot=True. EDM's NCSN++, of 56.4 million, adds resample_filter=(1, 3, 3, 1), residual_input=True, noise_features=256,
-    fourier_scale=16. DDPM++ of score_sde and PFGM (arXiv 2011.13456), of 61.8 million, has multipliers=(1, 2, 2, 2),
-    dropout=.1 and no augmentation.
+    The published networks for CIFAR-10 differ only by the frequencies of the noise embedding. `configs/cifar10_edm.yaml` has
+    EDM's DDPM++ (arXiv 2206.00364, table 7; 55.7 million parameters), `configs/cifar10_pfgm.yaml` that of score_sde and PFGM
+    (arXiv 2011.13456; 61.8 million). EDM's NCSN++ (56.4 million) adds to the former resample_filter=(1, 3, 3, 1),
+    residual_input=True, noise_features=256, fourier_scale=16.
 
     Args:
         shape: Shape of a sample, (C, L), (C, H, W) or (C, D, H, W); see `Network` for the next three arguments.
@@ -79,7 +77,7 @@ class UNet(Network):
         _check_options(len(multipliers), dropout, attention_levels, resample_filter)
         dims, widths = len(shape) - 1, [width * multiplier for multiplier in multipliers]
         heads = [head_channels if level in attention_levels else 0 for level in range(len(widths))]
-        image_channels, vector_size = (conditions.get(key, (0,))[0] for key in ("image", "vector"))
+        image, vector = (conditions.get(key, (0,))[0] for key in ("image", "vector"))
         residual = functools.partial(Block, dims, embedding=4 * width, dropout=dropout, scale_shift=scale_shift)
 
         def resampling(channels: int, up: bool) -> nn.Module:
@@ -90,14 +88,9 @@ class UNet(Network):
 
         self.dims, self.augmentation_size, self.multiple = dims, augmentation_size, 2 ** (len(widths) - 1)
         self.embedding = Embedding(
-            4 * width,
-            num_classes,
-            noise_features,
-            vector_size,
-            augmentation_size=augmentation_size,
-            fourier_scale=fourier_scale,
+            4 * width, num_classes, noise_features, vector, augmentation_size=augmentation_size, fourier_scale=fourier_scale
         )
-        source = shape[0] + image_channels  # channels of the input on its own way down
+        source = shape[0] + image  # channels of the input on its own way down
         self.first = convolution(dims, source, width)
         self.down, self.up, self.inputs = nn.ModuleList(), nn.ModuleList(), nn.ModuleDict()
         skips = [width]  # channels of all features on the way down

@@ -38,7 +38,12 @@ class EmpiricalDenoiser(nn.Module):
 
 
 class PointCharge(nn.Module):
-    """Denoise data at a single point `y` [...]: denoised = y for every D, and the flow lines are straight."""
+    """Denoise data at a single point y: denoised = y for every D, and the flow lines are straight.
+
+    Args:
+        y: the point [...].
+        D: augmented dimensions.
+    """
 
     y: Tensor
 
@@ -52,10 +57,13 @@ class PointCharge(nn.Module):
 
 
 class CauchyBlob(nn.Module):
-    """Denoise multivariate Cauchy data of scale s > 0 at D = 1: E[y | x, r] = x s/(s + r).
+    """Denoise multivariate Cauchy data of scale s at D = 1: E[y | x, r] = x s/(s + r).
 
     The field of this data is that of a point charge at depth s below the plane r = 0 (image charge). So p_r is the Cauchy
     density of scale s + r, and the flow is x(r) = x_0 (s + r)/(s + r_0).
+
+    Args:
+        scale: s > 0.
     """
 
     def __init__(self, scale: float):
@@ -68,10 +76,14 @@ class CauchyBlob(nn.Module):
 
 
 class GaussianBlob(nn.Module):
-    """Denoise Gaussian data N(0, s² I) of scale s > 0: E[y | x, sigma] = x s²/(s² + sigma²) at D = inf.
+    """Denoise Gaussian data N(0, s² I): E[y | x, sigma] = x s²/(s² + sigma²) at D = inf.
 
     At finite D the noise is Gaussian of scale sigma/sqrt(kappa), and the factor s²/(s² + sigma²/kappa) is averaged over
     kappa | x, by a trapezoidal rule over log kappa whose grid is narrowed around the posterior of each sample.
+
+    Args:
+        scale: s > 0.
+        D: augmented dimensions.
     """
 
     NODES = 400  # of the quadrature

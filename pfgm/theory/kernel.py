@@ -28,9 +28,11 @@ def check_dimensions(D: float | str) -> float:
     try:
         value = float(D)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"D = {D!r}: not a number. Choose a real number from {MIN_D} to inf.") from None
+        value = math.nan
     if not value >= MIN_D:
-        raise ValueError(f"D = {D}: out of range, the noise would overflow float32. Choose a real number from {MIN_D} to inf.")
+        raise ValueError(
+            f"D = {D}: out of range. Choose a real number from {MIN_D} to inf; below, the noise overflows float32."
+        )
     return value
 
 
@@ -75,9 +77,14 @@ class StudentTKernel:
         return y + expand(per_sample(sigma, y), y) * self.direction(y.shape, generator, like=y)
 
     def log_prob(self, x: Tensor, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """Compute log p(x | y, sigma) in nats, [B] in float64, with `sigma` > 0 a float or [B].
+        """Compute log p(x | y, sigma) in nats, [B] in float64.
 
             log Γ((N+D)/2) - log Γ(D/2) - N/2 log(pi D) - N log sigma - (N+D)/2 log(1 + |x-y|²/(D sigma²))
+
+        Args:
+            x: perturbed data [B, ...].
+            y: clean data, like x or a single sample.
+            sigma: noise level > 0, a float or [B].
 
         Raises:
             ValueError: if sigma <= 0 or the shapes do not match.
@@ -127,8 +134,12 @@ class StudentTKernel:
 
             level² = sigma² / E[kappa | x, y] = a sigma² + (1 - a) distance²/N,    a = D/(N+D)
 
-        Surfaces of constant level are hemispheres around the source in augmented space. At D = inf, level = sigma. `distance`
-        is |x - y| [B], `sigma` the noise level [B] and N the dimension of the data.
+        Surfaces of constant level are hemispheres around the source in augmented space. At D = inf, level = sigma.
+
+        Args:
+            distance: |x - y| per sample, [B].
+            sigma: noise level [B].
+            N: dimension of the data.
         """
         a = self.level_weight(N)
         return (a * sigma.square() + (1 - a) * distance.square() / N).sqrt()
