@@ -39,7 +39,7 @@ class DiffusersUNet(Network):
             raise ImportError("DiffusersUNet needs diffusers: pip install 'pfgm[diffusers]'") from error
         if len(shape) != 3:
             raise ValueError(f"shape = {tuple(shape)}: DiffusersUNet needs images (channels, height, width)")
-        check_arguments(shape, num_classes, extra_channels, condition_shapes, known=())
+        check_arguments(shape, num_classes, extra_channels, condition_shapes, sizes={}, known=())
         sizes = {"in_channels": shape[0], "out_channels": shape[0] + extra_channels, "sample_size": tuple(shape[1:])}
         classes = {"num_class_embeds": num_classes + 1} if num_classes else {}
         self.num_classes = num_classes

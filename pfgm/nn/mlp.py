@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pfgm.nn.blocks import zero_init
-from pfgm.nn.network import ConditionShapes, Embedding, Network, check_arguments, check_sizes
+from pfgm.nn.network import ConditionShapes, Embedding, Network, check_arguments
 
 
 class TimeMLP(Network):
@@ -35,11 +35,10 @@ class TimeMLP(Network):
         depth: int = 4,
     ):
         super().__init__()
-        parts = (shape, *check_arguments(shape, num_classes, extra_channels, condition_shapes).values())
-        check_sizes(width=width, depth=depth)
+        conditions = check_arguments(shape, num_classes, extra_channels, condition_shapes, {"width": width, "depth": depth})
         self.out_shape = (shape[0] + extra_channels, *shape[1:])
         self.embedding = Embedding(width, num_classes)
-        self.first = nn.Linear(sum(math.prod(part) for part in parts), width)
+        self.first = nn.Linear(sum(map(math.prod, (shape, *conditions.values()))), width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.last = zero_init(nn.Linear(width, math.prod(self.out_shape)))
 

@@ -44,30 +44,27 @@ class Network(Configurable, nn.Module):
     """
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise ValueError naming the first of `sizes` that is not an integer >= 1."""
-    for name, size in sizes.items():
-        if not (isinstance(size, int) and size >= 1):
-            raise ValueError(f"{name} = {size} must be an integer >= 1")
-
-
 def check_arguments(
     shape: Sequence[int],
     num_classes: int,
     extra_channels: int,
     condition_shapes: ConditionShapes | None,
+    sizes: Mapping[str, int],
     known: Sequence[str] = ("image", "vector"),
 ) -> dict[str, Sequence[int]]:
-    """Raise ValueError unless these arguments of a network with the `known` conditions fit; return the condition shapes."""
+    """Return the condition shapes; raise ValueError for conditions that are not `known` and for numbers out of range."""
     check_shape(shape)
+    for name, size in sizes.items():
+        if not (isinstance(size, int) and size >= 1):
+            raise ValueError(f"{name} = {size}: expected an integer >= 1")
     if not 0 <= num_classes < 2**31 or not 0 <= extra_channels < 2**31:
         raise ValueError(f"num_classes = {num_classes}, extra_channels = {extra_channels}: expected integers >= 0")
     conditions = dict(condition_shapes or {})
-    for name, size in conditions.items():
-        if name not in known:
+    for key, condition_shape in conditions.items():
+        if key not in known:
             keys = f"only {', '.join(known)}" if known else "none"
-            raise ValueError(f"condition_shapes: {name!r} is not a condition of this network, which takes {keys}")
-        check_shape(size, f"condition_shapes[{name!r}]")
+            raise ValueError(f"condition_shapes: {key!r} is not a condition of this network, which takes {keys}")
+        check_shape(condition_shape, f"condition_shapes[{key!r}]")
     return conditions
 
 

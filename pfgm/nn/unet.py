@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfgm.nn.blocks import Attention, Block, Resample, ResampleAndConvolve, convolution, group_norm, pad, zero_init
-from pfgm.nn.network import ConditionShapes, Embedding, Network, check_arguments, check_sizes
+from pfgm.nn.network import ConditionShapes, Embedding, Network, check_arguments
 
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -71,9 +71,9 @@ class UNet(Network):
         glorot: bool = False,
     ):
         super().__init__()
-        conditions = check_arguments(shape, num_classes, extra_channels, condition_shapes)
+        sizes = {"width": width, "blocks": blocks, "multipliers": min(multipliers, default=0), "head_channels": head_channels}
+        conditions = check_arguments(shape, num_classes, extra_channels, condition_shapes, sizes)
         _check_dimensions(shape, conditions)
-        check_sizes(width=width, blocks=blocks, multipliers=min(multipliers, default=0), head_channels=head_channels)
         _check_options(len(multipliers), dropout, attention_levels, resample_filter)
         dims, widths = len(shape) - 1, [width * multiplier for multiplier in multipliers]
         heads = [head_channels if level in attention_levels else 0 for level in range(len(widths))]

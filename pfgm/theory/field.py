@@ -66,8 +66,7 @@ def poisson_field(
     if math.isinf(check_dimensions(D)):
         raise ValueError("D = inf: the Poisson field needs a finite D. Use posterior_mean instead.")
     radius, N = per_sample(r, x, "r"), x[0].numel()
-    _check(x, radius, charges, "r", True)
-    log_weights = _log_weights(weights, x, charges, True)
+    log_weights = _log_weights(weights, x, radius, charges, "r", True)
     log_w = _log_posterior(x, radius / math.sqrt(D), charges, D, log_weights)
     strength = torch.exp(torch.logsumexp(log_w, 1) - torch.logsumexp(log_weights, -1) - (N + D) * radius.log())
     displacement = x.double() - _mean(torch.softmax(log_w, dim=1), charges)
@@ -150,8 +149,7 @@ def _posterior_mean(
     x: Tensor, sigma: Tensor, charges: Tensor, D: float, weights: Tensor | None, name: str, check: bool
 ) -> Tensor:
     """Compute `posterior_mean` in float64 for `sigma` [B], called `name`."""
-    _check(x, sigma, charges, name, check)
-    log_weights = _log_weights(weights, x, charges, check)
+    log_weights = _log_weights(weights, x, sigma, charges, name, check)
     return _mean(torch.softmax(_log_posterior(x, sigma, charges, D, log_weights), dim=1), charges)
 
 
@@ -184,8 +182,14 @@ def _blocks(charges: Tensor) -> Iterator[Tensor]:
         yield block.double()
 
 
-def _log_weights(weights: Tensor | None, x: Tensor, charges: Tensor, check: bool) -> Tensor:
-    """Compute log p_i up to a constant, [L] or [B, L] in float64."""
+def _log_weights(weights: Tensor | None, x: Tensor, scale: Tensor, charges: Tensor, name: str, check: bool) -> Tensor:
+    """Compute log p_i up to a constant, [L] or [B, L] in float64, after all checks; `scale` [B] is called `name`."""
+    if len(charges) == 0:
+        raise ValueError("charges is empty. Pass at least one data point [1, ...].")
+    if x.shape[1:] != charges.shape[1:]:
+        raise ValueError(f"x, charges: sample shapes {tuple(x.shape[1:])} and {tuple(charges.shape[1:])} must agree.")
+    if check and not bool((scale > 0).all()):
+        raise ValueError(f"{name} = {float(scale.min())}: must be > 0.")
     if weights is None:
         return torch.zeros(len(charges), dtype=torch.float64, device=charges.device)
     w = torch.as_tensor(weights, dtype=torch.float64, device=charges.device)
@@ -197,13 +201,3 @@ def _log_weights(weights: Tensor | None, x: Tensor, charges: Tensor, check: bool
     if check and not bool((w >= 0).all() & (w.sum(-1) > 0).all() & torch.isfinite(w).all()):
         raise ValueError("weights must be finite, not negative and not all zero.")
     return w.log()
-
-
-def _check(x: Tensor, scale: Tensor, charges: Tensor, name: str, values: bool) -> None:
-    """Raise ValueError unless the charges fit x and, if `values`, `scale` [B], called `name`, is positive."""
-    if len(charges) == 0:
-        raise ValueError("charges is empty. Pass at least one data point [1, ...].")
-    if x.shape[1:] != charges.shape[1:]:
-        raise ValueError(f"x, charges: sample shapes {tuple(x.shape[1:])} and {tuple(charges.shape[1:])} must agree.")
-    if values and not bool((scale > 0).all()):
-        raise ValueError(f"{name} = {float(scale.min())}: must be > 0.")
