@@ -1,5 +1,4 @@
-"""Foundations that know nothing of charges, networks or files.
+"""Random numbers as functions of counters, objects that record their constructor arguments, checks, and exit codes.
 
-This room holds random numbers as functions of counters, objects that record their constructor arguments, checks of tensors and
-arguments, and exit codes. It imports nothing else of the package.
+This room knows nothing of charges, networks or files, and imports nothing else of the package.
 """

@@ -1,19 +1,18 @@
 """Checks of argument types at run time, by the annotations of a function.
 
-A wrong type then fails at the call that passed it, with the argument's name, and not somewhere inside. Only plain annotations
-are checked: numbers, strings, paths, tensors, arrays, sequences of these, literals, classes and unions.
+A wrong type fails at the call that passed it, with the argument's name. Plain annotations are checked: numbers, strings, paths,
+tensors, arrays, sequences of these, literals, classes and unions. All others fit every value.
 """
 
-import collections.abc
 import functools
 import inspect
 import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -43,18 +42,10 @@ def checked(function: F) -> F:
 
 
 def check_types(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Check arguments of `function` against its annotations.
-
-    Args:
-        function: A function whose annotations are types or strings of them.
-        arguments: Values by parameter name; parameters without a value are skipped.
-
-    Raises:
-        ArgumentTypeError: If a value does not fit its annotation; the message names the first such argument.
-    """
-    for name, hint in _annotations(function).items():
-        if name in arguments and not _fits(arguments[name], hint):
-            raise ArgumentTypeError(f"{name} = {_short(arguments[name])}: expected {_describe(hint)}")
+    """Raise ArgumentTypeError naming the first of `arguments`, by parameter, that does not fit its annotation in `function`."""
+    for name, (fits, text) in _annotations(function).items():
+        if name in arguments and not fits(arguments[name]):
+            raise ArgumentTypeError(f"{name} = {_short(arguments[name])}: expected {text}")
 
 
 def is_real(value: Any, kind: type = numbers.Real) -> bool:
@@ -66,16 +57,27 @@ def is_real(value: Any, kind: type = numbers.Real) -> bool:
     return not isinstance(value, numbers.Integral) or -(2**63) <= int(value) < 2**63
 
 
-# Test and description of the types that isinstance alone does not settle.
-PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
-    type(None): (lambda value: value is None, "None"),
-    bool: (lambda value: isinstance(value, (bool, np.bool_)), "True or False"),
-    int: (lambda value: is_real(value, numbers.Integral), "a 64-bit integer"),
-    float: (is_real, "a number"),
-    str: (lambda value: isinstance(value, str), "a string"),
-    Path: (lambda value: isinstance(value, (str, os.PathLike)), "a path"),
-    Tensor: (lambda value: isinstance(value, Tensor) and value.ndim > 0 and not value.is_complex(), "a tensor of real numbers"),
-    np.ndarray: (
+class Expected(NamedTuple):
+    """Test whether a value fits an annotation, and describe the values that do."""
+
+    fits: Callable[[Any], bool]
+    text: str
+
+
+# Types that isinstance alone does not settle.
+PLAIN: dict[Any, Expected] = {
+    Any: Expected(lambda value: True, "anything"),
+    type(None): Expected(lambda value: value is None, "None"),
+    bool: Expected(lambda value: isinstance(value, (bool, np.bool_)), "True or False"),
+    int: Expected(lambda value: is_real(value, numbers.Integral), "a 64-bit integer"),
+    float: Expected(is_real, "a number"),
+    str: Expected(lambda value: isinstance(value, str), "a string"),
+    Path: Expected(lambda value: isinstance(value, (str, os.PathLike)), "a path"),
+    Callable: Expected(callable, "a function"),
+    Tensor: Expected(
+        lambda value: isinstance(value, Tensor) and value.ndim > 0 and not value.is_complex(), "a tensor of real numbers"
+    ),
+    np.ndarray: Expected(
         lambda value: isinstance(value, np.ndarray) and value.ndim > 0 and value.dtype.kind in "biuf",
         "an array of real numbers",
     ),
@@ -83,62 +85,55 @@ PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
 
 
 @functools.cache
-def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+def _annotations(function: Callable[..., Any]) -> dict[str, Expected]:
+    """Return what each parameter of `function` expects, except *args and **kwargs."""
     parameters = inspect.signature(function).parameters.values()
     single = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     try:
-        return {name: hint for name, hint in typing.get_type_hints(function).items() if name in single}
+        return {name: _expected(hint) for name, hint in typing.get_type_hints(function).items() if name in single}
     except NameError:  # annotations that only a type checker can resolve
         return {}
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether `value` fits the annotation `hint`; annotations of unknown kinds fit everything."""
-    if hint is Any:
-        return True
-    if hint in PLAIN:
-        return PLAIN[hint][0](value)
+def _expected(hint: Any) -> Expected:
+    """Return what the annotation `hint` expects; annotations of unknown kinds fit everything."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint in PLAIN or origin is Callable:
+        return PLAIN[origin or hint]
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
+        options = [_expected(part) for part in parts]
+        text = " or ".join(dict.fromkeys(option.text for option in options))
+        return Expected(lambda value: any(option.fits(value) for option in options), text)
     if origin is typing.Literal:
-        return any(type(value) is type(part) and value == part for part in parts)
-    if origin in (collections.abc.Sequence, list, tuple):
-        return _items_fit(value, parts, fixed=origin is tuple and parts[-1] is not ...)
-    if origin is collections.abc.Callable or hint is Callable:
-        return callable(value)
-    if isinstance(hint, type) and not getattr(hint, "_is_protocol", False) and not typing.is_typeddict(hint):
-        spec = isinstance(value, Mapping) and "class_path" in value  # an object that is built later, see core.configurable
-        return spec or isinstance(value, hint)
-    return True
+        text = f"one of {', '.join(map(str, parts))}"
+        return Expected(lambda value: any(type(value) is type(part) and value == part for part in parts), text)
+    if origin in (Sequence, list, tuple):
+        return _expected_items(parts, fixed=origin is tuple and parts[-1] is not ...)
+    text = f"a {getattr(hint, '__name__', hint)}"
+    if not isinstance(hint, type) or getattr(hint, "_is_protocol", False) or typing.is_typeddict(hint):
+        return Expected(lambda value: True, text)
+    # The spec of an object that is built later fits as well, see `pfgm.core.configurable`.
+    return Expected(lambda value: isinstance(value, hint) or (isinstance(value, Mapping) and "class_path" in value), text)
 
 
-def _items_fit(value: Any, hints: tuple[Any, ...], fixed: bool) -> bool:
-    if isinstance(value, (Tensor, np.ndarray)):
-        value = value.tolist() if value.ndim == 1 else None
-    if not isinstance(value, collections.abc.Sequence) or isinstance(value, (str, bytes)):
-        return False
-    hints = hints if fixed else hints[:1] * len(value)
-    return len(value) == len(hints) and all(map(_fits, value, hints))
+def _expected_items(parts: Sequence[Any], fixed: bool) -> Expected:
+    """Return what a sequence expects, with one item for each of `parts` if `fixed`, else with any number like the first."""
+    items = [_expected(part) for part in (parts if fixed else parts[:1])]
 
+    def fits(value: Any) -> bool:
+        if isinstance(value, (Tensor, np.ndarray)):
+            value = value.tolist() if value.ndim == 1 else None
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+            return False
+        expected = items if fixed else items * len(value)
+        return len(value) == len(expected) and all(item.fits(v) for item, v in zip(expected, value, strict=True))
 
-def _describe(hint: Any) -> str:
-    if hint in PLAIN:
-        return PLAIN[hint][1]
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(_describe, parts)))
-    if origin is typing.Literal:
-        return f"one of {', '.join(map(str, parts))}"
-    if origin in (collections.abc.Sequence, list, tuple):
-        fixed = origin is tuple and parts[-1] is not ...
-        return f"[{', '.join(map(_describe, parts)) if fixed else f'{_describe(parts[0])}, ...'}]"
-    if origin is collections.abc.Callable or hint is Callable:
-        return "a function"
-    return f"a {getattr(hint, '__name__', hint)}"
+    text = ", ".join(item.text for item in items)
+    return Expected(fits, f"[{text}]" if fixed else f"[{text}, ...]")
 
 
 def _short(value: Any) -> str:
+    """Describe `value` in less than 80 characters."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{type(value).__name__} {tuple(value.shape)} {value.dtype}"
     text = repr(value)

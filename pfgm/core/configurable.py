@@ -1,14 +1,14 @@
 """Objects that record their constructor arguments.
 
 A checkpoint stores the `spec` of every network, loss and noise law: {"class_path": ..., "init_args": {...}} in plain JSON.
-Loading builds the object from its spec and needs neither arguments nor pickle. It follows class paths only into this package
-and into modules that the caller names in `trust`.
+Loading builds the object from its spec, without pickle, and imports only from this package and from modules in `trust`.
 """
 
 import importlib
 import inspect
 import math
 import os
+import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,9 +40,7 @@ ALIASES = {
 
 
 class Configurable:
-    """Record the constructor arguments of instances, and check their types.
-
-    A subclass stores nothing itself. Its constructor arguments must be plain data, paths, arrays or other `Configurable`s.
+    """Record the constructor arguments of instances: plain data, paths, arrays or other `Configurable`s.
 
     Raises:
         ArgumentTypeError: On construction, if an argument does not fit its annotation.
@@ -61,11 +59,7 @@ class Configurable:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Class path and constructor arguments as strict JSON data, {"class_path": ..., "init_args": {...}}.
-
-        Raises:
-            ArgumentTypeError: If an argument has no JSON form.
-        """
+        """Return class path and constructor arguments as strict JSON data, {"class_path": ..., "init_args": {...}}."""
         return {"class_path": public_path(type(self)), "init_args": to_json(self._arguments)}
 
 
@@ -80,11 +74,7 @@ def public_path(class_: type) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """Convert `value` to strict JSON data.
-
-    Args:
-        value: Plain data, a path, a tensor or array, a `Configurable`, or nested mappings and sequences of these. Infinity
-            becomes the string "inf", a `Configurable` its spec.
+    """Convert `value` to strict JSON data: infinity to the string "inf", a `Configurable` to its spec.
 
     Raises:
         ArgumentTypeError: If a part of `value` has no JSON form.
@@ -119,28 +109,21 @@ def renamed(value: Any) -> Any:
 
 
 def with_defaults(old: Any, now: Any) -> Any:
-    """Complete the spec of an earlier version with the arguments that were added since, at their defaults.
+    """Complete `old`, if it is a spec of the class of `now`, with the arguments that only `now` has, and nested specs too.
 
-    A default keeps the behaviour of the versions that did not have the argument.
-
-    Args:
-        old: A spec, or plain data, which is returned as it is.
-        now: The spec of the same object in this version. Specs nested in both are completed too.
-
-    Returns:
-        `old` with the arguments that only `now` has, if both are specs of one class.
+    Their defaults keep the behaviour of the earlier versions, which did not have the arguments.
     """
     if not (_is_spec(old) and _is_spec(now) and old["class_path"] == now["class_path"]):
         return old
-    module, _, name = now["class_path"].rpartition(".")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name).__init__).parameters
     arguments = {key: with_defaults(value, now["init_args"].get(key)) for key, value in old["init_args"].items()}
-    missing = [parameters[key] for key in now["init_args"] if key in parameters and key not in arguments]
-    known = {parameter.name: to_json(parameter.default) for parameter in missing if parameter.default is not parameter.empty}
-    return {**old, "init_args": arguments | known}
+    for name, parameter in inspect.signature(pkgutil.resolve_name(now["class_path"]).__init__).parameters.items():
+        if name in now["init_args"] and name not in arguments and parameter.default is not parameter.empty:
+            arguments[name] = to_json(parameter.default)
+    return {**old, "init_args": arguments}
 
 
 def _is_spec(value: Any) -> bool:
+    """Return whether `value` has the keys of a spec, and no others."""
     return isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}
 
 
@@ -151,14 +134,13 @@ def build(spec: Mapping[str, Any], trust: Sequence[str] = (), kind: Kind = objec
     """Build the object that `spec` describes, after those of its nested specs.
 
     Args:
-        spec: {"class_path": ..., "init_args": {...}}. Class paths of version 0.1 are accepted.
+        spec: {"class_path": ..., "init_args": {...}}, of version 0.1 too.
         trust: Modules outside this package whose classes may be imported. Their code runs.
-        kind: The class or classes that the object, and those of nested specs, must be a subclass of.
+        kind: Base class, or several, of the object and of those of nested specs.
 
     Raises:
         TypeError: If `spec` is not a spec.
-        ValueError: If a class is neither in this package nor in `trust`, does not exist, is not of `kind`, or does not accept
-            its arguments.
+        ValueError: If a class is not trusted, missing, of another kind, or refuses its arguments.
     """
     if not _is_spec(spec) or not isinstance(spec["class_path"], str) or not isinstance(spec["init_args"], Mapping):
         raise TypeError(f"spec = {str(spec)[:100]}: expected a mapping with class_path and init_args")
@@ -173,6 +155,7 @@ def build(spec: Mapping[str, Any], trust: Sequence[str] = (), kind: Kind = objec
 
 
 def _find_class(class_path: str, trust: Sequence[str], kind: Kind) -> type:
+    """Import the class at `class_path`: a `Configurable` of this package, or also a module of torch of a trusted one."""
     module_name, _, name = class_path.rpartition(".")
     own = module_name.partition(".")[0] == PACKAGE
     if not own and not any(module_name == t or module_name.startswith(t + ".") for t in trust):
@@ -184,10 +167,7 @@ def _find_class(class_path: str, trust: Sequence[str], kind: Kind) -> type:
         class_ = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"class_path = {class_path!r} cannot be imported: {error}") from error
-    if not (
-        isinstance(class_, type)
-        and issubclass(class_, Configurable if own else (Configurable, nn.Module))
-        and issubclass(class_, kind)
-    ):
+    storable = Configurable if own else (Configurable, nn.Module)
+    if not (isinstance(class_, type) and issubclass(class_, storable) and issubclass(class_, kind)):
         raise ValueError(f"class_path = {class_path!r} is not a class that a checkpoint may name")
     return class_

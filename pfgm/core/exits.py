@@ -11,14 +11,9 @@ class LostProcess(RuntimeError):
 
 
 def exit_for_signal(number: int, frame: object = None) -> None:
-    """End the process with exit code 128 + `number`. The arguments are those of a signal handler.
-
-    Lightning's own handlers would end a run with an exit code of their own for KeyboardInterrupt.
-    """
-    exit_with(
-        f"stopped by {signal.Signals(number).name}; files are whole, and the same command continues a run or a folder",
-        128 + number,
-    )
+    """Handle a signal by ending the process with exit code 128 + `number`; Lightning's handlers have codes of their own."""
+    name = signal.Signals(number).name
+    exit_with(f"stopped by {name}; files are whole, and the same command continues a run or a folder", 128 + number)
 
 
 def exit_with(text: str, code: int) -> None:

@@ -1,9 +1,12 @@
 """Checks and small helpers for tensors of samples [B, ...]: one value per sample, norms, shapes."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from pfgm.core.arguments import is_real
 
 
 def check_positive(name: str, value: float) -> None:
@@ -20,10 +23,10 @@ def check_levels(sigma_min: float, sigma_max: float) -> None:
         )
 
 
-def check_shape(shape: Sequence[int]) -> None:
-    """Raise ValueError unless `shape` can be the shape of a sample: one or more dimensions of size 1 or more."""
-    if not len(shape) or min(shape) < 1:
-        raise ValueError(f"shape = {tuple(shape)}: expected one integer >= 1 for each dimension of a sample")
+def check_shape(shape: Sequence[int], name: str = "shape") -> None:
+    """Raise ValueError unless `shape`, called `name`, has one or more dimensions, each of a size of 1 or more."""
+    if not len(shape) or not all(is_real(size, Integral) and size >= 1 for size in shape):
+        raise ValueError(f"{name} = {tuple(shape)}: expected one integer >= 1 for each dimension of a sample")
 
 
 def check_shapes(x: Tensor, y: Tensor, name: str) -> None:
@@ -43,18 +46,10 @@ def check_finite_samples(name: str, x: Tensor) -> None:
 
 
 def per_sample(value: float | Tensor, like: Tensor, name: str = "sigma") -> Tensor:
-    """Give each sample its value.
-
-    Args:
-        value: A number for all samples, or a tensor [B].
-        like: Samples [B, ...] in floating point.
-        name: What `value` is called in error messages.
-
-    Returns:
-        The values [B] in float64, on the device of `like`.
+    """Expand `value`, a number or [B], called `name`, to one for each sample of `like` [B, ...]: [B] in float64.
 
     Raises:
-        ValueError: If `value` has another shape, or `like` are no samples.
+        ValueError: If `value` has another shape, or `like` are no floating-point samples.
     """
     if like.ndim < 2:
         raise ValueError(

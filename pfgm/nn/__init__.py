@@ -1,7 +1,6 @@
-"""Networks and their preconditioning: what is learned, and how a network's output becomes a denoised sample.
+"""Networks, by the contract of `Network`, and the preconditioning that makes denoisers of them.
 
-`Network` states the contract. `TimeMLP` takes vectors, `UNet` signals, images and volumes; `DiffusersUNet` adapts a network
-of another package. This room imports `pfgm.core`, `pfgm.files` and `pfgm.theory`.
+This room imports `pfgm.core`, `pfgm.files` and `pfgm.theory`.
 """
 
 from pfgm.nn.diffusers import DiffusersUNet

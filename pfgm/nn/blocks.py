@@ -38,15 +38,10 @@ def pad(x: Tensor, multiple: int) -> Tensor:
 
 
 class Resample(nn.Module):
-    """Halve or double every spatial dimension by a separable FIR filter.
+    """Halve or, if `up`, double every spatial dimension by a separable FIR filter with an even number of `taps`.
 
-    The filter is normalised, so that constants stay constant away from the border; beyond the border x counts as zero.
-
-    Args:
-        dims: Number of spatial dimensions.
-        up: Whether to double instead of halve.
-        taps: Coefficients of the filter, an even number. (1, 1) averages or repeats pixels, (1, 3, 3, 1) is the filter of
-            NCSN++ (arXiv 2011.13456, section 4.1).
+    The filter is normalised, so that constants stay constant away from the border; beyond the border x counts as zero. (1, 1)
+    averages or repeats pixels, (1, 3, 3, 1) is the filter of NCSN++ (arXiv 2011.13456, section 4.1).
     """
 
     def __init__(self, dims: int, up: bool, taps: Sequence[float] = (1, 1)):
@@ -82,15 +77,8 @@ class ResampleAndConvolve(nn.Module):
 class Block(nn.Module):
     """Compute (skip(x) + F(x)) / sqrt(2), where F consists of two normalised convolutions with the embedding in between.
 
-    Args:
-        dims: Number of spatial dimensions.
-        channels: Channels of the input.
-        out_channels: Channels of the output.
-        embedding: Size of the embedding.
-        dropout: Dropout probability before the second convolution.
-        scale_shift: Whether the embedding scales and shifts the second normalisation; otherwise it is added before it.
-        resample: Resampling of both branches before their first convolution. The skip is then projected.
-        head_channels: Channels of each head of the self-attention after the block; 0 for no attention.
+    The embedding scales and shifts the second normalisation if `scale_shift`, and is added before it otherwise. `resample`
+    acts on both branches. Self-attention follows, with `head_channels` a head, unless that is 0.
     """
 
     def __init__(

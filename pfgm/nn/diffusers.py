@@ -6,20 +6,16 @@ from typing import Any
 from torch import Tensor
 
 from pfgm.nn.blocks import pad, zero_init
-from pfgm.nn.network import ConditionShapes, Network, check_conditions
+from pfgm.nn.network import ConditionShapes, Network, check_arguments
 
 
 class DiffusersUNet(Network):
     """Adapt `diffusers.UNet2DModel` to the contract of `Network`, for images and with labels as the only conditions.
 
     The noise level enters as the timestep 250 (c_noise + 2), which lies within 0..1000 for levels from .0003 to 3000. Images
-    whose size does not divide are padded, and the output is cropped.
+    whose size does not divide are padded, and the output is cropped. See `Network` for the first four arguments.
 
     Args:
-        shape: Shape of an image, (C, H, W).
-        num_classes: Number of classes; 0 for a network without labels.
-        extra_channels: Output channels beyond C.
-        condition_shapes: Must name no conditions.
         options: Arguments of UNet2DModel, except channels, sample size and classes, which follow from the data.
 
     Raises:
@@ -43,7 +39,7 @@ class DiffusersUNet(Network):
             raise ImportError("DiffusersUNet needs diffusers: pip install 'pfgm[diffusers]'") from error
         if len(shape) != 3:
             raise ValueError(f"shape = {tuple(shape)}: DiffusersUNet needs images (channels, height, width)")
-        check_conditions(condition_shapes, known=())
+        check_arguments(shape, num_classes, extra_channels, condition_shapes, sizes={}, known=())
         sizes = {"in_channels": shape[0], "out_channels": shape[0] + extra_channels, "sample_size": tuple(shape[1:])}
         classes = {"num_class_embeds": num_classes + 1} if num_classes else {}
         self.num_classes = num_classes

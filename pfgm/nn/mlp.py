@@ -7,19 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from pfgm.nn.blocks import zero_init
-from pfgm.nn.network import ConditionShapes, Embedding, Network, check_conditions, check_event, check_sizes
+from pfgm.nn.network import ConditionShapes, Embedding, Network, check_arguments
 
 
 class TimeMLP(Network):
     """Apply a residual multilayer perceptron to flattened samples, modulated by noise level and label.
 
-    Conditions are flattened and concatenated to the sample, an image before a vector. See `Network` for the contract.
+    Conditions, of any number of dimensions, are flattened and concatenated to the sample, an image before a vector. See
+    `Network` for the contract and the first four arguments.
 
     Args:
-        shape: Shape of a sample, (C, ...).
-        num_classes: Number of classes; 0 for a network without labels.
-        extra_channels: Output channels beyond C.
-        condition_shapes: Shapes of the conditions "image" and "vector", of any number of dimensions.
         width: Width of the hidden layers.
         depth: Number of residual blocks.
 
@@ -38,12 +35,10 @@ class TimeMLP(Network):
         depth: int = 4,
     ):
         super().__init__()
-        check_event(shape, num_classes, extra_channels)
-        check_sizes(width=width, depth=depth)
-        parts = (shape, *check_conditions(condition_shapes).values())
+        conditions = check_arguments(shape, num_classes, extra_channels, condition_shapes, {"width": width, "depth": depth})
         self.out_shape = (shape[0] + extra_channels, *shape[1:])
         self.embedding = Embedding(width, num_classes)
-        self.first = nn.Linear(sum(math.prod(part) for part in parts), width)
+        self.first = nn.Linear(sum(map(math.prod, (shape, *conditions.values()))), width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.last = zero_init(nn.Linear(width, math.prod(self.out_shape)))
 
@@ -64,6 +59,8 @@ class TimeMLP(Network):
 
 
 class _Block(nn.Module):
+    """Add two layers of the normalised and modulated features to them."""
+
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)

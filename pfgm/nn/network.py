@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pfgm.core.configurable import Configurable
+from pfgm.core.tensors import check_shape
 
 ConditionShapes = Mapping[str, Sequence[int]]  # by the keys "image" and "vector"
 
@@ -16,8 +17,7 @@ class Denoiser(Protocol):
     """Estimate clean samples: solvers, guidance and likelihoods use only this interface.
 
     `denoise(x, sigma, **conditions)` returns E[y | x, sigma, conditions], like `x` [B, ...], for noise levels `sigma` (float
-    or [B]). Conditions are tensors with B rows, usually `label`, `image` or `vector`. Wrappers and solvers pass them on by
-    keyword without reading them.
+    or [B]). Conditions are tensors with B rows, usually `label`, `image` or `vector`, which are passed on unread.
     """
 
     def __call__(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor: ...
@@ -44,52 +44,36 @@ class Network(Configurable, nn.Module):
     """
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise ValueError naming the first of `sizes` that is not an integer >= 1."""
+def check_arguments(
+    shape: Sequence[int],
+    num_classes: int,
+    extra_channels: int,
+    condition_shapes: ConditionShapes | None,
+    sizes: Mapping[str, int],
+    known: Sequence[str] = ("image", "vector"),
+) -> dict[str, Sequence[int]]:
+    """Return the condition shapes; raise ValueError for conditions that are not `known` and for numbers out of range."""
+    check_shape(shape)
     for name, size in sizes.items():
         if not (isinstance(size, int) and size >= 1):
-            raise ValueError(f"{name} = {size} must be an integer >= 1")
-
-
-def check_event(shape: Sequence[int], num_classes: int, extra_channels: int) -> None:
-    """Raise ValueError unless these arguments describe a network."""
-    _check_shape("shape", shape)
+            raise ValueError(f"{name} = {size}: expected an integer >= 1")
     if not 0 <= num_classes < 2**31 or not 0 <= extra_channels < 2**31:
-        raise ValueError(f"num_classes = {num_classes}, extra_channels = {extra_channels} must be integers >= 0")
-
-
-def check_conditions(shapes: ConditionShapes | None, known: Sequence[str] = ("image", "vector")) -> dict[str, Sequence[int]]:
-    """Return `condition_shapes` as a dictionary; raise ValueError for keys that are not `known` and for bad shapes."""
-    for name, shape in (shapes or {}).items():
-        if name not in known:
+        raise ValueError(f"num_classes = {num_classes}, extra_channels = {extra_channels}: expected integers >= 0")
+    conditions = dict(condition_shapes or {})
+    for key, condition_shape in conditions.items():
+        if key not in known:
             keys = f"only {', '.join(known)}" if known else "none"
-            raise ValueError(f"condition_shapes: {name!r} is not a condition of this network, which takes {keys}")
-        _check_shape(f"condition_shapes[{name!r}]", shape)
-    return dict(shapes or {})
-
-
-def _check_shape(name: str, shape: Sequence[int]) -> None:
-    if not len(shape) or not all(isinstance(size, int) and size >= 1 for size in shape):
-        raise ValueError(f"{name} = {tuple(shape)} must consist of integers >= 1")
+            raise ValueError(f"condition_shapes: {key!r} is not a condition of this network, which takes {keys}")
+        check_shape(condition_shape, f"condition_shapes[{key!r}]")
+    return conditions
 
 
 class Embedding(nn.Module):
     """Embed noise levels, labels, condition vectors and augmentations in one vector [B, width].
 
-    Noise levels enter as sines and cosines of c_noise = log(sigma)/4. Geometric frequencies resolve each factor of sigma
-    alike, from the smallest noise level to the largest.
-
-    Args:
-        width: Size of the embedding.
-        num_classes: Number of classes, each with a learned vector. One more vector, the last, stands for "no label".
-        features: Number of sines and cosines together; must be even.
-        vector_size: Size of a condition vector, which is mapped linearly; 0 for none.
-        augmentation_size: Size of the vector that describes an augmentation, mapped linearly without a bias, so that zeros
-            stand for none; 0 for a network without.
-        fourier_scale: Scale s of frequencies |N(0, s²)| in place of geometric ones (NCSN++, arXiv 2011.13456).
-
-    Raises:
-        ValueError: If an argument is out of range.
+    Noise levels enter as sines and cosines, `features` together, of c_noise = log(sigma)/4. Geometric frequencies resolve each
+    factor of sigma alike; with `fourier_scale` s they are |N(0, s²)| instead (NCSN++, arXiv 2011.13456). Each class has a
+    learned vector, and "no label" the last. Augmentations are mapped without a bias, so that zeros stand for none.
     """
 
     def __init__(
@@ -116,10 +100,7 @@ class Embedding(nn.Module):
         self.augmentation = nn.Linear(augmentation_size, features, bias=False) if augmentation_size else None
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """Return the frequencies [features/2] in radians.
-
-        Those of |N(0, s²)| are its quantiles, so that nothing has to be drawn or stored.
-        """
+        """Return the frequencies [features/2] in radians, for |N(0, s²)| its quantiles: nothing is drawn or stored."""
         # Not a buffer: in bfloat16 the rounded frequencies would shift the highest by a third of a radian.
         count = self.features // 2
         if self.fourier_scale is None:
@@ -128,11 +109,7 @@ class Embedding(nn.Module):
         return 2 * math.pi * self.fourier_scale * torch.special.ndtri((1 + middle) / 2)
 
     def forward(
-        self,
-        c_noise: Tensor,
-        label: Tensor | None = None,
-        vector: Tensor | None = None,
-        augmentation: Tensor | None = None,
+        self, c_noise: Tensor, label: Tensor | None = None, vector: Tensor | None = None, augmentation: Tensor | None = None
     ) -> Tensor:
         phase = c_noise[:, None] * self.frequencies(c_noise.device)
         features = torch.cat([phase.sin(), phase.cos()], dim=1).to(next(self.mlp.parameters()).dtype)

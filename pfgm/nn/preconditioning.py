@@ -1,8 +1,6 @@
-"""Denoisers made of a network and its preconditioning.
+"""Make denoisers of networks that learn the denoised point (EDM, PFGM++) or PFGM's normalised field.
 
-`PreconditionedDenoiser` learns the denoised point itself (EDM, PFGM++), `FieldDenoiser` learns PFGM's normalised field and
-inverts it. Both compute everything but the network in float32 at least, and the network in the dtype of its parameters. All
-quantities are in centred model space.
+The network runs in the dtype of its parameters, all else in float32 at least. All quantities are in centred model space.
 """
 
 import math
@@ -20,7 +18,7 @@ Statistics = tuple[float, float]  # sigma_data and power_std of `DataSummary`
 
 
 class _NetworkDenoiser(Configurable, nn.Module):
-    """Hold what the denoisers share: the network, the kernel and the statistics of the data."""
+    """Hold the network, the kernel and the statistics of the data, for both denoisers."""
 
     def __init__(self, net: nn.Module, D: float | str, sigma_data: float, power_std: float):
         super().__init__()
@@ -32,8 +30,10 @@ class _NetworkDenoiser(Configurable, nn.Module):
         """Return the dtype in which samples should come: that of the parameters, but at least float32."""
         return torch.promote_types(_parameter_dtype(self.net), torch.float32)
 
-    def _level(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return noise_level(x, sigma, self.kernel, self.statistics)
+    def _coefficients(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the noise level of x, and c_skip and c_out at that level, [B] each."""
+        level = noise_level(x, sigma, self.kernel, self.statistics)
+        return level, *preconditioning(level, self.sigma_data)
 
     def _network(self, x: Tensor, level: Tensor, conditions: Mapping[str, Tensor | None], extra_channels: int) -> Tensor:
         """Call the network at c_in x and c_noise = log(level)/4 in the dtype of its parameters; return that of x."""
@@ -66,19 +66,14 @@ class PreconditionedDenoiser(_NetworkDenoiser):
         return self.denoise(x, sigma, **conditions)[0]
 
     def denoise(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the denoised point and the scale that training losses divide its error by.
+        """Return the denoised point, like x, and c_out [B], the expected size of y - c_skip x, which weighs its error.
 
         Args:
             x: Noisy samples [B, ...].
             sigma: Noise level, a float or [B].
-            **conditions: Tensors [B, ...] for the network. Floating-point ones are cast to the dtype of its parameters, those
-                that are None left out.
-
-        Returns:
-            The denoised point, like x, and c_out [B], the expected size of y - c_skip x.
+            **conditions: Tensors [B, ...] for the network, or None. Floating-point ones are cast to its dtype.
         """
-        level = self._level(x, per_sample(sigma, x))
-        c_skip, c_out = preconditioning(level, self.sigma_data)
+        level, c_skip, c_out = self._coefficients(x, per_sample(sigma, x))
         F = self._network(x, level, conditions, extra_channels=0)
         return expand(c_skip, x) * x + expand(c_out, x) * F, c_out
 
@@ -96,8 +91,7 @@ class FieldDenoiser(_NetworkDenoiser):
     Args:
         net: Network that meets the contract of `Network`, with extra_channels = 1.
         gamma: Regulariser of the field, > 0, in model units.
-        sigma_data: Standard deviation of the data, see `DataSummary`.
-        power_std: Standard deviation of the mean square of a sample, see `DataSummary`.
+        sigma_data, power_std: See `PreconditionedDenoiser`.
     """
 
     def __init__(self, net: nn.Module, gamma: float, sigma_data: float, power_std: float):
@@ -105,19 +99,15 @@ class FieldDenoiser(_NetworkDenoiser):
         self.gamma = gamma
 
     def field(self, x: Tensor, z: float | Tensor, **conditions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the predicted field.
+        """Return the predicted field, v_x like x and v_z [B].
 
         Args:
             x: Noisy samples [B, C, ...].
             z: Augmented coordinate, > 0, a float or [B].
-            **conditions: Tensors [B, ...] for the network, as in `PreconditionedDenoiser.denoise`.
-
-        Returns:
-            v_x, like x, and v_z [B].
+            **conditions: See `PreconditionedDenoiser.denoise`.
         """
         height, N, C = per_sample(z, x, "z"), x[0].numel(), x.shape[1]
-        level = self._level(x, height)
-        c_skip, c_out = preconditioning(level, self.sigma_data)
+        level, c_skip, c_out = self._coefficients(x, height)
         factor = -math.sqrt(N) / (math.sqrt(N + 1) * level + self.gamma)
         F = self._network(x, level, conditions, extra_channels=1)
         v_x = expand(factor * (1 - c_skip), x) * x - expand(factor * c_out, x) * F[:, :C]
@@ -133,24 +123,8 @@ def noise_level(x: Tensor, sigma: Tensor, kernel: StudentTKernel, statistics: St
 
     varsigma² = a sigma² + (1-a) v, v = |x-y|²/N. The kernel gives the prior of v: v/sigma² is F-distributed with (N, D) degrees
     of freedom. The sample gives its likelihood: |x|²/N - v is |y|²/N plus the cross term 2 (x-y)·y/N, about normal with mean
-    sigma_data² and variance power_std² + 4 sigma_data² v/N. It follows that level = sigma at D = inf. Far away it is the level
-    of the hemisphere on which x lies. It vanishes with sigma for every x that the data explain. (y - c_skip x)/c_out has about
-    unit mean square at every sigma for every D (within 7 % at N = 64, D >= 1; up to 1.9 at N = 2).
-
-    The estimate was chosen by experiment (`benchmarks/heavy_tails.py`: the same small networks on digits and on heavy-tailed
-    vectors, means of three training seeds). At D = 1 on digits the Fréchet distance is .365, where EDM's sigma fails (816), the
-    excess of |x| over all data gives .568 and a median-like estimate .559; D = inf has .329. At D >= 64 the estimates do not
-    differ on digits. It loses on vectors that are themselves Student-t with 3 degrees of freedom at D = 4, where no estimate is
-    better than sigma itself: a far x is then as likely to be data as noise.
-
-    Args:
-        x: Noisy samples [B, ...].
-        sigma: Noise levels [B] in float64.
-        kernel: The kernel that perturbed x.
-        statistics: sigma_data and power_std of `DataSummary`.
-
-    Returns:
-        The level [B] in float64.
+    sigma_data² and variance power_std² + 4 sigma_data² v/N. So the level [B] is sigma at D = inf, and far away that of the
+    hemisphere of x; it vanishes with sigma for every x that the data explain. `benchmarks/heavy_tails.py` compares others.
     """
     sigma_data, power_std = statistics
     N = x[0].numel()
@@ -184,4 +158,5 @@ def preconditioning(level: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
 
 
 def _parameter_dtype(net: nn.Module) -> torch.dtype:
+    """Return the dtype of the first parameter, float32 if there is none."""
     return next((p.dtype for p in net.parameters()), torch.float32)

@@ -1,16 +1,15 @@
 """UNet: the network for signals, images and volumes of any size and number of channels."""
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfgm.nn.blocks import Attention, Block, Resample, ResampleAndConvolve, convolution, group_norm, pad, zero_init
-from pfgm.nn.network import ConditionShapes, Embedding, Network, check_conditions, check_event, check_sizes
+from pfgm.nn.network import ConditionShapes, Embedding, Network, check_arguments
 
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -18,21 +17,16 @@ INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 class UNet(Network):
     """Apply a convolutional U-Net to signals, images or volumes; see `Network` for the contract.
 
-    Samples whose sizes do not divide are padded by repeating the border, and the output is cropped. An image condition, of any
-    size, is resized and concatenated to the input; a vector condition joins the embedding of the noise level.
+    Sizes that do not divide are padded by repeating the border, and cropped. An image condition, of any size, is resized and
+    concatenated to the input; a vector condition joins the embedding of the noise level.
 
-    The published networks for CIFAR-10 differ only by the frequencies of the noise embedding. EDM's DDPM++ (arXiv 2206.00364,
-    table 7), of 55.7 million parameters, is width=128, multipliers=(2, 2, 2), blocks=4, attention_levels=(1,),
-    head_channels=256, scale_shift=False, resblock_updown=True, noise_features=128, augmentation_size=9, dropout=.13,
-    glorot=True. EDM's NCSN++, of 56.4 million, adds resample_filter=(1, 3, 3, 1), residual_input=True, noise_features=256,
-    fourier_scale=16. DDPM++ of score_sde and PFGM (arXiv 2011.13456), of 61.8 million, has multipliers=(1, 2, 2, 2),
-    dropout=.1 and no augmentation.
+    The published networks for CIFAR-10 differ only by the frequencies of the noise embedding. `configs/cifar10_edm.yaml` has
+    EDM's DDPM++ (arXiv 2206.00364, table 7; 55.7 million parameters), `configs/cifar10_pfgm.yaml` that of score_sde and PFGM
+    (arXiv 2011.13456; 61.8 million). EDM's NCSN++ (56.4 million) adds to the former resample_filter=(1, 3, 3, 1),
+    residual_input=True, noise_features=256, fourier_scale=16.
 
     Args:
-        shape: Shape of a sample, (C, L), (C, H, W) or (C, D, H, W).
-        num_classes: Number of classes; 0 for a network without labels.
-        extra_channels: Output channels beyond C.
-        condition_shapes: Shapes of the conditions "image", with as many dimensions as `shape`, and "vector", with one.
+        shape: Shape of a sample, (C, L), (C, H, W) or (C, D, H, W); see `Network` for the next three arguments.
         width: Number of channels that `multipliers` multiply.
         multipliers: Level i has width * multipliers[i] channels at 1/2^i of the resolution.
         blocks: Residual blocks of each level on the way down. There is one more on the way up.
@@ -77,58 +71,54 @@ class UNet(Network):
         glorot: bool = False,
     ):
         super().__init__()
-        conditions = check_conditions(condition_shapes)
-        _check_shapes(shape, conditions)
-        check_event(shape, num_classes, extra_channels)
-        check_sizes(width=width, blocks=blocks, multipliers=min(multipliers, default=0), head_channels=head_channels)
+        sizes = {"width": width, "blocks": blocks, "multipliers": min(multipliers, default=0), "head_channels": head_channels}
+        conditions = check_arguments(shape, num_classes, extra_channels, condition_shapes, sizes)
+        _check_dimensions(shape, conditions)
         _check_options(len(multipliers), dropout, attention_levels, resample_filter)
-        self.dims, self.augmentation_size, self.multiple = len(shape) - 1, augmentation_size, 2 ** (len(multipliers) - 1)
-        channels_in, vector = shape[0] + conditions.get("image", (0,))[0], conditions.get("vector", (0,))[0]
+        dims, widths = len(shape) - 1, [width * multiplier for multiplier in multipliers]
+        heads = [head_channels if level in attention_levels else 0 for level in range(len(widths))]
+        image, vector = (conditions.get(key, (0,))[0] for key in ("image", "vector"))
+        residual = functools.partial(Block, dims, embedding=4 * width, dropout=dropout, scale_shift=scale_shift)
+
+        def resampling(channels: int, up: bool) -> nn.Module:
+            resample = Resample(dims, up, resample_filter)
+            if resblock_updown:
+                return residual(channels, channels, resample=resample)
+            return ResampleAndConvolve(dims, channels, resample)
+
+        self.dims, self.augmentation_size, self.multiple = dims, augmentation_size, 2 ** (len(widths) - 1)
         self.embedding = Embedding(
             4 * width, num_classes, noise_features, vector, augmentation_size=augmentation_size, fourier_scale=fourier_scale
         )
-        heads = {level: head_channels for level in attention_levels}
-        make = _Layers(self.dims, 4 * width, dropout, scale_shift, heads, resblock_updown, resample_filter)
-        widths = [width * multiplier for multiplier in multipliers]
-        self.first = convolution(self.dims, channels_in, width)
+        source = shape[0] + image  # channels of the input on its own way down
+        self.first = convolution(dims, source, width)
         self.down, self.up, self.inputs = nn.ModuleList(), nn.ModuleList(), nn.ModuleDict()
-        skips = self._add_down(make, [width], widths, blocks, channels_in if residual_input else 0)
-        self.middle = nn.ModuleList([make.block(widths[-1], widths[-1])])
-        if attention:
-            self.middle.append(Attention(self.dims, widths[-1], head_channels))
-        self.middle.append(make.block(widths[-1], widths[-1]))
-        self._add_up(make, skips, widths, blocks)
-        if glorot:
-            _draw_glorot(self)
-        last = convolution(self.dims, widths[0], shape[0] + extra_channels)
-        self.last = nn.Sequential(group_norm(widths[0]), nn.SiLU(), zero_init(last))
-
-    def _add_down(self, make: "_Layers", skips: list[int], widths: list[int], blocks: int, input_channels: int) -> list[int]:
-        """Add the layers of the way down after features of skips[-1] channels; return the channels of all features.
-
-        With `input_channels` > 0, each lower level gets a path for the input.
-        """
+        skips = [width]  # channels of all features on the way down
         for level, channels in enumerate(widths):
             if level:
-                self.down.append(make.resampling(skips[-1], up=False))
-                if input_channels:
-                    path = convolution(self.dims, input_channels, skips[-1]), Resample(self.dims, False, make.taps)
-                    self.inputs[str(len(self.down) - 1)], input_channels = nn.Sequential(*path), skips[-1]
+                self.down.append(resampling(skips[-1], up=False))
+                if residual_input:
+                    path = convolution(dims, source, skips[-1]), Resample(dims, False, resample_filter)
+                    self.inputs[str(len(self.down) - 1)], source = nn.Sequential(*path), skips[-1]
                 skips.append(skips[-1])
             for _ in range(blocks):
-                self.down.append(make.block(skips[-1], channels, level))
+                self.down.append(residual(skips[-1], channels, head_channels=heads[level]))
                 skips.append(channels)
-        return skips
-
-    def _add_up(self, make: "_Layers", skips: list[int], widths: list[int], blocks: int) -> None:
-        """Add the layers of the way up, each block for the last of `skips` as well."""
         below = widths[-1]
+        self.middle = nn.ModuleList([residual(below, below)])
+        if attention:
+            self.middle.append(Attention(dims, below, head_channels))
+        self.middle.append(residual(below, below))
         for level, channels in reversed(list(enumerate(widths))):
             for i in range(blocks + 1):
-                self.up.append(make.block(below + skips.pop(), channels, level if i == blocks else None))
+                self.up.append(residual(below + skips.pop(), channels, head_channels=heads[level] if i == blocks else 0))
                 below = channels
             if level:
-                self.up.append(make.resampling(channels, up=True))
+                self.up.append(resampling(channels, up=True))
+        if glorot:
+            _draw_glorot(self)
+        last = convolution(dims, widths[0], shape[0] + extra_channels)
+        self.last = nn.Sequential(group_norm(widths[0]), nn.SiLU(), zero_init(last))
 
     def forward(
         self,
@@ -162,32 +152,8 @@ class UNet(Network):
         return self.last(h)[(..., *(slice(length) for length in size))]
 
 
-@dataclass(frozen=True)
-class _Layers:
-    """Make the layers of a U-Net by its options."""
-
-    dims: int
-    embedding: int
-    dropout: float
-    scale_shift: bool
-    heads: Mapping[int, int]  # channels of attention heads, by level
-    resblock_updown: bool
-    taps: Sequence[float]
-
-    def block(self, channels: int, out: int, level: int | None = None) -> Block:
-        return self._residual(channels, out, head_channels=0 if level is None else self.heads.get(level, 0))
-
-    def resampling(self, channels: int, up: bool) -> nn.Module:
-        resample = Resample(self.dims, up, self.taps)
-        if self.resblock_updown:
-            return self._residual(channels, channels, resample=resample)
-        return ResampleAndConvolve(self.dims, channels, resample)
-
-    def _residual(self, channels: int, out: int, **options: Any) -> Block:
-        return Block(self.dims, channels, out, self.embedding, dropout=self.dropout, scale_shift=self.scale_shift, **options)
-
-
-def _check_shapes(shape: Sequence[int], conditions: ConditionShapes) -> None:
+def _check_dimensions(shape: Sequence[int], conditions: ConditionShapes) -> None:
+    """Raise ValueError unless samples and conditions have numbers of dimensions that the U-Net can use."""
     if len(shape) - 1 not in INTERPOLATION:
         raise ValueError(
             f"shape = {tuple(shape)}: UNet needs (channels, length), (channels, height, width) or (channels, depth, height, "
@@ -199,9 +165,10 @@ def _check_shapes(shape: Sequence[int], conditions: ConditionShapes) -> None:
 
 
 def _check_options(levels: int, dropout: float, attention_levels: Sequence[int], taps: Sequence[float]) -> None:
+    """Raise ValueError if an option is out of range for a network with so many `levels`."""
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout = {dropout} must lie in [0, 1)")
-    if not all(isinstance(level, int) and 0 <= level < levels for level in attention_levels):
+    if not all(0 <= level < levels for level in attention_levels):
         raise ValueError(f"attention_levels = {tuple(attention_levels)}: the levels of multipliers are 0..{levels - 1}")
     if len(taps) < 2 or len(taps) % 2 or not sum(taps) > 0:
         raise ValueError(f"resample_filter = {tuple(taps)}: give an even number of taps of positive sum, such as (1, 3, 3, 1)")

@@ -1,8 +1,7 @@
-"""Denoise known distributions exactly, with modules that can replace a trained network.
+"""Denoise known distributions exactly: ground truth for solvers, likelihoods and networks.
 
-They serve as ground truth for solvers, likelihoods and networks. Each is called as `denoiser(x, sigma, **conditions)` with `x`
-[B, ...] in centred model space and `sigma` a float or [B]. It returns E[y | x, sigma], like x, and ignores all conditions.
-`kernel` is the perturbation kernel for which it is exact.
+`denoiser(x, sigma, **conditions)` returns E[y | x, sigma], like `x` [B, ...], for `sigma` a float or [B]. It is exact for its
+`kernel`, of `D` augmented dimensions, and ignores all conditions.
 """
 
 import math
@@ -80,7 +79,7 @@ class GaussianBlob(nn.Module):
     """Denoise Gaussian data N(0, s² I): E[y | x, sigma] = x s²/(s² + sigma²) at D = inf.
 
     At finite D the noise is Gaussian of scale sigma/sqrt(kappa), and the factor s²/(s² + sigma²/kappa) is averaged over
-    kappa | x. The average is a trapezoidal rule over log kappa; its grid is narrowed around the posterior of each sample.
+    kappa | x, by a trapezoidal rule over log kappa whose grid is narrowed around the posterior of each sample.
 
     Args:
         scale: s > 0.
@@ -102,6 +101,7 @@ class GaussianBlob(nn.Module):
         return expand(shrink, x) * x
 
     def _shrink(self, sigma: Tensor, kappa: Tensor) -> Tensor:
+        """Compute the factor of x, given kappa."""
         return self.scale**2 / (self.scale**2 + sigma.square() / kappa)
 
     def _average(self, x: Tensor, sigma: Tensor) -> Tensor:

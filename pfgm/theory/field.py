@@ -5,12 +5,8 @@ the source of a point (x, r) is a softmax over the charges, and its mean is the 
 
     w_i ∝ p_i (|x - y_i|² + r²)^(-(N+D)/2),    denoised = E[y | x, sigma] = Σ w_i y_i.
 
-The Poisson field points away from it: E_x / E_r = (x - denoised) / r. So a denoiser and a field are the same thing.
-
-Squared distances |x|² + |y|² - 2 x·y come from a matrix product in float64, because float32 loses all digits of |x - y|
-between near-duplicates. Charges are processed in blocks, so that no tensor is larger than B x L or BLOCK_BYTES.
-
-Sources: PFGM (arXiv 2209.11178) section 3, PFGM++ (arXiv 2302.04265) section 3.1.
+The Poisson field points away from it: E_x / E_r = (x - denoised) / r. So a denoiser and a field are the same thing. Sources:
+PFGM (arXiv 2209.11178) section 3, PFGM++ (arXiv 2302.04265) section 3.1.
 """
 
 import math
@@ -45,11 +41,7 @@ def posterior_mean(
     Raises:
         ValueError: if shapes do not match, D is out of range, sigma <= 0, or weights are negative or all zero.
     """
-    s = per_sample(sigma, x)
-    _check(x, s, charges, "sigma", check)
-    points, log_weights = x.flatten(1).double(), _log_weights(weights, x, charges, check)
-    w = torch.softmax(_log_posterior(points, s, charges, check_dimensions(D), log_weights), dim=1)
-    return _mean(w, charges).to(x.dtype).reshape(x.shape)
+    return _posterior_mean(x, per_sample(sigma, x), charges, check_dimensions(D), weights, "sigma", check).to(x.dtype)
 
 
 def poisson_field(
@@ -57,15 +49,13 @@ def poisson_field(
 ) -> tuple[Tensor, Tensor]:
     """Compute the Poisson field (E_x, E_r) = Σ p_i (x - y_i, r) / |(x - y_i, r)|^(N+D). Differentiable in x and r.
 
-    The factor 1/(area of the unit sphere) is left out. The strength is a power N + D - 1 of a distance. For N above about a
-    hundred it leaves the range of its dtype and becomes 0 or inf; use `normalized_field` or `posterior_mean` there.
+    The factor 1/(area of the unit sphere) is left out. For N above about a hundred the strength leaves the range of its dtype
+    and becomes 0 or inf; use `normalized_field` or `posterior_mean` there.
 
     Args:
-        x: points [B, ...].
+        x, charges, weights: as for `posterior_mean`; weights are normalised to sum 1.
         r: augmented radius > 0, a float or [B].
-        charges: data points [L, ...].
         D: augmented dimensions, from .5, finite: at D = inf only the direction of the field has a limit.
-        weights: probabilities p_i up to a factor, [L] or [B, L]; they are normalised to sum 1 (default: 1/L).
 
     Returns:
         E_x like x and E_r [B], in the dtype of x.
@@ -75,32 +65,25 @@ def poisson_field(
     """
     if math.isinf(check_dimensions(D)):
         raise ValueError("D = inf: the Poisson field needs a finite D. Use posterior_mean instead.")
-    radius = per_sample(r, x, "r")
-    _check(x, radius, charges, "r", True)
-    points, N = x.flatten(1).double(), x[0].numel()
-    log_weights = _log_weights(weights, x, charges, True)
-    log_w = _log_posterior(points, radius / math.sqrt(D), charges, D, log_weights)
+    radius, N = per_sample(r, x, "r"), x[0].numel()
+    log_weights = _log_weights(weights, x, radius, charges, "r", True)
+    log_w = _log_posterior(x, radius / math.sqrt(D), charges, D, log_weights)
     strength = torch.exp(torch.logsumexp(log_w, 1) - torch.logsumexp(log_weights, -1) - (N + D) * radius.log())
-    displacement = points - _mean(torch.softmax(log_w, dim=1), charges)
-    return (strength[:, None] * displacement).to(x.dtype).reshape(x.shape), (strength * radius).to(x.dtype)
+    displacement = x.double() - _mean(torch.softmax(log_w, dim=1), charges)
+    return (expand(strength, displacement) * displacement).to(x.dtype), (strength * radius).to(x.dtype)
 
 
 def normalized_field(
     x: Tensor, z: float | Tensor, charges: Tensor, gamma: float = 0.0, weights: Tensor | None = None, *, check: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Compute PFGM's training target, the normalised field at D = 1 (where z = r = sigma).
+    """Compute PFGM's training target, the normalised field at D = 1 (section 3.2, with the sign of its official code).
 
-        v = -sqrt(N) (x - denoised, z) / (|(x - denoised, z)| + gamma)
-
-    Source: PFGM section 3.2 and the sign of its official code.
+        v = -sqrt(N) (x - denoised, z) / (|(x - denoised, z)| + gamma),    z = r = sigma
 
     Args:
-        x: points [B, ...].
+        x, charges, weights, check: as for `posterior_mean`.
         z: augmented coordinate > 0, a float or [B].
-        charges: data points [L, ...].
         gamma: softening >= 0, in the units of the data.
-        weights: as for `posterior_mean`.
-        check: as for `posterior_mean`.
 
     Returns:
         v_x like x and v_z [B], in the dtype of x.
@@ -111,8 +94,7 @@ def normalized_field(
     if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma = {gamma}: must be a finite number >= 0, in the units of the data.")
     height = per_sample(z, x, "z")
-    _check(x, height, charges, "z", check)
-    displacement = x.double() - posterior_mean(x.double(), height, charges, 1.0, weights, check=check)
+    displacement = x.double() - _posterior_mean(x, height, charges, 1.0, weights, "z", check)
     v_x, v_z = field_from_displacement(displacement, height, gamma)
     return v_x.to(x.dtype), v_z.to(x.dtype)
 
@@ -139,11 +121,8 @@ def denoised_from_field(x: Tensor, z: float | Tensor, v_x: Tensor, v_z: Tensor, 
     The value of s comes from (b), which gives 1-s = (z² + gamma R)/(R (R + gamma)) without cancellation.
 
     Args:
-        x: points [B, ...].
-        z: augmented coordinate > 0, a float or [B].
-        v_x: field component like x.
-        v_z: field component [B].
-        gamma: softening of the field.
+        x, z, gamma: as for `normalized_field`.
+        v_x, v_z: field components, like x and [B].
 
     Returns:
         The denoised x, in the dtype of x; finite for every finite v.
@@ -166,34 +145,51 @@ def denoised_from_field(x: Tensor, z: float | Tensor, v_x: Tensor, v_z: Tensor, 
     return (x.double() + expand(rho / v_norm.clamp(min=TINY), x.double()) * v_x.double()).to(x.dtype)
 
 
-def _log_posterior(points: Tensor, sigma: Tensor, charges: Tensor, D: float, log_weights: Tensor) -> Tensor:
-    """Compute log p_i - (N+D)/2 log(1 + |x-y_i|²/(D sigma²)), [B, L] in float64, for flat float64 `points` [B, N]."""
+def _posterior_mean(
+    x: Tensor, sigma: Tensor, charges: Tensor, D: float, weights: Tensor | None, name: str, check: bool
+) -> Tensor:
+    """Compute `posterior_mean` in float64 for `sigma` [B], called `name`."""
+    log_weights = _log_weights(weights, x, sigma, charges, name, check)
+    return _mean(torch.softmax(_log_posterior(x, sigma, charges, D, log_weights), dim=1), charges)
+
+
+def _log_posterior(x: Tensor, sigma: Tensor, charges: Tensor, D: float, log_weights: Tensor) -> Tensor:
+    """Compute log p_i - (N+D)/2 log(1 + |x-y_i|²/(D sigma²)), [B, L] in float64."""
+    points = x.flatten(1).double()
     squares = points.square().sum(1, keepdim=True)
     columns = []
     for block in _blocks(charges):
+        # |x|² + |y|² - 2 x·y in float64, since float32 loses all digits of |x - y| between near-duplicates
         distance2 = (squares + block.square().sum(1) - 2 * points @ block.T).clamp(min=0)
         columns.append(power_law(distance2 / sigma.square()[:, None], D, points.shape[1]))
     return log_weights - 0.5 * torch.cat(columns, dim=1)
 
 
 def _mean(w: Tensor, charges: Tensor) -> Tensor:
-    """Compute Σ w_i y_i: [B, L] x [L, ...] -> [B, N]."""
+    """Compute Σ w_i y_i: [B, L] x [L, ...] -> [B, ...]."""
     total = w.new_zeros(len(w), charges[0].numel())
     start = 0
     for block in _blocks(charges):
         total = total + w[:, start : start + len(block)] @ block
         start += len(block)
-    return total
+    return total.reshape(len(w), *charges.shape[1:])
 
 
 def _blocks(charges: Tensor) -> Iterator[Tensor]:
-    """Split the charges [L, ...] into flat float64 blocks of at most BLOCK_BYTES."""
+    """Split the charges [L, ...] into flat float64 blocks, so that no tensor is larger than B x L or BLOCK_BYTES."""
     flat = charges.flatten(1)
     for block in flat.split(max(1, BLOCK_BYTES // (8 * flat.shape[1]))):
         yield block.double()
 
 
-def _log_weights(weights: Tensor | None, x: Tensor, charges: Tensor, check: bool) -> Tensor:
+def _log_weights(weights: Tensor | None, x: Tensor, scale: Tensor, charges: Tensor, name: str, check: bool) -> Tensor:
+    """Compute log p_i up to a constant, [L] or [B, L] in float64, after all checks; `scale` [B] is called `name`."""
+    if len(charges) == 0:
+        raise ValueError("charges is empty. Pass at least one data point [1, ...].")
+    if x.shape[1:] != charges.shape[1:]:
+        raise ValueError(f"x, charges: sample shapes {tuple(x.shape[1:])} and {tuple(charges.shape[1:])} must agree.")
+    if check and not bool((scale > 0).all()):
+        raise ValueError(f"{name} = {float(scale.min())}: must be > 0.")
     if weights is None:
         return torch.zeros(len(charges), dtype=torch.float64, device=charges.device)
     w = torch.as_tensor(weights, dtype=torch.float64, device=charges.device)
@@ -205,12 +201,3 @@ def _log_weights(weights: Tensor | None, x: Tensor, charges: Tensor, check: bool
     if check and not bool((w >= 0).all() & (w.sum(-1) > 0).all() & torch.isfinite(w).all()):
         raise ValueError("weights must be finite, not negative and not all zero.")
     return w.log()
-
-
-def _check(x: Tensor, scale: Tensor, charges: Tensor, name: str, values: bool) -> None:
-    if len(charges) == 0:
-        raise ValueError("charges is empty. Pass at least one data point [1, ...].")
-    if x.shape[1:] != charges.shape[1:]:
-        raise ValueError(f"x, charges: sample shapes {tuple(x.shape[1:])} and {tuple(charges.shape[1:])} must agree.")
-    if values and not bool((scale > 0).all()):
-        raise ValueError(f"{name} = {float(scale.min())}: must be > 0.")

@@ -1,4 +1,4 @@
-"""The perturbation kernel of Poisson flows is a multivariate Student-t.
+"""Sample and evaluate the perturbation kernel of Poisson flows, a multivariate Student-t.
 
 PFGM++ perturbs data y with density p_r(x|y) ∝ (|x - y|² + r²)^(-(N+D)/2), where N is the dimension of the data and D >= .5 the
 number of augmented dimensions. With sigma = r / sqrt(D) this is Student's t with D degrees of freedom, location y and scale
@@ -6,9 +6,7 @@ matrix sigma² I. A sample is
 
     x = y + sigma n / sqrt(kappa),    n ~ N(0, I_N),    kappa ~ chi²_D / D   (one kappa per sample).
 
-D is any real number. D = 1 gives the Poisson kernel of PFGM (multivariate Cauchy). D = inf gives kappa = 1, the Gaussian
-kernel of diffusion models. Training noise, prior and re-noising depend on D only through `StudentTKernel`.
-
+D = 1 gives the Poisson kernel of PFGM (multivariate Cauchy). D = inf gives kappa = 1, the Gaussian kernel of diffusion models.
 Sources: PFGM++ (arXiv 2302.04265) section 3.2; t-EDM (arXiv 2410.14171) for the Student-t form.
 """
 
@@ -30,14 +28,16 @@ def check_dimensions(D: float | str) -> float:
     try:
         value = float(D)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"D = {D!r}: not a number. Choose a real number from {MIN_D} to inf.") from None
+        value = math.nan
     if not value >= MIN_D:
-        raise ValueError(f"D = {D}: out of range, the noise would overflow float32. Choose a real number from {MIN_D} to inf.")
+        raise ValueError(
+            f"D = {D}: out of range. Choose a real number from {MIN_D} to inf; below, the noise overflows float32."
+        )
     return value
 
 
 class StudentTKernel:
-    """Sample and evaluate the perturbation kernel p(x | y, sigma) of PFGM++.
+    """Sample and evaluate the perturbation kernel p(x | y, sigma) of PFGM++, for perturbed data x and clean data y [B, ...].
 
     Args:
         D: number of augmented dimensions, a real number from .5 to inf.
@@ -57,7 +57,7 @@ class StudentTKernel:
 
         Args:
             shape: [B, ...] of the samples.
-            generator: one generator for the batch, one per sample, or None for torch's global generator.
+            generator: one for the batch, one per sample, or None for torch's global generator.
             like: tensor that sets dtype and device.
         """
         n = rng.normal(shape, generator, like=like)
@@ -67,30 +67,24 @@ class StudentTKernel:
         return n * expand(kappa.rsqrt(), n)
 
     def sample(self, y: Tensor, sigma: float | Tensor, generator: Generators = None) -> Tensor:
-        """Sample perturbed data x ~ p(x | y, sigma).
+        """Sample perturbed data x ~ p(x | y, sigma), like `y`.
 
         Args:
             y: clean data [B, ...].
             sigma: noise level in the units of y, a float or [B].
             generator: as for `direction`.
-
-        Returns:
-            x, with the shape and dtype of y.
         """
         return y + expand(per_sample(sigma, y), y) * self.direction(y.shape, generator, like=y)
 
     def log_prob(self, x: Tensor, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """Compute log p(x | y, sigma), the log-density of the multivariate Student-t.
+        """Compute log p(x | y, sigma) in nats, [B] in float64.
 
             log Γ((N+D)/2) - log Γ(D/2) - N/2 log(pi D) - N log sigma - (N+D)/2 log(1 + |x-y|²/(D sigma²))
 
         Args:
             x: perturbed data [B, ...].
-            y: clean data [B, ...].
+            y: clean data, like x or a single sample.
             sigma: noise level > 0, a float or [B].
-
-        Returns:
-            Nats per sample, [B] in float64.
 
         Raises:
             ValueError: if sigma <= 0 or the shapes do not match.
@@ -102,7 +96,8 @@ class StudentTKernel:
         if not bool((s > 0).all()):
             raise ValueError(f"sigma = {sigma}: the kernel has a density only for sigma > 0.")
         q = (norm(difference) / s).square()
-        return _log_normalizer(self.D, N) - N * s.log() - 0.5 * power_law(q, self.D, N)
+        constant = _log_gamma_ratio(self.D / 2, N / 2) - N / 2 * math.log(2 * math.pi)
+        return constant - N * s.log() - 0.5 * power_law(q, self.D, N)
 
     def renoise(
         self, x: Tensor, source: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, generator: Generators = None
@@ -110,12 +105,11 @@ class StudentTKernel:
         """Raise the noise level of `x` from `sigma` to `sigma_next`, as churn and restarts do.
 
         Given the source y, kappa | x ~ Gamma(shape (N+D)/2, rate (D + |x-y|²/sigma²)/2). The added noise is
-        sqrt(sigma_next² - sigma²) n / sqrt(kappa) with this kappa. The law is exact if `source` is the clean data of x, and an
-        approximation if it is the denoised x.
+        sqrt(sigma_next² - sigma²) n / sqrt(kappa) with this kappa.
 
         Args:
             x: perturbed data [B, ...].
-            source: clean or denoised data [B, ...].
+            source: clean data, for which the law is exact, or the denoised x as an approximation.
             sigma: present noise level, a float or [B].
             sigma_next: noise level to reach, a float or [B].
             generator: as for `direction`.
@@ -161,12 +155,6 @@ def power_law(q: Tensor, D: float, N: int) -> Tensor:
     The limit at D = inf is q.
     """
     return q if math.isinf(D) else (N + D) * torch.log1p(q / D)
-
-
-def _log_normalizer(D: float, N: int) -> float:
-    """Compute log of Γ((N+D)/2) / (Γ(D/2) (πD)^(N/2)); the limit at D = inf is -N/2 log 2π."""
-    b = N / 2
-    return _log_gamma_ratio(D / 2, b) - b * math.log(2 * math.pi)
 
 
 def _log_gamma_ratio(a: float, b: float) -> float:
