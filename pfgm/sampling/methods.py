@@ -1,12 +1,12 @@
 """The registry of solver methods: what a method is, and the problem that it integrates.
 
-Each file that implements methods registers every one of them by a single call, `register(Method(...))`, beside the code that
-integrates. Names, defaults and capabilities are read from this registry and are stated nowhere else.
+Each file that implements methods registers every one of them by a single call, `register(Method(...))`. Names, defaults and
+capabilities are read from this registry and are stated nowhere else. A new method with fixed steps is a `Stepper`, registered
+with `on_grid(stepper)` as its integrator; `multistep.py` has a base class for those that reuse earlier steps.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +25,10 @@ MakeCoordinates = Callable[[float], Coordinates]
 ANGLE: dict[str, MakeCoordinates] = {"angle": Angle}
 LOG_SIGMA: dict[str, MakeCoordinates] = {"log_sigma": lambda sigma_data: LogSigma()}
 BOTH = ANGLE | LOG_SIGMA
+
+
+class StepError(RuntimeError):
+    """Signal that the step size vanished or the number of steps exceeded its limit."""
 
 
 @dataclass
@@ -55,9 +59,8 @@ class Problem:
     Args:
         slope: derivative of the state over time.
         state: initial state [B, ...], float64.
-        times: monotone times from the initial one to the final one. They are the grid of fixed-step methods; adaptive
-            methods use the two ends.
-        at: times [points] of the states to return, in the same order and with the same ends as `times`.
+        times: monotone times from first to last: the grid of fixed-step methods; adaptive methods use its ends.
+        at: times [points] of the states to return, in the order and with the ends of `times`.
         on_step: called after (or, by torchdiffeq, before) each step.
         rtol: relative tolerance of adaptive methods.
         atol: absolute tolerance of adaptive methods.
@@ -131,18 +134,18 @@ def register(method: Method) -> None:
 
 def on_grid(stepper: Stepper) -> Integrator:
     """Make an integrator of a `stepper`; between the grid's times the states are interpolated linearly."""
-    return partial(_follow_grid, stepper)
 
+    def integrate(problem: Problem) -> tuple[Tensor, SolverStats]:
+        times, state, stats = problem.times, problem.state, SolverStats(len(problem.times) - 1)
+        states, pending, length = [state], problem.at[1:-1].tolist(), times[-1] - times[0]
+        for (start, end), (after, lower) in zip(pairwise(times), stepper(problem.slope, state, times), strict=True):
+            while pending and (pending[0] - end) / length <= 0:
+                states.append(torch.lerp(state, after, (pending.pop(0) - start) / (end - start)))
+            state, stats = after, stats + SolverStats(error=None if lower is None else rms(after - lower))
+            problem.on_step(end, state)
+        return torch.stack([*states, state]), stats
 
-def _follow_grid(stepper: Stepper, problem: Problem) -> tuple[Tensor, SolverStats]:
-    times, state, stats = problem.times, problem.state, SolverStats(len(problem.times) - 1)
-    states, pending, length = [state], problem.at[1:-1].tolist(), times[-1] - times[0]
-    for (start, end), (after, lower) in zip(pairwise(times), stepper(problem.slope, state, times), strict=True):
-        while pending and (pending[0] - end) / length <= 0:
-            states.append(torch.lerp(state, after, (pending.pop(0) - start) / (end - start)))
-        state, stats = after, stats + SolverStats(error=None if lower is None else rms(after - lower))
-        problem.on_step(end, state)
-    return torch.stack([*states, state]), stats
+    return integrate
 
 
 def _fractions(times: Tensor) -> Tensor:

@@ -4,19 +4,16 @@ The methods come from the registry of `pfgm.sampling.methods`, which the files i
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
-
-from torch import Tensor
 
 from pfgm.core.arguments import check_types
 from pfgm.core.tensors import check_positive
 from pfgm.sampling import multistep, torchdiffeq_solvers  # noqa: F401 (they register their methods)
-from pfgm.sampling.coordinates import Coordinates
 from pfgm.sampling.grids import Grid, make_grid
-from pfgm.sampling.methods import BOTH, METHODS, MakeCoordinates, Method, OnStep, Problem, Slope, SolverStats
+from pfgm.sampling.methods import BOTH, METHODS, Integrator, MakeCoordinates, Method
 
 ADAPTIVE = tuple(name for name, method in METHODS.items() if method.adaptive)
 FIXED = tuple(name for name, method in METHODS.items() if not method.adaptive)
@@ -30,8 +27,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 Start = Literal["hemisphere", "hyperplane"]  # surfaces on which samples start; `Sampler.prior` draws on them
 RTOL, ATOL = 0.05, 0.05  # default tolerances, for a state of unit variance
-FIRST_STEP = 0.05  # first step of the adaptive methods, as a fraction of the whole interval
-MAX_STEPS = 10_000  # number of steps after which an adaptive method gives up
 Interval = tuple[float, float, int]
 
 
@@ -42,86 +37,39 @@ class Solver:
     Args:
         method: entry of the registry.
         coordinates: makes the coordinates for data of a given sigma_data.
+        grid: levels at which the steps begin and end; None for adaptive steps.
+        rtol: relative tolerance of adaptive steps.
+        atol: absolute tolerance of adaptive steps.
+        independent: whether each sample has adaptive steps of its own.
     """
 
     method: Method
     coordinates: MakeCoordinates
+    grid: Grid | None = None
+    rtol: float = RTOL
+    atol: float = ATOL
+    independent: bool = False
 
     def last_level(self, sigma_data: float, start: float, end: float) -> float:
         """Return the level at which a draw from level `start` to `end` hands over to the final denoising."""
-        return end
+        return end if self.grid is None else self.grid.last(self.coordinates(sigma_data), start, end)
 
     def levels(self, sigma_data: float, start: float, end: float) -> list[float]:
         """Return the levels that the solution from level `start` to `end` has to pass through."""
-        return [start, end]
+        return [start, end] if self.grid is None else self.grid.levels(self.coordinates(sigma_data), start, end)
 
-    def follow(
-        self, slope: Slope, state: Tensor, coordinates: Coordinates, levels: Sequence[float], at: Tensor, on_step: OnStep
-    ) -> tuple[Tensor, SolverStats]:
-        """Solve for the state from levels[0] through `levels` to the last.
-
-        Args:
-            slope: derivative of the state over the coordinates' time.
-            state: state [B, ...] at levels[0], float64.
-            coordinates: what `self.coordinates` makes.
-            levels: levels to pass through, in order.
-            at: times [points] of the states to return, from that of levels[0] to that of the last level.
-            on_step: called with the time (float, or [B] for independent steps) and the state of each step.
-
-        Returns:
-            The states [points, B, ...] and the statistics.
-
-        Raises:
-            StepError: an adaptive method gave up.
-        """
-        return self._integrate(Problem(slope, state, [coordinates.time(level) for level in levels], at, on_step))
-
-    def _integrate(self, problem: Problem) -> tuple[Tensor, SolverStats]:
-        return self.method.integrate(problem)
-
-
-@dataclass(frozen=True)
-class Adaptive(Solver):
-    """Solve with steps chosen to meet a tolerance.
-
-    Args:
-        rtol: relative tolerance of the state.
-        atol: absolute tolerance of the state.
-        independent: whether each sample has steps of its own.
-    """
-
-    rtol: float
-    atol: float
-    independent: bool = False
-
-    def _integrate(self, problem: Problem) -> tuple[Tensor, SolverStats]:
-        integrate = self.method.per_sample if self.independent and self.method.per_sample else self.method.integrate
-        return integrate(replace(problem, rtol=self.rtol, atol=self.atol, first_step=FIRST_STEP, max_steps=MAX_STEPS))
-
-
-@dataclass(frozen=True)
-class Fixed(Solver):
-    """Solve with steps along a grid; between its levels the states are interpolated linearly.
-
-    Args:
-        grid: levels at which the steps begin and end.
-    """
-
-    grid: Grid
-
-    def last_level(self, sigma_data: float, start: float, end: float) -> float:
-        return self.grid.last(self.coordinates(sigma_data), start, end)
-
-    def levels(self, sigma_data: float, start: float, end: float) -> list[float]:
-        return self.grid.levels(self.coordinates(sigma_data), start, end)
+    @property
+    def integrate(self) -> Integrator:
+        """The integrator of the method, with steps for each sample if they are to be independent."""
+        return self.method.per_sample if self.independent and self.method.per_sample else self.method.integrate
 
 
 @dataclass(frozen=True)
 class SolverConfig:
     """Choose how the flow is solved, where a draw starts, and whether noise is added on its way down.
 
-    Without any of the first eight fields the preset is "balanced". Noise is added by `s_churn` or by `restart`, at every D. For
-    D < inf each addition costs one network call. All levels are effective noise levels in model units.
+    Without any of the first eight fields the preset is "balanced". For D < inf each addition of noise costs one network call.
+    All levels are effective noise levels in model units.
 
     Args:
         preset: fast (6 network calls), balanced (10 calls) or reference (dopri5 at tolerance 1e-4). It excludes method,
@@ -163,8 +111,7 @@ class SolverConfig:
     restart: list[Interval] | tuple[Interval, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.start is not None:
-            check_start(self.start)
+        check_start(self.start)
         check_types(type(self).__init__, vars(self))
         if self.grid is not None and not isinstance(self.grid, str):
             object.__setattr__(self, "grid", tuple(float(level) for level in self.grid))
@@ -192,21 +139,18 @@ class SolverConfig:
         choices = {name: getattr(self, name) for name in SOLVER_FIELDS} | {"independent": self.independent or None}
         chosen = {name: value for name, value in choices.items() if value is not None}
         if self.preset is not None or not chosen:
-            return self._preset_solver(chosen)
+            preset = chosen.pop("preset", "balanced")
+            if preset not in PRESETS:
+                raise ValueError(f"preset = {preset!r} is unknown. Choose one of {', '.join(PRESETS)}.")
+            if chosen:
+                raise ValueError(f"preset = {preset!r} excludes other choices. Leave out either preset or {', '.join(chosen)}.")
+            return SolverConfig(**PRESETS[preset]).solver
         name = self.method or ("bosh3" if chosen.keys() & {"rtol", "atol", "independent"} else "ab3")
         if name not in METHODS:
             raise ValueError(f"method = {name!r} is unknown. Choose one of {', '.join(METHODS)}.")
         method = METHODS[name]
         coordinates = self._make_coordinates(method)
         return (self._adaptive if method.adaptive else self._fixed)(method, coordinates)
-
-    def _preset_solver(self, chosen: dict[str, Any]) -> Solver:
-        preset = chosen.pop("preset", "balanced")
-        if preset not in PRESETS:
-            raise ValueError(f"preset = {preset!r} is unknown. Choose one of {', '.join(PRESETS)}.")
-        if chosen:
-            raise ValueError(f"preset = {preset!r} excludes other choices. Leave out either preset or {', '.join(chosen)}.")
-        return SolverConfig(**PRESETS[preset]).solver
 
     def _make_coordinates(self, method: Method) -> MakeCoordinates:
         default = next(iter(method.coordinates))
@@ -217,7 +161,7 @@ class SolverConfig:
             raise ValueError(f"coordinates = {name!r}: {method.name} exists in {default} coordinates only. Leave it out.")
         return method.coordinates[name]
 
-    def _adaptive(self, method: Method, coordinates: MakeCoordinates) -> Adaptive:
+    def _adaptive(self, method: Method, coordinates: MakeCoordinates) -> Solver:
         if self.steps is not None or self.grid is not None:
             raise ValueError(
                 f"steps = {self.steps}, grid = {self.grid}: {method.name} chooses its own steps. Give rtol and atol, "
@@ -230,9 +174,9 @@ class SolverConfig:
         rtol, atol = RTOL if self.rtol is None else self.rtol, ATOL if self.atol is None else self.atol
         check_positive("rtol", rtol)
         check_positive("atol", atol)
-        return Adaptive(method, coordinates, rtol, atol, bool(self.independent))
+        return Solver(method, coordinates, rtol=rtol, atol=atol, independent=bool(self.independent))
 
-    def _fixed(self, method: Method, coordinates: MakeCoordinates) -> Fixed:
+    def _fixed(self, method: Method, coordinates: MakeCoordinates) -> Solver:
         tolerances = [f"{name} = {value}" for name in ("rtol", "atol") if (value := getattr(self, name)) is not None]
         if tolerances:
             raise ValueError(
@@ -247,7 +191,7 @@ class SolverConfig:
             if steps < 2:
                 raise ValueError(f"steps = {steps}: {method.name} needs at least 2, since the last is the final denoising.")
             steps -= 1
-        return Fixed(method, coordinates, make_grid(method.grid if self.grid is None else self.grid, steps, method.name))
+        return Solver(method, coordinates, make_grid(method.grid if self.grid is None else self.grid, steps, method.name))
 
     def _check_churn(self) -> None:
         if not 0 <= self.s_churn < math.inf:
@@ -279,7 +223,7 @@ SolverConfig.__doc__ = (SolverConfig.__doc__ or "").format(
 SOLVER_FIELDS = ("preset", "method", "coordinates", "rtol", "atol", "independent", "steps", "grid")  # those of `config.solver`
 
 
-def check_start(start: str) -> None:
-    """Raise ValueError unless `start` is a `Start`."""
-    if start not in get_args(Start):
+def check_start(start: str | None) -> None:
+    """Raise ValueError unless `start` is a `Start` or None."""
+    if start is not None and start not in get_args(Start):
         raise ValueError(f"start = {start!r} is unknown. Choose one of {', '.join(get_args(Start))}.")
