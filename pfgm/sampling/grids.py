@@ -1,8 +1,7 @@
 """Grids place the levels at which fixed-step solvers call the denoiser, from sigma_max down to the data."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,12 +13,13 @@ RHO = 7  # exponent of EDM's grid (arXiv 2206.00364, eq. 5)
 MAX_STEPS = 100_000  # a larger number is taken for a mistake
 
 
-class Grid(ABC):
-    """Define the interface of grids."""
+@dataclass(frozen=True)
+class Grid:
+    """Pass only the two ends, for adaptive methods; subclasses add levels between."""
 
-    @abstractmethod
     def levels(self, coordinates: Coordinates, start: float, end: float) -> list[float]:
         """Return the levels from `start` to `end`, both included, upwards or downwards."""
+        return [start, end]
 
     def last(self, coordinates: Coordinates, start: float, end: float) -> float:
         """Return the level, `end` or above, at which sampling stops and the final denoising takes over."""
@@ -116,7 +116,7 @@ class ExplicitGrid(Grid):
         return end if math.isclose(last, end, rel_tol=1e-4) else last
 
 
-NAMED_GRIDS = {"paced": PacedGrid, "uniform": UniformGrid, "rho": KarrasGrid}
+NAMED_GRIDS: dict[str, Callable[[int], Grid]] = {"paced": PacedGrid, "uniform": UniformGrid, "rho": KarrasGrid}
 
 
 def make_grid(grid: str | Sequence[float], steps: int | None, method: str) -> Grid:

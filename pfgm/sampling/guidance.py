@@ -54,7 +54,20 @@ class ConditionedDenoiser(DenoiserWrapper):
         return self.denoiser(x, sigma, **bound, **{key: value for key, value in conditions.items() if key not in self.drop})
 
 
-class GuidedDenoiser(DenoiserWrapper):
+class WeightedDenoiser(DenoiserWrapper):
+    """Weight the guidance by `strength` at noise levels in `interval`, and by `unguided` elsewhere."""
+
+    def __init__(self, denoiser: nn.Module, strength: float | Tensor, interval: Interval, unguided: float):
+        super().__init__(denoiser)
+        self.strength, self.interval = torch.as_tensor(strength, dtype=torch.float64), check_interval(interval)
+        self.unguided = unguided
+
+    def _weight(self, sigma: Tensor) -> Tensor:
+        low, high = self.interval
+        return torch.where((sigma >= low) & (sigma <= high), self.strength.to(sigma.device), self.unguided)
+
+
+class GuidedDenoiser(WeightedDenoiser):
     """Extrapolate away from a reference: reference + w (denoised - reference).
 
     With the same network without a label as reference this is classifier-free guidance (arXiv 2207.12598, whose scale is
@@ -71,29 +84,23 @@ class GuidedDenoiser(DenoiserWrapper):
     def __init__(
         self, denoiser: nn.Module, reference: nn.Module, strength: float | Tensor, interval: Interval = (0.0, math.inf)
     ):
-        super().__init__(denoiser)
-        self.reference, self.interval = reference, check_interval(interval)
-        self.strength = torch.as_tensor(strength, dtype=torch.float64)
+        super().__init__(denoiser, strength, interval, unguided=1.0)
+        self.reference = reference
 
     def cost(self, sigma: Tensor | None = None) -> int:
         """Count the calls of the reference too if any sample is guided at `sigma` [B]."""
         own = super().cost(sigma)
-        return own + cost(self.reference, sigma) if sigma is None or bool(self._guided(sigma).any()) else own
+        return own + cost(self.reference, sigma) if sigma is None or bool((self._weight(sigma) != 1).any()) else own
 
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
-        denoised, guided = self.denoiser(x, sigma, **conditions), self._guided(per_sample(sigma, x))
-        if not bool(guided.any()):
+        denoised, weight = self.denoiser(x, sigma, **conditions), self._weight(per_sample(sigma, x))
+        if bool((weight == 1).all()):
             return denoised
         reference = self.reference(x, sigma, **conditions)
-        weight = torch.where(guided, self.strength.to(x.device), 1.0)
         return reference + expand(weight, denoised) * (denoised - reference)
 
-    def _guided(self, sigma: Tensor) -> Tensor:
-        low, high = self.interval
-        return (sigma >= low) & (sigma <= high) & (self.strength.to(sigma.device) != 1)
 
-
-class ClassifierGuidedDenoiser(DenoiserWrapper):
+class ClassifierGuidedDenoiser(WeightedDenoiser):
     """Pull a denoiser towards a class by a classifier of noisy samples, for every D:
 
         denoised + w (|x - denoised|² + D sigma²)/(N + D - 2) ∇_x log P(label | x, sigma).
@@ -119,17 +126,13 @@ class ClassifierGuidedDenoiser(DenoiserWrapper):
         strength: float | Tensor = 1.0,
         interval: Interval = (0.0, math.inf),
     ):
-        super().__init__(denoiser)
-        self.classifier, self.label = classifier, label
-        self.D, self.interval = check_dimensions(D), check_interval(interval)
-        self.strength = torch.as_tensor(strength, dtype=torch.float64)
+        super().__init__(denoiser, strength, interval, unguided=0.0)
+        self.classifier, self.label, self.D = classifier, label, check_dimensions(D)
 
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
         level = per_sample(sigma, x)
         denoised = self.denoiser(x, sigma, **conditions)
-        low, high = self.interval
-        strength = torch.where((level >= low) & (level <= high), self.strength.to(x.device), 0.0)
-        weight = strength * _variance(x, denoised, level, self.D)
+        weight = self._weight(level) * _variance(x, denoised, level, self.D)
         return denoised + expand(weight, x) * self._gradient(x, level)
 
     def _gradient(self, x: Tensor, sigma: Tensor) -> Tensor:

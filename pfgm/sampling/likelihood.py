@@ -23,7 +23,7 @@ from pfgm.core.arguments import checked
 from pfgm.core.tensors import check_levels, check_positive, per_sample
 from pfgm.sampling.coordinates import Angle
 from pfgm.sampling.ode import CountedDenoiser, solve
-from pfgm.sampling.solvers import ADAPTIVE, SolverConfig
+from pfgm.sampling.solvers import ADAPTIVE, SolverConfig, check_choice
 from pfgm.theory.kernel import StudentTKernel
 
 MAX_EXACT = 32  # dimensions up to which the trace is exact by default
@@ -105,8 +105,7 @@ def estimate_log_prob(
     check_positive("sigma_data", sigma_data)
     if probes < 1:
         raise ValueError(f"probes = {probes}: must be at least 1.")
-    if probe not in PROBES:
-        raise ValueError(f"probe = {probe!r} is unknown. Choose one of {', '.join(PROBES)}.")
+    check_choice("probe", probe, PROBES)
     if method not in ADAPTIVE:
         raise ValueError(f"method = {method!r} is not adaptive. Choose one of {', '.join(ADAPTIVE)}.")
     solver, coordinates, N = SolverConfig(method=method, rtol=rtol, atol=atol).solver, Angle(sigma_data), x[0].numel()

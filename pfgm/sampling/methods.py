@@ -54,29 +54,17 @@ class SolverStats:
 
 @dataclass(frozen=True)
 class Problem:
-    """Pose an initial value problem to a method.
-
-    Args:
-        slope: derivative of the state over time.
-        state: initial state [B, ...], float64.
-        times: monotone times from first to last: the grid of fixed-step methods; adaptive methods use its ends.
-        at: times [points] of the states to return, in the order and with the ends of `times`.
-        on_step: called after (or, by torchdiffeq, before) each step.
-        rtol: relative tolerance of adaptive methods.
-        atol: absolute tolerance of adaptive methods.
-        first_step: first step of adaptive methods, as a fraction of the whole interval.
-        max_steps: number of steps after which adaptive methods give up.
-    """
+    """Pose an initial value problem to a method."""
 
     slope: Slope
-    state: Tensor
-    times: Sequence[float]
-    at: Tensor
-    on_step: OnStep
-    rtol: float = 0.0
+    state: Tensor  # initial state [B, ...], float64
+    times: Sequence[float]  # monotone; the grid of fixed-step methods, of which adaptive ones use the ends
+    at: Tensor  # times [points] of the states to return, in the order and with the ends of `times`
+    on_step: OnStep  # called after (or, by torchdiffeq, before) each step
+    rtol: float = 0.0  # tolerances of adaptive methods
     atol: float = 0.0
-    first_step: float = 1.0
-    max_steps: int = 0
+    first_step: float = 1.0  # first step of adaptive methods, as a fraction of the whole interval
+    max_steps: int = 0  # number of steps after which adaptive methods give up
 
     def rescaled(self) -> "Problem":
         """Rescale time linearly, so that it runs from 0 to 1."""

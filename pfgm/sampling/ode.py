@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from pfgm.core.tensors import expand
+from pfgm.sampling.coordinates import Coordinates
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.methods import OnStep, Problem, Slope, SolverStats, StepError
 from pfgm.sampling.solvers import Solver
 
 FIRST_STEP = 0.05  # first step of adaptive methods, as a fraction of the whole interval
 MAX_STEPS = 10_000  # number of steps after which adaptive methods give up
+OnCall = Callable[[int, float], None]  # gets the number of calls so far and the level, the highest if samples differ
 
 
 class SolverError(RuntimeError):
@@ -34,11 +36,7 @@ class OutOfCalls(Exception):
 class CountedDenoiser:
     """Present a denoiser to a solver: float64 in and out, calls counted, non-finite values refused.
 
-    Args:
-        denoiser: denoiser in centred model space.
-        conditions: tensors [B, ...] passed to `denoiser` by name with each call.
-        dtype: dtype of the input of denoisers that have none of their own, see `input_dtype`.
-        on_call: called after each call with the number of calls so far and the level, the highest if samples differ.
+    The input of a denoiser without a dtype of its own, see `input_dtype`, has the given one.
     """
 
     def __init__(
@@ -46,19 +44,14 @@ class CountedDenoiser:
         denoiser: Callable[..., Tensor],
         conditions: Mapping[str, Tensor],
         dtype: torch.dtype,
-        on_call: Callable[[int, float], None] | None = None,
+        on_call: OnCall | None = None,
     ):
         self.denoiser, self.conditions, self.on_call = denoiser, conditions, on_call
         self.calls, self.level, self.max_calls = 0, math.nan, math.inf
         self.dtype = input_dtype(denoiser, dtype)
 
     def __call__(self, x: Tensor, level: float | Tensor, ratio: Tensor) -> Tensor:
-        """Return denoise(x, level/ratio) for `x` [B, ...], `level` (float or [B]) and `ratio` [B].
-
-        Raises:
-            OutOfCalls: the call would exceed `max_calls`.
-            SolverError: the denoiser returned another shape than that of x, or values that are not finite.
-        """
+        """Return denoise(x, level/ratio). Raise OutOfCalls or, for values that are not finite or no x, SolverError."""
         sigma = (level / ratio).to(self.dtype)
         calls = cost(self.denoiser, sigma)
         if self.calls + calls > self.max_calls:
@@ -84,22 +77,13 @@ class CountedDenoiser:
 
 @dataclass
 class Solution:
-    """Hold what following the flow gave.
+    """Hold what following the flow gave; if calls ran out, only the start and the last point reached."""
 
-    Args:
-        states: points x [points, B, ...] in float64, the first being the start. If calls ran out, the start and the last
-            point reached.
-        levels: levels [points] of the states; NaN if calls ran out.
-        level: level of the last state, a float or, if calls ran out and samples have steps of their own, [B].
-        stats: steps taken, and the estimated error in the unit of x.
-        complete: False if calls ran out before the end.
-    """
-
-    states: Tensor
-    levels: Tensor
-    level: float | Tensor
-    stats: SolverStats
-    complete: bool = True
+    states: Tensor  # x [points, B, ...], float64
+    levels: Tensor  # levels [points] of the states; NaN if calls ran out
+    level: float | Tensor  # that of the last state; [B] if calls ran out and samples have steps of their own
+    stats: SolverStats  # with the error in the unit of x
+    complete: bool = True  # False if calls ran out
 
 
 def follow(
@@ -107,25 +91,17 @@ def follow(
     x: Tensor,
     levels: Sequence[float],
     solver: Solver,
-    sigma_data: float,
+    coordinates: Coordinates,
     ratio: Tensor | None = None,
     points: int = 2,
 ) -> Solution:
-    """Follow the flow from `x` at levels[0] through `levels` to the last; the solution is incomplete if calls run out.
+    """Follow the flow from `x` [B, ...] at levels[0] through `levels` to the last; a single level returns `x` itself.
 
-    Args:
-        denoise: denoiser whose flow it is.
-        x: points [B, ...] in model space.
-        levels: rising or falling levels; a single one returns `x` itself.
-        solver: solver to use.
-        sigma_data: standard deviation of the data, in the unit of x.
-        ratio: level/sigma of each sample, [B], which stays fixed (default 1).
-        points: number of states to return, equally spaced in the coordinates' time.
+    `ratio` [B] is level/sigma of each sample (default 1). The states are at `points` equal steps of the coordinates' time.
     """
     if len(levels) == 1:
         here = torch.full((points,), levels[0], dtype=torch.float64, device=x.device)
         return Solution(x.double().expand(points, *x.shape), here, levels[0], SolverStats())
-    coordinates = solver.coordinates(sigma_data)
     ratios = (torch.ones(len(x)) if ratio is None else ratio).to(x.device, torch.float64)
 
     def broadcast(level: Any) -> Any:

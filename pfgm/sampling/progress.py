@@ -14,7 +14,7 @@ class SamplingProgress:
 
     def __init__(self, total: int, sampler: Sampler, show: bool):
         self.bar = tqdm(total=total, unit=" samples", disable=not show, dynamic_ncols=True)
-        self.path = sampler.solver.coordinates(sampler.sigma_data)
+        self.path = sampler.coordinates
         self.start, self.end = self.path.time(sampler.sigma_max), self.path.time(sampler.last_level)
         self.done, self.size = 0, 0
 

@@ -19,17 +19,11 @@ SHRINK, GROW = 0.2, 2.0  # bounds of the ratio of successive step sizes
 
 @dataclass(frozen=True)
 class ButcherTableau:
-    """Hold the coefficients of an explicit embedded Runge-Kutta method with the FSAL property.
+    """Hold the coefficients of an explicit embedded Runge-Kutta method with the FSAL property."""
 
-    Args:
-        order: order of the solution that is propagated.
-        rows: rows a_i of the tableau; the last gives the solution, whose slope is the first of the next step.
-        error: weights of the error estimate for all stages, the difference of the two solutions.
-    """
-
-    order: int
-    rows: Sequence[Sequence[float]]
-    error: Sequence[float]
+    order: int  # of the solution that is propagated
+    rows: Sequence[Sequence[float]]  # a_i; the last gives the solution, whose slope is the first of the next step
+    error: Sequence[float]  # weights of all stages in the error estimate, the difference of the two solutions
 
 
 TABLEAUS = {

@@ -1,8 +1,4 @@
-"""The sampler: start on the prior, follow the flow down, denoise once.
-
-Everything is in centred model space. The noise of sample i is a function of (seed, i), so that a sample does not depend on the
-batch in which it is drawn.
-"""
+"""The sampler: start on the prior, follow the flow down, denoise once. Everything is in centred model space."""
 
 import copy
 import math
@@ -20,13 +16,12 @@ from pfgm.core.tensors import check_levels, check_positive, check_shape, expand,
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.latents import Latent
 from pfgm.sampling.methods import SolverStats
-from pfgm.sampling.ode import CountedDenoiser, OutOfCalls, Solution, follow
+from pfgm.sampling.ode import CountedDenoiser, OnCall, OutOfCalls, Solution, follow
 from pfgm.sampling.solvers import Solver, SolverConfig
 from pfgm.sampling.stochastic import Plan, check_restart_levels, churn, restart
 from pfgm.theory.kernel import StudentTKernel
 
 Conditions = Mapping[str, Tensor] | None
-OnCall = Callable[[int, float], None]  # gets the number of network calls so far and the level
 
 
 @dataclass
@@ -83,13 +78,12 @@ class Sampler:
     """Draw from any denoiser by following its flow down from `sigma_max`, then denoising once.
 
     On the hemisphere start each sample starts at the height where its direction t meets the hemisphere of level sigma_max:
-    sigma_0 = sigma_max/ratio, ratio² = a + (1-a)|t|²/N. The whole batch shares one clock, level = ratio sigma. The network is
-    asked for sigma = level/ratio, below sigma_min for samples in heavy tails; this is not clamped, since c_out is small there.
-    The hyperplane start puts all samples at sigma_max, for comparison and for data that is itself heavy-tailed.
+    sigma_0 = sigma_max/ratio, ratio² = a + (1-a)|t|²/N. The batch shares one clock, level = ratio sigma. The network is asked
+    for sigma = level/ratio, in heavy tails below sigma_min, which is not clamped since c_out is small there. The hyperplane
+    start puts all samples at sigma_max.
 
-    With fixed steps a sample is a function of its seed alone, whatever the size, the members and the order of its batch, up to
-    the rounding of the network (1e-6 on a CPU in float32). Adaptive methods share the steps that the worst sample needs, so
-    that batch mates change a sample within its tolerance. With `independent` they do not.
+    With fixed steps a sample depends on its seed alone, up to the rounding of the network (1e-6 on a CPU in float32). Adaptive
+    methods share the steps that the worst sample needs, unless they are `independent`.
 
     Args:
         denoiser: `denoise(x, sigma, **conditions)`, a trained network or any callable.
@@ -125,6 +119,7 @@ class Sampler:
         check_shape(shape)
         self.denoiser, self.kernel, self.shape = denoiser, kernel, tuple(shape)
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.coordinates = self.solver.coordinates(sigma_data)
         if self.config.restart:
             check_restart_levels(self.config.restart, self.last_level, sigma_max)
 
@@ -141,12 +136,12 @@ class Sampler:
     @property
     def last_level(self) -> float:
         """The level of the final denoising: sigma_min, or a little above if the solver's grid says so."""
-        return self.solver.last_level(self.sigma_data, self.sigma_max, self.sigma_min)
+        return self.solver.grid.last(self.coordinates, self.sigma_max, self.sigma_min)
 
     @property
     def plan(self) -> Plan:
         """The levels of a draw from sigma_max to `last_level`, as falling runs between which noise is added."""
-        levels, config = self.solver.levels(self.sigma_data, self.sigma_max, self.last_level), self.config
+        levels, config = self.solver.grid.levels(self.coordinates, self.sigma_max, self.last_level), self.config
         if config.s_churn:
             return churn(levels, config.s_churn, config.s_tmin, config.s_tmax)
         return restart(levels, config.restart) if config.restart else [levels]
@@ -184,13 +179,13 @@ class Sampler:
             ValueError: an argument is out of range.
             SolverError: the denoiser's values are not finite, or the tolerance cannot be met.
         """
-        pairs, conditions = seed_pairs(n, seed, seeds), {}
-        if labels is not None:
-            conditions["label"] = torch.as_tensor(labels, dtype=torch.long)
-            if conditions["label"].shape != (len(pairs),):
-                shape = tuple(conditions["label"].shape)
-                raise ValueError(f"labels has shape {shape}. Give one label for each of the {len(pairs)} samples.")
-        return self.draw(pairs, conditions, max_calls, on_call)
+        pairs = seed_pairs(n, seed, seeds)
+        if labels is None:
+            return self.draw(pairs, None, max_calls, on_call)
+        label = torch.as_tensor(labels, dtype=torch.long)
+        if label.shape != (len(pairs),):
+            raise ValueError(f"labels has shape {tuple(label.shape)}. Give one label for each of the {len(pairs)} samples.")
+        return self.draw(pairs, {"label": label}, max_calls, on_call)
 
     @torch.no_grad()
     def draw(
@@ -242,7 +237,7 @@ class Sampler:
                 source = x if math.isinf(self.kernel.D) else denoise(x, level, ratio)
                 noise = [rng.generator(*pair, 0, k, rng.RENOISING) for pair in pairs]
                 x = self.kernel.renoise(x, source, level / ratio, levels[0] / ratio, noise)
-            solution = follow(denoise, x, levels, self.solver, self.sigma_data, ratio, max(2, points // len(plan)))
+            solution = follow(denoise, x, levels, self.solver, self.coordinates, ratio, max(2, points // len(plan)))
             yield solution
             if not solution.complete:
                 return
@@ -305,8 +300,8 @@ class Sampler:
                 "s_churn, restart: only samples have noise added, not encode, decode and integrate. Leave them out."
             )
         if start != end:
-            levels = self.solver.levels(self.sigma_data, start, end)
-            x = follow(self._counted(conditions, dtype), x, levels, self.solver, self.sigma_data, ratio).states[-1]
+            levels = self.solver.grid.levels(self.coordinates, start, end)
+            x = follow(self._counted(conditions, dtype), x, levels, self.solver, self.coordinates, ratio).states[-1]
         return x.to(dtype)
 
     def _counted(self, conditions: Conditions, dtype: torch.dtype, on_call: OnCall | None = None) -> CountedDenoiser:
@@ -320,11 +315,7 @@ class Sampler:
 
 
 def seed_pairs(n: int | None = None, seed: int | None = None, seeds: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """Return (seed, 0), ..., (seed, n-1) for `n` samples of `seed` (default 0), or (k, 0) for each k of `seeds`.
-
-    Raises:
-        ValueError: neither or both of n and seeds are given, or a number is negative.
-    """
+    """Return (seed, 0), ..., (seed, n-1) for `n` samples of `seed` (default 0), or (k, 0) for each k of `seeds`."""
     if (n is None) == (seeds is None) or (seeds is not None and seed is not None):
         raise ValueError(f"n = {n}, seed = {seed}, seeds = {seeds}: give either a number n (and a seed for all), or seeds.")
     if seeds is None:

@@ -4,7 +4,7 @@ The methods come from the registry of `pfgm.sampling.methods`, which the files i
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -32,36 +32,14 @@ Interval = tuple[float, float, int]
 
 @dataclass(frozen=True)
 class Solver:
-    """Solve the flow with a method of the registry.
-
-    Args:
-        method: entry of the registry.
-        coordinates: makes the coordinates for data of a given sigma_data.
-        grid: levels at which the steps begin and end; None for adaptive steps.
-        rtol: relative tolerance of adaptive steps.
-        atol: absolute tolerance of adaptive steps.
-        independent: whether each sample has adaptive steps of its own.
-    """
+    """Describe how the flow is solved: what a `SolverConfig` resolves to."""
 
     method: Method
     coordinates: MakeCoordinates
-    grid: Grid | None = None
-    rtol: float = RTOL
-    atol: float = ATOL
-    independent: bool = False
-
-    def last_level(self, sigma_data: float, start: float, end: float) -> float:
-        """Return the level at which a draw from level `start` to `end` hands over to the final denoising."""
-        return end if self.grid is None else self.grid.last(self.coordinates(sigma_data), start, end)
-
-    def levels(self, sigma_data: float, start: float, end: float) -> list[float]:
-        """Return the levels that the solution from level `start` to `end` has to pass through."""
-        return [start, end] if self.grid is None else self.grid.levels(self.coordinates(sigma_data), start, end)
-
-    @property
-    def integrate(self) -> Integrator:
-        """The integrator of the method, with steps for each sample if they are to be independent."""
-        return self.method.per_sample if self.independent and self.method.per_sample else self.method.integrate
+    integrate: Integrator  # one of the method's two
+    grid: Grid
+    rtol: float = 0.0  # tolerances of adaptive methods
+    atol: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -140,26 +118,19 @@ class SolverConfig:
         chosen = {name: value for name, value in choices.items() if value is not None}
         if self.preset is not None or not chosen:
             preset = chosen.pop("preset", "balanced")
-            if preset not in PRESETS:
-                raise ValueError(f"preset = {preset!r} is unknown. Choose one of {', '.join(PRESETS)}.")
+            check_choice("preset", preset, PRESETS)
             if chosen:
                 raise ValueError(f"preset = {preset!r} excludes other choices. Leave out either preset or {', '.join(chosen)}.")
             return SolverConfig(**PRESETS[preset]).solver
         name = self.method or ("bosh3" if chosen.keys() & {"rtol", "atol", "independent"} else "ab3")
-        if name not in METHODS:
-            raise ValueError(f"method = {name!r} is unknown. Choose one of {', '.join(METHODS)}.")
+        check_choice("method", name, METHODS)
         method = METHODS[name]
-        coordinates = self._make_coordinates(method)
-        return (self._adaptive if method.adaptive else self._fixed)(method, coordinates)
-
-    def _make_coordinates(self, method: Method) -> MakeCoordinates:
         default = next(iter(method.coordinates))
-        name = self.coordinates or default
-        if name not in BOTH:
-            raise ValueError(f"coordinates = {name!r} is unknown. Choose one of {', '.join(BOTH)}.")
-        if name not in method.coordinates:
-            raise ValueError(f"coordinates = {name!r}: {method.name} exists in {default} coordinates only. Leave it out.")
-        return method.coordinates[name]
+        coordinates = self.coordinates or default
+        check_choice("coordinates", coordinates, BOTH)
+        if coordinates not in method.coordinates:
+            raise ValueError(f"coordinates = {coordinates!r}: {name} exists in {default} coordinates only. Leave it out.")
+        return (self._adaptive if method.adaptive else self._fixed)(method, method.coordinates[coordinates])
 
     def _adaptive(self, method: Method, coordinates: MakeCoordinates) -> Solver:
         if self.steps is not None or self.grid is not None:
@@ -167,14 +138,15 @@ class SolverConfig:
                 f"steps = {self.steps}, grid = {self.grid}: {method.name} chooses its own steps. Give rtol and atol, "
                 f"or one of {', '.join(FIXED)}."
             )
-        if self.independent and method.per_sample is None:
+        integrate = method.per_sample if self.independent else method.integrate
+        if integrate is None:
             raise ValueError(
                 f"independent = True: {method.name} has no steps for each sample. Choose one of {', '.join(PER_SAMPLE)}."
             )
         rtol, atol = RTOL if self.rtol is None else self.rtol, ATOL if self.atol is None else self.atol
         check_positive("rtol", rtol)
         check_positive("atol", atol)
-        return Solver(method, coordinates, rtol=rtol, atol=atol, independent=bool(self.independent))
+        return Solver(method, coordinates, integrate, Grid(), rtol, atol)
 
     def _fixed(self, method: Method, coordinates: MakeCoordinates) -> Solver:
         tolerances = [f"{name} = {value}" for name in ("rtol", "atol") if (value := getattr(self, name)) is not None]
@@ -191,7 +163,8 @@ class SolverConfig:
             if steps < 2:
                 raise ValueError(f"steps = {steps}: {method.name} needs at least 2, since the last is the final denoising.")
             steps -= 1
-        return Solver(method, coordinates, make_grid(method.grid if self.grid is None else self.grid, steps, method.name))
+        grid = make_grid(method.grid if self.grid is None else self.grid, steps, method.name)
+        return Solver(method, coordinates, method.integrate, grid)
 
     def _check_churn(self) -> None:
         if not 0 <= self.s_churn < math.inf:
@@ -211,7 +184,7 @@ class SolverConfig:
 
     def _check_restart(self) -> None:
         for t_min, t_max, repeats in self.restart:
-            if not 0 < t_min < t_max < math.inf or repeats < 1 or repeats % 1:
+            if not 0 < t_min < t_max < math.inf or repeats < 1:
                 raise ValueError(
                     f"restart has {[t_min, t_max, repeats]}: give positive finite levels t_min < t_max and a whole K >= 1."
                 )
@@ -223,7 +196,13 @@ SolverConfig.__doc__ = (SolverConfig.__doc__ or "").format(
 SOLVER_FIELDS = ("preset", "method", "coordinates", "rtol", "atol", "independent", "steps", "grid")  # those of `config.solver`
 
 
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of the `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r} is unknown. Choose one of {', '.join(choices)}.")
+
+
 def check_start(start: str | None) -> None:
     """Raise ValueError unless `start` is a `Start` or None."""
-    if start is not None and start not in get_args(Start):
-        raise ValueError(f"start = {start!r} is unknown. Choose one of {', '.join(get_args(Start))}.")
+    if start is not None:
+        check_choice("start", start, get_args(Start))
