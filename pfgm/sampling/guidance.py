@@ -4,6 +4,7 @@ Each is a denoiser again, for every solver and for the likelihood, in centred mo
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +22,8 @@ def cost(denoiser: Any, sigma: Tensor | None = None) -> int:
     return denoiser.cost(sigma) if hasattr(denoiser, "cost") else 1
 
 
-class DenoiserWrapper(nn.Module):
-    """Build on another `denoiser`, with its dtype and its network calls.
-
-    `forward(x, sigma, **conditions)` returns the denoised point, like `x` [B, ...].
-    """
+class DenoiserWrapper(nn.Module, ABC):
+    """Build on another `denoiser`, with its dtype and its network calls."""
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
@@ -34,6 +32,10 @@ class DenoiserWrapper(nn.Module):
     def cost(self, sigma: Tensor | None = None) -> int:
         """Return the network calls of one call at `sigma` [B]; the most if None."""
         return cost(self.denoiser, sigma)
+
+    @abstractmethod
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
+        """Return the denoised point, like `x` [B, ...]."""
 
 
 class ConditionedDenoiser(DenoiserWrapper):

@@ -83,8 +83,7 @@ class MeasuredDenoiser(DenoiserWrapper):
     """
 
     def __init__(
-        self,
-        denoiser: nn.Module, operator: Callable[[Tensor], Tensor], values: Tensor, noise: float, iterations: int = 4
+        self, denoiser: nn.Module, operator: Callable[[Tensor], Tensor], values: Tensor, noise: float, iterations: int = 4
     ):
         super().__init__(denoiser)
         self.operator, self.values, self.noise, self.iterations = operator, values, noise, iterations

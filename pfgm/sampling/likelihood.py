@@ -22,6 +22,7 @@ from pfgm.core import rng
 from pfgm.core.arguments import checked
 from pfgm.core.tensors import check_levels, check_positive, per_sample
 from pfgm.sampling.coordinates import Angle
+from pfgm.sampling.methods import Problem
 from pfgm.sampling.ode import CountedDenoiser, solve
 from pfgm.sampling.solvers import ADAPTIVE, SolverConfig, check_choice
 from pfgm.theory.kernel import StudentTKernel
@@ -133,7 +134,7 @@ def estimate_log_prob(
     state = torch.cat([x.double().flatten(1) / q_min, integrals], 1)
     with torch.set_grad_enabled(differentiable):
         at = torch.tensor(times, dtype=torch.float64, device=x.device)
-        end = solve(solver, denoise, slope, state, times, at)[0][-1]
+        end = solve(solver, denoise, Problem(slope, state, times, at))[0][-1]
         top = (q_max * end[:, :N]).reshape(x.shape)
         prior = kernel.log_prob(top, torch.zeros_like(top), sigma_max)
         values = prior[:, None] + N * math.log(q_max / q_min) + end[:, N:]

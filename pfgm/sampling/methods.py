@@ -60,7 +60,7 @@ class Problem:
     state: Tensor  # initial state [B, ...], float64
     times: Sequence[float]  # monotone; the grid of fixed-step methods, of which adaptive ones use the ends
     at: Tensor  # times [points] of the states to return, in the order and with the ends of `times`
-    on_step: OnStep  # called after (or, by torchdiffeq, before) each step
+    on_step: OnStep = lambda time, state: None  # called after (or, by torchdiffeq, before) each step
     rtol: float = 0.0  # tolerances of adaptive methods
     atol: float = 0.0
     first_step: float = 1.0  # first step of adaptive methods, as a fraction of the whole interval

@@ -8,7 +8,7 @@ The state is float64; see `pfgm.sampling.coordinates` for its forms and `pfgm.sa
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pfgm.core.tensors import expand
 from pfgm.sampling.coordinates import Coordinates
 from pfgm.sampling.guidance import cost
-from pfgm.sampling.methods import OnStep, Problem, Slope, SolverStats, StepError
+from pfgm.sampling.methods import Problem, SolverStats, StepError
 from pfgm.sampling.solvers import Solver
 
 FIRST_STEP = 0.05  # first step of adaptive methods, as a fraction of the whole interval
@@ -123,30 +123,22 @@ def follow(
         reached = time, state
 
     try:
-        states, stats = solve(solver, denoise, slope, state, times, at, on_step)
+        states, stats = solve(solver, denoise, Problem(slope, state, times, at, on_step))
     except OutOfCalls:
         level = coordinates.level(reached[0])
         end = coordinates.radius(broadcast(level)) * reached[1]
         return Solution(torch.stack([x.double(), end]), torch.full((2,), torch.nan), level, SolverStats(steps), complete=False)
-    passed = [levels[0], *map(coordinates.level, at[1:-1].tolist()), levels[-1]]
-    radii = torch.tensor([coordinates.radius(level) for level in passed], dtype=torch.float64, device=x.device)
     if stats.error is not None:
         stats.error = stats.error * coordinates.radius(levels[-1])
+    passed = [levels[0], *map(coordinates.level, at[1:-1].tolist()), levels[-1]]
+    radii = torch.tensor([coordinates.radius(level) for level in passed], dtype=torch.float64, device=x.device)
     here = torch.tensor(passed, dtype=torch.float64, device=x.device)
     return Solution(expand(radii, states) * states, here, levels[-1], stats)
 
 
-def solve(
-    solver: Solver,
-    denoise: CountedDenoiser,
-    slope: Slope,
-    state: Tensor,
-    times: Sequence[float],
-    at: Tensor,
-    on_step: OnStep = lambda time, state: None,
-) -> tuple[Tensor, SolverStats]:
-    """Solve a `Problem` whose slope asks `denoise`. Raise SolverError, with advice, if the solver gives up."""
-    problem = Problem(slope, state, times, at, on_step, solver.rtol, solver.atol, FIRST_STEP, MAX_STEPS)
+def solve(solver: Solver, denoise: CountedDenoiser, problem: Problem) -> tuple[Tensor, SolverStats]:
+    """Solve a problem whose slope asks `denoise`. Raise SolverError, with advice, if the solver gives up."""
+    problem = replace(problem, rtol=solver.rtol, atol=solver.atol, first_step=FIRST_STEP, max_steps=MAX_STEPS)
     try:
         return solver.integrate(problem)
     except StepError as error:

@@ -1,7 +1,7 @@
 """Integrate by embedded Runge-Kutta methods with a separate step size for each sample of a batch.
 
-torchdiffeq uses one step size for the whole batch. The hardest sample then sets it, and the result of every sample depends on
-the rest of its batch. Here each sample has its own time, step size and error test. A finished sample waits for the others.
+Each sample has its own time, step size and error test, unlike in torchdiffeq, where the hardest sample of a batch sets the step
+of all. A finished sample waits for the others.
 """
 
 from collections.abc import Sequence
