@@ -89,7 +89,8 @@ class SolverConfig:
     restart: list[Interval] | tuple[Interval, ...] = ()
 
     def __post_init__(self) -> None:
-        check_start(self.start)
+        if self.start is not None:
+            check_start(self.start)
         check_types(type(self).__init__, vars(self))
         if self.grid is not None and not isinstance(self.grid, str):
             object.__setattr__(self, "grid", tuple(float(level) for level in self.grid))
@@ -202,7 +203,6 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise ValueError(f"{name} = {value!r} is unknown. Choose one of {', '.join(choices)}.")
 
 
-def check_start(start: str | None) -> None:
-    """Raise ValueError unless `start` is a `Start` or None."""
-    if start is not None:
-        check_choice("start", start, get_args(Start))
+def check_start(start: str) -> None:
+    """Raise ValueError unless `start` is a `Start`."""
+    check_choice("start", start, get_args(Start))
