@@ -7,6 +7,7 @@ with `on_grid(stepper)` as its integrator; `multistep.py` has a base class for t
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -122,18 +123,18 @@ def register(method: Method) -> None:
 
 def on_grid(stepper: Stepper) -> Integrator:
     """Make an integrator of a `stepper`; between the grid's times the states are interpolated linearly."""
+    return partial(_follow_grid, stepper)  # which, unlike a closure, can be pickled
 
-    def integrate(problem: Problem) -> tuple[Tensor, SolverStats]:
-        times, state, stats = problem.times, problem.state, SolverStats(len(problem.times) - 1)
-        states, pending, length = [state], problem.at[1:-1].tolist(), times[-1] - times[0]
-        for (start, end), (after, lower) in zip(pairwise(times), stepper(problem.slope, state, times), strict=True):
-            while pending and (pending[0] - end) / length <= 0:
-                states.append(torch.lerp(state, after, (pending.pop(0) - start) / (end - start)))
-            state, stats = after, stats + SolverStats(error=None if lower is None else rms(after - lower))
-            problem.on_step(end, state)
-        return torch.stack([*states, state]), stats
 
-    return integrate
+def _follow_grid(stepper: Stepper, problem: Problem) -> tuple[Tensor, SolverStats]:
+    times, state, stats = problem.times, problem.state, SolverStats(len(problem.times) - 1)
+    states, pending, length = [state], problem.at[1:-1].tolist(), times[-1] - times[0]
+    for (start, end), (after, lower) in zip(pairwise(times), stepper(problem.slope, state, times), strict=True):
+        while pending and (pending[0] - end) / length <= 0:
+            states.append(torch.lerp(state, after, (pending.pop(0) - start) / (end - start)))
+        state, stats = after, stats + SolverStats(error=None if lower is None else rms(after - lower))
+        problem.on_step(end, state)
+    return torch.stack([*states, state]), stats
 
 
 def _fractions(times: Tensor) -> Tensor:
