@@ -1,4 +1,4 @@
-"""Solvers integrate the flow in coordinates: a state, a time, and the derivative of the state with respect to the time.
+"""Coordinates in which solvers integrate the flow: a state, a time, and the derivative of the state with respect to the time.
 
 The flow of a sample with fixed ratio level/sigma is, for every D,
 
@@ -8,7 +8,8 @@ Here level is the effective noise level. On the hyperplane sigma = level the rat
 """
 
 import math
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,33 +17,33 @@ from torch import Tensor
 Number = Any  # a float, or a float64 tensor that broadcasts against x
 
 
-class Coordinates(Protocol):
-    """Define the interface of coordinates."""
+class Coordinates(ABC):
+    """Define a time and the state x/q; q is 1 unless a subclass has another `radius`."""
 
+    @abstractmethod
     def time(self, level: Number) -> Number:
         """Return the time of a level."""
 
+    @abstractmethod
     def level(self, time: Number) -> Number:
         """Return the level of a time, the inverse of `time`."""
 
-    def radius(self, level: Number) -> Number:
-        """Return the factor q of x = q state."""
-
+    @abstractmethod
     def slope(self, x: Tensor, denoised: Tensor, level: Number) -> Tensor:
         """Return d state / d time."""
 
+    def radius(self, level: Number) -> Number:
+        """Return the factor q of x = q state."""
+        return 0 * level + 1
 
-class Angle:
+
+class Angle(Coordinates):
     """Use the state u = x/q over the angle theta = arctan(level/s), where q² = level² + s² and s = sigma_data.
 
         du/dtheta = (c_skip x - denoised) / c_out,    c_skip = s²/q²,    c_out = level s/q.
 
-    c_skip and c_out are those of EDM's preconditioning (arXiv 2206.00364, table 1), so the derivative has about unit variance.
-    theta covers less than pi/2 from the data to the horizon, so the flow is not stiff. The state has about unit variance at
-    every level, so tolerances of a solver are relative to the scale of x.
-
-    Args:
-        sigma_data: RMS of the centred data.
+    c_skip and c_out are those of EDM's preconditioning (arXiv 2206.00364, table 1). State and derivative have about unit
+    variance at every level, and theta covers less than pi/2, so the flow is not stiff and tolerances are relative to x.
     """
 
     def __init__(self, sigma_data: float):
@@ -62,7 +63,7 @@ class Angle:
         return ((self.s / q) ** 2 * x - denoised) * (q / (level * self.s))
 
 
-class LogSigma:
+class LogSigma(Coordinates):
     """Use the state x over log(level), dx/dlog(level) = x - denoised, as PFGM and DPM-Solver do."""
 
     def time(self, level: Number) -> Number:
@@ -71,14 +72,11 @@ class LogSigma:
     def level(self, time: Number) -> Number:
         return _math(time).exp(time)
 
-    def radius(self, level: Number) -> Number:
-        return 0 * level + 1
-
     def slope(self, x: Tensor, denoised: Tensor, level: Number) -> Tensor:
         return x - denoised
 
 
-class Sigma:
+class Sigma(Coordinates):
     """Use the state x over level, dx/dlevel = (x - denoised)/level, as EDM does."""
 
     def time(self, level: Number) -> Number:
@@ -86,9 +84,6 @@ class Sigma:
 
     def level(self, time: Number) -> Number:
         return time
-
-    def radius(self, level: Number) -> Number:
-        return 0 * level + 1
 
     def slope(self, x: Tensor, denoised: Tensor, level: Number) -> Tensor:
         return (x - denoised) / level

@@ -1,10 +1,10 @@
 """Combinations of denoisers: with conditions bound, guided by another denoiser, or guided by a classifier.
 
-Each is a denoiser again, for every solver and for the likelihood, in centred model space. `cost(sigma)` tells how many network
-calls one call makes.
+Each is a denoiser again, for every solver and for the likelihood, in centred model space.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,31 +22,54 @@ def cost(denoiser: Any, sigma: Tensor | None = None) -> int:
     return denoiser.cost(sigma) if hasattr(denoiser, "cost") else 1
 
 
-class ConditionedDenoiser(nn.Module):
+class DenoiserWrapper(nn.Module, ABC):
+    """Build on another `denoiser`, with its dtype and its network calls."""
+
+    def __init__(self, denoiser: nn.Module):
+        super().__init__()
+        self.denoiser, self.dtype = denoiser, getattr(denoiser, "dtype", None)
+
+    def cost(self, sigma: Tensor | None = None) -> int:
+        """Return the network calls of one call at `sigma` [B]; the most if None."""
+        return cost(self.denoiser, sigma)
+
+    @abstractmethod
+    def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
+        """Return the denoised point, like `x` [B, ...]."""
+
+
+class ConditionedDenoiser(DenoiserWrapper):
     """Bind conditions to a denoiser, or hide some from it.
 
     Args:
         denoiser: A denoiser that takes these conditions.
-        conditions: A tensor [B, ...] for each key.
+        conditions: A tensor [B, ...] for each key; floating-point ones are passed in the dtype of x.
         drop: Keys that are not passed on when a caller gives them; without its label a network is unconditional.
     """
 
     def __init__(self, denoiser: nn.Module, conditions: Mapping[str, Tensor] | None = None, drop: Sequence[str] = ()):
-        super().__init__()
-        self.denoiser, self.conditions, self.drop = denoiser, dict(conditions or {}), tuple(drop)
-        self.dtype = getattr(denoiser, "dtype", None)
-
-    def cost(self, sigma: Tensor | None = None) -> int:
-        """Return the calls of the denoiser."""
-        return cost(self.denoiser, sigma)
+        super().__init__(denoiser)
+        self.conditions, self.drop = dict(conditions or {}), tuple(drop)
 
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
-        """Return E[y | x, sigma, conditions], like `x` [B, ...]; floating-point conditions get the dtype of x."""
         bound = {key: value.to(x.dtype) if value.is_floating_point() else value for key, value in self.conditions.items()}
         return self.denoiser(x, sigma, **bound, **{key: value for key, value in conditions.items() if key not in self.drop})
 
 
-class GuidedDenoiser(nn.Module):
+class WeightedDenoiser(DenoiserWrapper):
+    """Weight the guidance by `strength` at noise levels in `interval`, and by `unguided` elsewhere."""
+
+    def __init__(self, denoiser: nn.Module, strength: float | Tensor, interval: Interval, unguided: float):
+        super().__init__(denoiser)
+        self.strength, self.interval = torch.as_tensor(strength, dtype=torch.float64), check_interval(interval)
+        self.unguided = unguided
+
+    def _weight(self, sigma: Tensor) -> Tensor:
+        low, high = self.interval
+        return torch.where((sigma >= low) & (sigma <= high), self.strength.to(sigma.device), self.unguided)
+
+
+class GuidedDenoiser(WeightedDenoiser):
     """Extrapolate away from a reference: reference + w (denoised - reference).
 
     With the same network without a label as reference this is classifier-free guidance (arXiv 2207.12598, whose scale is
@@ -63,32 +86,23 @@ class GuidedDenoiser(nn.Module):
     def __init__(
         self, denoiser: nn.Module, reference: nn.Module, strength: float | Tensor, interval: Interval = (0.0, math.inf)
     ):
-        super().__init__()
-        self.denoiser, self.reference = denoiser, reference
-        self.strength, self.interval = torch.as_tensor(strength, dtype=torch.float64), check_interval(interval)
-        self.dtype = getattr(denoiser, "dtype", None)
+        super().__init__(denoiser, strength, interval, unguided=1.0)
+        self.reference = reference
 
     def cost(self, sigma: Tensor | None = None) -> int:
-        """Return the calls of the denoiser, plus those of the reference if any sample is guided at `sigma` [B]."""
-        own = cost(self.denoiser, sigma)
-        return own + cost(self.reference, sigma) if sigma is None or bool(self._guided(sigma).any()) else own
+        """Count the calls of the reference too if any sample is guided at `sigma` [B]."""
+        own = super().cost(sigma)
+        return own + cost(self.reference, sigma) if sigma is None or bool((self._weight(sigma) != 1).any()) else own
 
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
-        """Return the guided denoised point, like `x` [B, ...]."""
-        level = per_sample(sigma, x)
-        denoised, guided = self.denoiser(x, sigma, **conditions), self._guided(level)
-        if not bool(guided.any()):
+        denoised, weight = self.denoiser(x, sigma, **conditions), self._weight(per_sample(sigma, x))
+        if bool((weight == 1).all()):
             return denoised
         reference = self.reference(x, sigma, **conditions)
-        weight = torch.where(guided, self.strength.to(x.device), 1.0)
         return reference + expand(weight, denoised) * (denoised - reference)
 
-    def _guided(self, sigma: Tensor) -> Tensor:
-        low, high = self.interval
-        return (sigma >= low) & (sigma <= high) & (self.strength.to(sigma.device) != 1)
 
-
-class ClassifierGuidedDenoiser(nn.Module):
+class ClassifierGuidedDenoiser(WeightedDenoiser):
     """Pull a denoiser towards a class by a classifier of noisy samples, for every D:
 
         denoised + w (|x - denoised|² + D sigma²)/(N + D - 2) ∇_x log P(label | x, sigma).
@@ -98,7 +112,7 @@ class ClassifierGuidedDenoiser(nn.Module):
 
     Args:
         denoiser: The denoiser to be guided.
-        classifier: Maps (x, sigma) to logits [B, K], for the law of x at this D.
+        classifier: Maps (x, sigma) to logits [B, K], for the law of x at this D. Its calls are not counted.
         label: The class of each sample, [B].
         D: Number of augmented dimensions; N + D > 2.
         strength: w, a float or [B]; 1 is Bayes' rule.
@@ -114,23 +128,13 @@ class ClassifierGuidedDenoiser(nn.Module):
         strength: float | Tensor = 1.0,
         interval: Interval = (0.0, math.inf),
     ):
-        super().__init__()
-        self.denoiser, self.classifier, self.label = denoiser, classifier, label
-        self.D, self.interval = check_dimensions(D), check_interval(interval)
-        self.strength = torch.as_tensor(strength, dtype=torch.float64)
-        self.dtype = getattr(denoiser, "dtype", None)
-
-    def cost(self, sigma: Tensor | None = None) -> int:
-        """Return the calls of the denoiser; the classifier is not counted."""
-        return cost(self.denoiser, sigma)
+        super().__init__(denoiser, strength, interval, unguided=0.0)
+        self.classifier, self.label, self.D = classifier, label, check_dimensions(D)
 
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
-        """Return the guided denoised point, like `x` [B, ...]."""
-        level, N = per_sample(sigma, x), x[0].numel()
+        level = per_sample(sigma, x)
         denoised = self.denoiser(x, sigma, **conditions)
-        variance = _variance(x, denoised, level, N, self.D)
-        low, high = self.interval
-        weight = torch.where((level >= low) & (level <= high), self.strength.to(x.device), 0.0) * variance
+        weight = self._weight(level) * _variance(x, denoised, level, self.D)
         return denoised + expand(weight, x) * self._gradient(x, level)
 
     def _gradient(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -150,8 +154,9 @@ class ClassifierGuidedDenoiser(nn.Module):
         return gradient
 
 
-def _variance(x: Tensor, denoised: Tensor, sigma: Tensor, N: int, D: float) -> Tensor:
+def _variance(x: Tensor, denoised: Tensor, sigma: Tensor, D: float) -> Tensor:
     """Return (|x - denoised|² + D sigma²)/(N + D - 2) [B], which is sigma² at D = inf."""
+    N = x[0].numel()
     if math.isinf(D):
         return sigma.square()
     if N + D <= 2:

@@ -1,11 +1,11 @@
-"""Inverse problems without retraining: samples that agree with linear measurements b = A y + noise.
+"""Inverse problems without retraining: samples that agree with linear measurements b = A y + noise, in model space.
 
 The denoiser of the posterior follows from that of the prior (MMPS, arXiv 2405.13712, derived there for D = inf):
 
     E[y | x, b] = denoised + V Aᵀ (A V Aᵀ + s_b² I)⁻¹ (b - A denoised),    V = sigma² ∂denoised/∂x,
 
 exact for Gaussian data at D = inf, where V is the covariance of y given x, an approximation elsewhere. The equations are solved
-by a few conjugate residuals: exactly for as many different eigenvalues of A V Aᵀ, nearly otherwise. All in centred model space.
+by a few conjugate residuals: exactly for as many different eigenvalues of A V Aᵀ, nearly otherwise.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pfgm.core.tensors import check_positive, expand, per_sample
-from pfgm.sampling.guidance import cost
+from pfgm.sampling.guidance import DenoiserWrapper
+
+TOLERANCE = 1e-10  # residual, relative to the right side, at which the equations count as solved
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Mask(nn.Module):
         self.register_buffer("known", known)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the known elements of `x` [B, *shape], [B, n]."""
+        """Return the known elements [B, n] of `x` [B, *shape]."""
         if x.shape[1:] != self.known.shape:
             raise ValueError(
                 f"known has shape {tuple(self.known.shape)}, samples {tuple(x.shape[1:])}; give a mask of that shape"
@@ -69,8 +71,8 @@ class Mask(nn.Module):
         return x[:, self.known.to(x.device)]
 
 
-class MeasuredDenoiser(nn.Module):
-    """Denoise given measurements: E[y | x, sigma, b].
+class MeasuredDenoiser(DenoiserWrapper):
+    """Denoise given measurements: E[y | x, sigma, b]. Its vector-Jacobian products do not count as network calls.
 
     Args:
         denoiser: The denoiser of the prior.
@@ -81,24 +83,12 @@ class MeasuredDenoiser(nn.Module):
     """
 
     def __init__(
-        self,
-        denoiser: nn.Module,
-        operator: Callable[[Tensor], Tensor],
-        values: Tensor,
-        noise: float,
-        iterations: int = 4,
+        self, denoiser: nn.Module, operator: Callable[[Tensor], Tensor], values: Tensor, noise: float, iterations: int = 4
     ):
-        super().__init__()
-        self.denoiser, self.operator, self.values = denoiser, operator, values
-        self.noise, self.iterations = noise, iterations
-        self.dtype = getattr(denoiser, "dtype", None)
-
-    def cost(self, sigma: Tensor | None = None) -> int:
-        """Return the calls of the denoiser; its vector-Jacobian products are not counted."""
-        return cost(self.denoiser, sigma)
+        super().__init__(denoiser)
+        self.operator, self.values, self.noise, self.iterations = operator, values, noise, iterations
 
     def forward(self, x: Tensor, sigma: float | Tensor, **conditions: Tensor) -> Tensor:
-        """Return the denoised point given the measurements, like `x` [B, ...]."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("measurement: the denoiser under it has no derivative here, and so no likelihood; leave it out")
         variance = expand(per_sample(sigma, x).square(), x)
@@ -122,26 +112,23 @@ class MeasuredDenoiser(nn.Module):
         return denoised.detach() + back(conjugate_residuals(matrix, residual, self.iterations, self.noise**2))
 
 
-def conjugate_residuals(
-    matrix: Callable[[Tensor], Tensor], right: Tensor, iterations: int, floor: float = 0.0, tolerance: float = 1e-10
-) -> Tensor:
+def conjugate_residuals(matrix: Callable[[Tensor], Tensor], right: Tensor, iterations: int, floor: float = 0.0) -> Tensor:
     """Solve matrix(u) = `right` [B, ...] for a symmetric matrix of each sample with eigenvalues >= `floor`.
 
-    The Jacobian of a network may be neither symmetric nor bounded below, and the exact solution may then be anything. A sample
-    therefore stays where it is once the matrix is below the floor along its residual, or the residual below `tolerance` times
-    the right side.
+    The Jacobian of a network may be neither symmetric nor bounded below. A sample therefore stays where it is once the matrix
+    is below the floor along its residual, or the residual below TOLERANCE times the right side.
     """
-    u, residual = torch.zeros_like(right), right
-    direction, image = residual, torch.zeros_like(right)  # image = matrix(direction)
-    size, curvature = _dot(right, right), torch.ones(len(right), dtype=right.dtype, device=right.device)
-    enough, going = tolerance**2 * size, size > 0
-    for k in range(iterations):
+    u, direction, image = torch.zeros_like(right), torch.zeros_like(right), torch.zeros_like(right)  # image = matrix(direction)
+    residual, size = right, _dot(right, right)
+    curvature = torch.full_like(size, torch.inf)  # so that the first direction is the residual
+    enough, going = TOLERANCE**2 * size, size > 0
+    for _ in range(iterations):
         if not bool(going.any()):
             break
         product, before = matrix(residual), curvature
         curvature = _dot(residual, product)
         going = going & (curvature > floor * (1 - 1e-6) * size)
-        old = torch.where(going, curvature / before, 0.0) if k else torch.zeros_like(curvature)
+        old = torch.where(going, curvature / before, 0.0)
         direction, image = residual + expand(old, u) * direction, product + expand(old, u) * image
         step = torch.where(going, curvature / _dot(image, image).clamp(min=1e-300), 0.0)
         u, residual = u + expand(step, u) * direction, residual - expand(step, u) * image

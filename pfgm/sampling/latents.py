@@ -67,12 +67,10 @@ def interpolate(a: Latent, b: Latent, points: int) -> list[Latent]:
             f"a, b: shapes {tuple(a.t.shape)}, {tuple(b.t.shape)}, levels {a.level:g}, {b.level:g}, surfaces {a.surface}, "
             f"{b.surface} must agree. Encode both in the same way."
         )
-    lengths = [norm(latent.t) for latent in (a, b)]
-    if not all(bool((length > 0).all()) for length in lengths):
+    x, y, x_length, y_length = a.t.double(), b.t.double(), norm(a.t), norm(b.t)
+    if not bool(((x_length > 0) & (y_length > 0)).all()):
         raise ValueError("a, b: a latent at t = 0 has no direction, so no great circle begins there.")
-    first, second = (
-        latent.t.double() / expand(length, latent.t.double()) for latent, length in zip((a, b), lengths, strict=True)
-    )
+    first, second = x / expand(x_length, x), y / expand(y_length, y)
     angle = torch.acos((first * second).flatten(1).sum(1).clamp(-1, 1))
     if bool((angle > math.pi - 1e-6).any()):
         raise ValueError("a, b: two latents are opposite to each other, so no great circle between them is the shortest.")
@@ -80,7 +78,7 @@ def interpolate(a: Latent, b: Latent, points: int) -> list[Latent]:
     for fraction in torch.linspace(0, 1, points, dtype=torch.float64).tolist():
         # weight sin(f angle)/sin(angle), which tends to f as the angle tends to 0
         near, far = (torch.where(angle > 1e-9, (f * angle).sin() / angle.sin(), f) for f in (1 - fraction, fraction))
-        length = lengths[0] ** (1 - fraction) * lengths[1] ** fraction
+        length = x_length ** (1 - fraction) * y_length**fraction
         t = expand(length * near, first) * first + expand(length * far, first) * second
         latents.append(replace(a, t=t.to(a.t.dtype)))
     return latents

@@ -1,16 +1,13 @@
 """Compute log-densities by the change of variables along the flow.
 
-In angle coordinates (`pfgm.sampling.coordinates.Angle`: u = x/q, q² = level² + s², theta = arctan(level/s), s = sigma_data), on
-the hyperplane sigma = level,
+In `Angle` coordinates (u = x/q, q² = level² + s², theta = arctan(level/s), s = sigma_data), on the hyperplane sigma = level,
 
     log p(x at sigma_min) = log p(x at sigma_max) + N log(q_max/q_min) + ∫ div_u(du/dtheta) dtheta,
     div_u(du/dtheta) = (N s²/q² - tr ∂denoised/∂x) q²/(level s),
 
-with the integral from theta_min to theta_max. At sigma_max the density is that of the kernel around 0. The result is the
-density of data perturbed at sigma_min, not of clean data. The trace is exact, or Hutchinson's estimate: the mean of
-e·(∂denoised/∂x)ᵀe over random probes e of mean 0 and covariance I.
-
-Sources: PFGM (arXiv 2209.11178) section 3.4 for the likelihood; FFJORD (arXiv 1810.01367) for the estimate.
+with the integral from theta_min to theta_max and the density of the kernel around 0 at sigma_max (PFGM, arXiv 2209.11178,
+section 3.4). It is the density of data perturbed at sigma_min, not of clean data. The trace is exact, or Hutchinson's estimate
+(FFJORD, arXiv 1810.01367): the mean of e·(∂denoised/∂x)ᵀe over random probes e of mean 0 and covariance I.
 """
 
 import math
@@ -25,12 +22,14 @@ from pfgm.core import rng
 from pfgm.core.arguments import checked
 from pfgm.core.tensors import check_levels, check_positive, per_sample
 from pfgm.sampling.coordinates import Angle
+from pfgm.sampling.methods import Problem
 from pfgm.sampling.ode import CountedDenoiser, solve
-from pfgm.sampling.solvers import ADAPTIVE, SolverConfig
+from pfgm.sampling.solvers import ADAPTIVE, SolverConfig, check_choice
 from pfgm.theory.kernel import StudentTKernel
 
 MAX_EXACT = 32  # dimensions up to which the trace is exact by default
-PROBES: dict[str, Callable[[tuple[int, int], torch.Generator], Tensor]] = {
+Draw = Callable[[tuple[int, int], torch.Generator], Tensor]
+PROBES: dict[str, Draw] = {
     "rademacher": lambda shape, generator: torch.randint(2, shape, generator=generator) * 2.0 - 1,
     "gaussian": lambda shape, generator: torch.randn(shape, generator=generator, dtype=torch.float64),
 }
@@ -107,13 +106,15 @@ def estimate_log_prob(
     check_positive("sigma_data", sigma_data)
     if probes < 1:
         raise ValueError(f"probes = {probes}: must be at least 1.")
-    if probe not in PROBES:
-        raise ValueError(f"probe = {probe!r} is unknown. Choose one of {', '.join(PROBES)}.")
+    check_choice("probe", probe, PROBES)
     if method not in ADAPTIVE:
         raise ValueError(f"method = {method!r} is not adaptive. Choose one of {', '.join(ADAPTIVE)}.")
     solver, coordinates, N = SolverConfig(method=method, rtol=rtol, atol=atol).solver, Angle(sigma_data), x[0].numel()
     exact = N <= MAX_EXACT if exact is None else exact
-    vectors = _unit_vectors(x) if exact else _random_probes(x, probes, seed, PROBES[probe])
+    if exact:  # the N unit vectors for each sample
+        vectors = torch.eye(N, dtype=torch.float64, device=x.device)[:, None].expand(N, len(x), N)
+    else:
+        vectors = _random_probes(x, probes, seed, PROBES[probe])
     conditions = dict(conditions or {}) | ({} if label is None else {"label": label})
     denoise = CountedDenoiser(denoiser, conditions, dtype=x.dtype)
 
@@ -127,22 +128,20 @@ def estimate_log_prob(
         divergence = (N * (sigma_data / q) ** 2 - trace) * (q**2 / (level * sigma_data))
         return torch.cat([coordinates.slope(point, denoised, level).flatten(1), divergence.T], 1)
 
-    levels, q_min, q_max = [sigma_min, sigma_max], coordinates.radius(sigma_min), coordinates.radius(sigma_max)
-    times = torch.tensor([coordinates.time(level) for level in levels], dtype=torch.float64, device=x.device)
+    q_min, q_max = coordinates.radius(sigma_min), coordinates.radius(sigma_max)
+    times = [coordinates.time(sigma_min), coordinates.time(sigma_max)]
     integrals = torch.zeros(len(x), 1 if exact else probes, dtype=torch.float64, device=x.device)
     state = torch.cat([x.double().flatten(1) / q_min, integrals], 1)
     with torch.set_grad_enabled(differentiable):
-        end = solve(denoise, slope, state, levels, solver, coordinates, times, lambda t, state: None)[0][-1]
+        at = torch.tensor(times, dtype=torch.float64, device=x.device)
+        end = solve(solver, denoise, Problem(slope, state, times, at))[0][-1]
         top = (q_max * end[:, :N]).reshape(x.shape)
         prior = kernel.log_prob(top, torch.zeros_like(top), sigma_max)
         values = prior[:, None] + N * math.log(q_max / q_min) + end[:, N:]
-    return LogProb(values.mean(1), torch.zeros_like(prior) if exact else _standard_error(values), denoise.calls)
-
-
-def _standard_error(values: Tensor) -> Tensor:
-    """Compute the standard error of the mean over the last dimension; nan for a single value."""
-    n = values.shape[-1]
-    return values.std(-1) / math.sqrt(n) if n > 1 else torch.full_like(values[..., 0], math.nan)
+    error = torch.full_like(prior, 0.0 if exact else math.nan)  # a single probe has no spread
+    if not exact and probes > 1:
+        error = values.std(1) / math.sqrt(probes)
+    return LogProb(values.mean(1), error, denoise.calls)
 
 
 def _products(
@@ -154,22 +153,14 @@ def _products(
         denoised = denoise(point) + 0 * point  # gives a denoiser that ignores its input a derivative
         rows = []
         for k, e in enumerate(vectors):
-            last = k == len(vectors) - 1
-            (row,) = torch.autograd.grad(
-                denoised, point, e.reshape(point.shape), retain_graph=differentiable or not last, create_graph=differentiable
-            )
+            keep = differentiable or k < len(vectors) - 1
+            probe = e.reshape(point.shape)
+            (row,) = torch.autograd.grad(denoised, point, probe, retain_graph=keep, create_graph=differentiable)
             rows.append((row.flatten(1) * e).sum(1))
-    products = torch.stack(rows)
-    return (denoised, products) if differentiable else (denoised.detach(), products)
+    return (denoised if differentiable else denoised.detach()), torch.stack(rows)
 
 
-def _unit_vectors(x: Tensor) -> Tensor:
-    """Return the N unit vectors for each sample, [N, B, N]."""
-    N = x[0].numel()
-    return torch.eye(N, dtype=torch.float64, device=x.device)[:, None].expand(N, len(x), N)
-
-
-def _random_probes(x: Tensor, probes: int, seed: int, draw: Callable[[tuple[int, int], torch.Generator], Tensor]) -> Tensor:
+def _random_probes(x: Tensor, probes: int, seed: int, draw: Draw) -> Tensor:
     """Sample probes [P, B, N], those of sample i as a function of (seed, i)."""
     shape = (probes, x[0].numel())
     rows = [draw(shape, rng.generator(seed, i, 0, 0, rng.PROBES)) for i in range(len(x))]

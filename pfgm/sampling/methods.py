@@ -1,7 +1,8 @@
 """The registry of solver methods: what a method is, and the problem that it integrates.
 
-Each file that implements methods registers every one of them by a single call, `register(Method(...))`, beside the code that
-integrates. Names, defaults and capabilities are read from this registry and are stated nowhere else.
+Each file that implements methods registers every one of them by a single call, `register(Method(...))`. Names, defaults and
+capabilities are read from this registry and are stated nowhere else. A new method with fixed steps is a `Stepper`, registered
+with `on_grid(stepper)` as its integrator; `multistep.py` has a base class for those that reuse earlier steps.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,10 @@ LOG_SIGMA: dict[str, MakeCoordinates] = {"log_sigma": lambda sigma_data: LogSigm
 BOTH = ANGLE | LOG_SIGMA
 
 
+class StepError(RuntimeError):
+    """Signal that the step size vanished or the number of steps exceeded its limit."""
+
+
 @dataclass
 class SolverStats:
     """Count the steps of a solver and estimate its error.
@@ -50,30 +55,17 @@ class SolverStats:
 
 @dataclass(frozen=True)
 class Problem:
-    """Pose an initial value problem to a method.
-
-    Args:
-        slope: derivative of the state over time.
-        state: initial state [B, ...], float64.
-        times: monotone times from the initial one to the final one. They are the grid of fixed-step methods; adaptive
-            methods use the two ends.
-        at: times [points] of the states to return, in the same order and with the same ends as `times`.
-        on_step: called after (or, by torchdiffeq, before) each step.
-        rtol: relative tolerance of adaptive methods.
-        atol: absolute tolerance of adaptive methods.
-        first_step: first step of adaptive methods, as a fraction of the whole interval.
-        max_steps: number of steps after which adaptive methods give up.
-    """
+    """Pose an initial value problem to a method."""
 
     slope: Slope
-    state: Tensor
-    times: Sequence[float]
-    at: Tensor
-    on_step: OnStep
-    rtol: float = 0.0
+    state: Tensor  # initial state [B, ...], float64
+    times: Sequence[float]  # monotone; the grid of fixed-step methods, of which adaptive ones use the ends
+    at: Tensor  # times [points] of the states to return, in the order and with the ends of `times`
+    on_step: OnStep = lambda time, state: None  # called after (or, by torchdiffeq, before) each step
+    rtol: float = 0.0  # tolerances of adaptive methods
     atol: float = 0.0
-    first_step: float = 1.0
-    max_steps: int = 0
+    first_step: float = 1.0  # first step of adaptive methods, as a fraction of the whole interval
+    max_steps: int = 0  # number of steps after which adaptive methods give up
 
     def rescaled(self) -> "Problem":
         """Rescale time linearly, so that it runs from 0 to 1."""
@@ -131,7 +123,7 @@ def register(method: Method) -> None:
 
 def on_grid(stepper: Stepper) -> Integrator:
     """Make an integrator of a `stepper`; between the grid's times the states are interpolated linearly."""
-    return partial(_follow_grid, stepper)
+    return partial(_follow_grid, stepper)  # which, unlike a closure, can be pickled
 
 
 def _follow_grid(stepper: Stepper, problem: Problem) -> tuple[Tensor, SolverStats]:

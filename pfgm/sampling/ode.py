@@ -8,7 +8,7 @@ The state is float64; see `pfgm.sampling.coordinates` for its forms and `pfgm.sa
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from pfgm.core.tensors import expand
 from pfgm.sampling.coordinates import Coordinates
 from pfgm.sampling.guidance import cost
-from pfgm.sampling.methods import OnStep, Slope, SolverStats
-from pfgm.sampling.runge_kutta import StepError
+from pfgm.sampling.methods import Problem, SolverStats, StepError
 from pfgm.sampling.solvers import Solver
+
+FIRST_STEP = 0.05  # first step of adaptive methods, as a fraction of the whole interval
+MAX_STEPS = 10_000  # number of steps after which adaptive methods give up
+OnCall = Callable[[int, float], None]  # gets the number of calls so far and the level, the highest if samples differ
 
 
 class SolverError(RuntimeError):
@@ -33,34 +36,22 @@ class OutOfCalls(Exception):
 class CountedDenoiser:
     """Present a denoiser to a solver: float64 in and out, calls counted, non-finite values refused.
 
-    Networks get their input in the dtype of their parameters, or of their attribute `dtype` if they have one.
-
-    Args:
-        denoiser: denoiser in centred model space.
-        conditions: tensors [B, ...] passed to `denoiser` by name with each call.
-        dtype: dtype of the input of denoisers without parameters.
-        on_call: called after each call with the number of calls so far and the level, the highest if samples differ.
+    The input of a denoiser without a dtype of its own, see `input_dtype`, has the given one.
     """
 
     def __init__(
         self,
         denoiser: Callable[..., Tensor],
         conditions: Mapping[str, Tensor],
-        *,
         dtype: torch.dtype,
-        on_call: Callable[[int, float], None] | None = None,
+        on_call: OnCall | None = None,
     ):
         self.denoiser, self.conditions, self.on_call = denoiser, conditions, on_call
         self.calls, self.level, self.max_calls = 0, math.nan, math.inf
         self.dtype = input_dtype(denoiser, dtype)
 
     def __call__(self, x: Tensor, level: float | Tensor, ratio: Tensor) -> Tensor:
-        """Return denoise(x, level/ratio) for `x` [B, ...], `level` (float or [B]) and `ratio` [B].
-
-        Raises:
-            OutOfCalls: the call would exceed `max_calls`.
-            SolverError: the denoiser returned another shape than that of x, or values that are not finite.
-        """
+        """Return denoise(x, level/ratio). Raise OutOfCalls or, for values that are not finite or no x, SolverError."""
         sigma = (level / ratio).to(self.dtype)
         calls = cost(self.denoiser, sigma)
         if self.calls + calls > self.max_calls:
@@ -86,115 +77,70 @@ class CountedDenoiser:
 
 @dataclass
 class Solution:
-    """Hold what following the flow gave.
+    """Hold what following the flow gave; if calls ran out, only the start and the last point reached."""
 
-    Args:
-        states: points x [points, B, ...] in float64, the first being the start. If calls ran out, the start and the last
-            point reached.
-        levels: levels [points] of the states; NaN if calls ran out.
-        level: level of the last state, a float or, if calls ran out and samples have steps of their own, [B].
-        stats: steps taken, and the estimated error in the unit of x.
-        complete: False if calls ran out before the end.
-    """
-
-    states: Tensor
-    levels: Tensor
-    level: float | Tensor
-    stats: SolverStats
-    complete: bool = True
-
-    @property
-    def end(self) -> Tensor:
-        """The last state [B, ...]."""
-        return self.states[-1]
+    states: Tensor  # x [points, B, ...], float64
+    levels: Tensor  # levels [points] of the states; NaN if calls ran out
+    level: float | Tensor  # that of the last state; [B] if calls ran out and samples have steps of their own
+    stats: SolverStats  # with the error in the unit of x
+    complete: bool = True  # False if calls ran out
 
 
 def follow(
     denoise: CountedDenoiser,
     x: Tensor,
     levels: Sequence[float],
-    *,
     solver: Solver,
-    sigma_data: float,
+    coordinates: Coordinates,
     ratio: Tensor | None = None,
     points: int = 2,
 ) -> Solution:
-    """Follow the flow from `x` at levels[0] through `levels` to the last.
+    """Follow the flow from `x` [B, ...] at levels[0] through `levels` to the last; a single level returns `x` itself.
 
-    Args:
-        denoise: denoiser whose flow it is.
-        x: points [B, ...] in model space.
-        levels: levels that the solution passes through, rising or falling; a single one returns `x` itself.
-        solver: solver to use.
-        sigma_data: standard deviation of the data, in the unit of x.
-        ratio: level/sigma of each sample, [B], which stays fixed (default 1).
-        points: number of states to return, equally spaced in the coordinates' time.
-
-    Returns:
-        The solution, which is incomplete if `denoise` ran out of calls.
-
-    Raises:
-        SolverError: the denoiser's values are not finite, or the tolerance cannot be met.
+    `ratio` [B] is level/sigma of each sample (default 1). The states are at `points` equal steps of the coordinates' time.
     """
     if len(levels) == 1:
         here = torch.full((points,), levels[0], dtype=torch.float64, device=x.device)
         return Solution(x.double().expand(points, *x.shape), here, levels[0], SolverStats())
-    coordinates = solver.coordinates(sigma_data)
     ratios = (torch.ones(len(x)) if ratio is None else ratio).to(x.device, torch.float64)
+
+    def broadcast(level: Any) -> Any:
+        return expand(level, state) if isinstance(level, Tensor) else level
 
     def slope(time: Any, state: Tensor) -> Tensor:
         level = coordinates.level(time)
-        wide = expand(level, state) if isinstance(level, Tensor) else level
-        point = coordinates.radius(wide) * state
-        return coordinates.slope(point, denoise(point, level, ratios), wide)
+        point = coordinates.radius(broadcast(level)) * state
+        return coordinates.slope(point, denoise(point, level, ratios), broadcast(level))
 
-    start, end = coordinates.time(levels[0]), coordinates.time(levels[-1])
-    times = torch.linspace(start, end, points, dtype=torch.float64, device=x.device)
+    times = [coordinates.time(level) for level in levels]
+    at = torch.linspace(times[0], times[-1], points, dtype=torch.float64, device=x.device)
     state = x.double() / coordinates.radius(levels[0])
-    progress = _Progress(start, state)
+    reached, steps = (times[0], state), 0
+
+    def on_step(time: Any, state: Tensor) -> None:
+        nonlocal reached, steps
+        steps += bool(torch.as_tensor(time != reached[0]).any())
+        reached = time, state
+
     try:
-        states, stats = solve(denoise, slope, state, levels, solver, coordinates, times, progress)
+        states, stats = solve(solver, denoise, Problem(slope, state, times, at, on_step))
     except OutOfCalls:
-        return progress.solution(x, coordinates)
-    at = [levels[0], *map(coordinates.level, times[1:-1].tolist()), levels[-1]]
-    radii = torch.tensor([coordinates.radius(level) for level in at], dtype=torch.float64, device=x.device)
+        level = coordinates.level(reached[0])
+        end = coordinates.radius(broadcast(level)) * reached[1]
+        return Solution(torch.stack([x.double(), end]), torch.full((2,), torch.nan), level, SolverStats(steps), complete=False)
     if stats.error is not None:
         stats.error = stats.error * coordinates.radius(levels[-1])
-    states = states * radii.reshape(-1, *[1] * x.ndim)
-    return Solution(states, torch.tensor(at, dtype=torch.float64, device=x.device), levels[-1], stats)
+    passed = [levels[0], *map(coordinates.level, at[1:-1].tolist()), levels[-1]]
+    radii = torch.tensor([coordinates.radius(level) for level in passed], dtype=torch.float64, device=x.device)
+    here = torch.tensor(passed, dtype=torch.float64, device=x.device)
+    return Solution(expand(radii, states) * states, here, levels[-1], stats)
 
 
-class _Progress:
-    """Keeps the time and the state that a solver has reached, and counts the steps."""
-
-    def __init__(self, time: Any, state: Tensor):
-        self.time, self.state, self.steps = time, state, 0
-
-    def __call__(self, time: Any, state: Tensor) -> None:
-        self.steps += bool(torch.as_tensor(time != self.time).any())
-        self.time, self.state = time, state
-
-    def solution(self, x: Tensor, coordinates: Coordinates) -> Solution:
-        """Return the incomplete solution that began at `x`."""
-        level = coordinates.level(self.time)
-        wide = expand(level, x.double()) if isinstance(level, Tensor) else level
-        states = torch.stack([x.double(), coordinates.radius(wide) * self.state])
-        return Solution(states, torch.full((2,), torch.nan), level, SolverStats(self.steps), complete=False)
-
-
-def solve(
-    denoise: CountedDenoiser,
-    slope: Slope,
-    state: Tensor,
-    levels: Sequence[float],
-    solver: Solver,
-    coordinates: Coordinates,
-    times: Tensor,
-    on_step: OnStep,
-) -> tuple[Tensor, SolverStats]:
-    """Call `solver.follow` for a `state` whose slope asks `denoise`. Raise SolverError, with advice, if the solver gives up."""
+def solve(solver: Solver, denoise: CountedDenoiser, problem: Problem) -> tuple[Tensor, SolverStats]:
+    """Solve a problem whose slope asks `denoise`. Raise SolverError, with advice, if the solver gives up."""
+    problem = replace(problem, rtol=solver.rtol, atol=solver.atol, first_step=FIRST_STEP, max_steps=MAX_STEPS)
     try:
-        return solver.follow(slope, state, coordinates, levels, times, on_step)
+        return solver.integrate(problem)
     except StepError as error:
         raise SolverError(
             f"{solver.method.name} could not meet its tolerance at level {denoise.level:.4g} after {denoise.calls} calls "
@@ -208,5 +154,5 @@ def input_dtype(denoiser: Any, default: torch.dtype) -> torch.dtype:
     own = getattr(denoiser, "dtype", None)
     if isinstance(own, torch.dtype):
         return own
-    parameters = denoiser.parameters() if isinstance(denoiser, nn.Module) else iter(())
+    parameters = denoiser.parameters() if isinstance(denoiser, nn.Module) else ()
     return next((p.dtype for p in parameters if p.is_floating_point()), default)

@@ -8,18 +8,13 @@ from pfgm.sampling.sampler import Sampler
 class SamplingProgress:
     """Show finished samples, current noise level and network calls; a context manager.
 
-    Pass the object as `on_call` of a Sampler. Announce each batch by `batch(size)`. Within a batch the bar advances with the
-    time of the sampler's coordinates, from sigma_max to the level of the final denoising.
-
-    Args:
-        total: number of samples.
-        sampler: the sampler in use.
-        show: whether to show the bar.
+    Pass the object as `on_call` of a Sampler. Announce each batch by `batch(size)`, within which the bar advances with the time
+    of the sampler's coordinates.
     """
 
     def __init__(self, total: int, sampler: Sampler, show: bool):
         self.bar = tqdm(total=total, unit=" samples", disable=not show, dynamic_ncols=True)
-        self.path = sampler.solver.coordinates(sampler.sigma_data)
+        self.path = sampler.coordinates
         self.start, self.end = self.path.time(sampler.sigma_max), self.path.time(sampler.last_level)
         self.done, self.size = 0, 0
 

@@ -1,17 +1,17 @@
 """Integrate by embedded Runge-Kutta methods with a separate step size for each sample of a batch.
 
-torchdiffeq uses one step size for the whole batch. The hardest sample then sets it, and the result of every sample depends on
-the rest of its batch. Here each sample has its own time, step size and error test. A finished sample waits for the others.
+Each sample has its own time, step size and error test, unlike in torchdiffeq, where the hardest sample of a batch sets the step
+of all. A finished sample waits for the others.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pfgm.core.tensors import expand
-from pfgm.sampling.methods import Integrator, Problem, Slope, SolverStats, rms
+from pfgm.sampling.methods import Problem, Slope, SolverStats, StepError, rms
 
 SAFETY = 0.9  # factor of the step size that would just meet the tolerance
 SHRINK, GROW = 0.2, 2.0  # bounds of the ratio of successive step sizes
@@ -19,17 +19,11 @@ SHRINK, GROW = 0.2, 2.0  # bounds of the ratio of successive step sizes
 
 @dataclass(frozen=True)
 class ButcherTableau:
-    """Hold the coefficients of an explicit embedded Runge-Kutta method with the FSAL property.
+    """Hold the coefficients of an explicit embedded Runge-Kutta method with the FSAL property."""
 
-    Args:
-        order: order of the solution that is propagated.
-        rows: rows a_i of the tableau; the last gives the solution, whose slope is the first of the next step.
-        error: weights of the error estimate for all stages, the difference of the two solutions.
-    """
-
-    order: int
-    rows: Sequence[Sequence[float]]
-    error: Sequence[float]
+    order: int  # of the solution that is propagated
+    rows: Sequence[Sequence[float]]  # a_i; the last gives the solution, whose slope is the first of the next step
+    error: Sequence[float]  # weights of all stages in the error estimate, the difference of the two solutions
 
 
 TABLEAUS = {
@@ -52,40 +46,8 @@ TABLEAUS = {
 }
 
 
-class StepError(RuntimeError):
-    """Signal that the step size vanished or the number of steps exceeded its limit."""
-
-
-@dataclass
-class PerSampleSolution:
-    """Hold the result of `integrate_per_sample`.
-
-    Args:
-        states: states at the requested times, [points, B, ...].
-        accepted: number of accepted steps, [B].
-        rejected: number of rejected steps, [B].
-        error: sum of the RMS local errors of the accepted steps, [B].
-    """
-
-    states: Tensor
-    accepted: Tensor
-    rejected: Tensor
-    error: Tensor
-
-
-def integrate_per_sample(
-    slope: Slope,
-    state: Tensor,
-    at: Tensor,
-    tableau: ButcherTableau,
-    *,
-    rtol: float,
-    atol: float,
-    first_step: float,
-    max_steps: int,
-    on_step: Callable[[Tensor, Tensor], None],
-) -> PerSampleSolution:
-    """Integrate d state/dt = slope from t = 0 to t = 1 with a step size for each sample.
+def integrate_per_sample(tableau: ButcherTableau, problem: Problem) -> tuple[Tensor, SolverStats]:
+    """Integrate with a step size for each sample; the counts are those of the sample that needs most.
 
     The error of a sample is the RMS of (error estimate)/(atol + rtol |state|). A step is accepted if it is at most 1. A PI
     controller sets the next step, with k = order of the method:
@@ -94,38 +56,25 @@ def integrate_per_sample(
 
     Source: Hairer, Wanner, Solving Ordinary Differential Equations II, section IV.2. States between steps come from cubic
     Hermite interpolation.
-
-    Args:
-        slope: derivative slope(t [B], state [B, ...]).
-        state: float64 state [B, ...] at t = 0.
-        at: increasing times of the output, [points], from 0 to 1.
-        tableau: the method.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
-        first_step: size of the first step.
-        max_steps: most steps, accepted or rejected, of any sample.
-        on_step: called as on_step(times [B], states) after each step.
-
-    Raises:
-        StepError: if a step size vanishes or `max_steps` steps do not suffice.
     """
+    unit = problem.rescaled()
+    state, states = unit.state, unit.state.expand(len(unit.at), *unit.state.shape).clone()
     zero = torch.zeros(len(state), dtype=torch.float64, device=state.device)
-    time, step, before, total = zero, zero + first_step, zero + 1, zero
+    time, step, before, total = zero, zero + unit.first_step, zero + 1, zero
     accepted, rejected = zero.long(), zero.long()
-    states = state.expand(len(at), *state.shape).clone()
-    first = slope(time, state)
-    for _ in range(max_steps):
+    first = unit.slope(time, state)
+    for _ in range(unit.max_steps):
         running = time < 1
         if not bool(running.any()):
-            return PerSampleSolution(states, accepted, rejected, total)
+            return states, SolverStats(int(accepted.max()), int(rejected.max()), total)
         end = (time + step).clamp(max=1)
         if bool((running & (end <= time)).any()):
             raise StepError("the step size vanished")
-        after, last, difference = _step(slope, state, time, end - time, first, tableau)
-        scale = atol + rtol * torch.maximum(state.abs(), after.abs())
+        after, last, difference = _step(unit.slope, state, time, end - time, first, tableau)
+        scale = unit.atol + unit.rtol * torch.maximum(state.abs(), after.abs())
         error = rms(difference / scale).clamp(min=1e-10)
         good = running & (error <= 1)
-        for k, moment in enumerate(at.tolist()):
+        for k, moment in enumerate(unit.at.tolist()):
             rows = good & (time < moment) & (moment <= end)
             if bool(rows.any()):
                 ends = (time[rows], end[rows], state[rows], after[rows], first[rows], last[rows])
@@ -137,29 +86,8 @@ def integrate_per_sample(
         accepted, rejected = accepted + good, rejected + (running & ~good)
         time = torch.where(good, end, time)
         state, first = (torch.where(expand(good, old).bool(), new, old) for old, new in ((state, after), (first, last)))
-        on_step(time, state)
-    raise StepError(f"more than {max_steps} steps")
-
-
-def per_sample(pair: ButcherTableau) -> Integrator:
-    """Make an integrator of the method `pair` in which each sample has steps of its own."""
-
-    def integrate(problem: Problem) -> tuple[Tensor, SolverStats]:
-        unit = problem.rescaled()
-        each = integrate_per_sample(
-            unit.slope,
-            unit.state,
-            unit.at,
-            pair,
-            rtol=unit.rtol,
-            atol=unit.atol,
-            first_step=unit.first_step,
-            max_steps=unit.max_steps,
-            on_step=unit.on_step,
-        )
-        return each.states, SolverStats(int(each.accepted.max()), int(each.rejected.max()), each.error)
-
-    return integrate
+        unit.on_step(time, state)
+    raise StepError(f"more than {unit.max_steps} steps")
 
 
 def _step(

@@ -1,8 +1,4 @@
-"""The sampler: start on the prior, follow the flow down, denoise once.
-
-Everything is in centred model space. The noise of sample i is a function of (seed, i), so that a sample does not depend on the
-batch in which it is drawn.
-"""
+"""The sampler: start on the prior, follow the flow down, denoise once. Everything is in centred model space."""
 
 import copy
 import math
@@ -20,7 +16,7 @@ from pfgm.core.tensors import check_levels, check_positive, check_shape, expand,
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.latents import Latent
 from pfgm.sampling.methods import SolverStats
-from pfgm.sampling.ode import CountedDenoiser, OutOfCalls, Solution, follow
+from pfgm.sampling.ode import CountedDenoiser, OnCall, OutOfCalls, Solution, follow
 from pfgm.sampling.solvers import Solver, SolverConfig
 from pfgm.sampling.stochastic import Plan, check_restart_levels, churn, restart
 from pfgm.theory.kernel import StudentTKernel
@@ -38,7 +34,7 @@ class Samples:
         seconds: wall-clock time.
         accepted: steps that the solver took.
         rejected: steps that an adaptive solver tried in vain; those of an interrupted run are not counted.
-        error: estimated root mean square error [n] of the solver, in the unit of x. It is mostly too high. None for Runge-Kutta
+        error: estimated root mean square error [n] of the solver, in the unit of x, mostly too high. None for Runge-Kutta
             methods with fixed steps, and for incomplete draws.
         complete: False if `max_calls` ended the draw. Then x is the denoised state at which it ended.
     """
@@ -82,14 +78,12 @@ class Sampler:
     """Draw from any denoiser by following its flow down from `sigma_max`, then denoising once.
 
     On the hemisphere start each sample starts at the height where its direction t meets the hemisphere of level sigma_max:
-    sigma_0 = sigma_max/ratio, ratio² = a + (1-a)|t|²/N. Nothing is clipped, and the whole batch shares one clock, level = ratio
-    sigma. The network is asked for sigma = level/ratio, which is below sigma_min for samples in heavy tails. This is not
-    clamped, since c_out is small there. The hyperplane start puts all samples at sigma_max, for comparison and for data that is
-    itself heavy-tailed.
+    sigma_0 = sigma_max/ratio, ratio² = a + (1-a)|t|²/N. The batch shares one clock, level = ratio sigma. The network is asked
+    for sigma = level/ratio, in heavy tails below sigma_min, which is not clamped since c_out is small there. The hyperplane
+    start puts all samples at sigma_max.
 
-    With fixed steps a sample is a function of its seed alone, whatever the size, the members and the order of its batch, up to
-    the rounding of the network (1e-6 on a CPU in float32). Adaptive methods share the steps that the worst sample needs, so
-    that batch mates change a sample within its tolerance. With `independent` they do not.
+    With fixed steps a sample depends on its seed alone, up to the rounding of the network (1e-6 on a CPU in float32). Adaptive
+    methods share the steps that the worst sample needs, unless they are `independent`.
 
     Args:
         denoiser: `denoise(x, sigma, **conditions)`, a trained network or any callable.
@@ -125,6 +119,7 @@ class Sampler:
         check_shape(shape)
         self.denoiser, self.kernel, self.shape = denoiser, kernel, tuple(shape)
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.coordinates = self.solver.coordinates(sigma_data)
         if self.config.restart:
             check_restart_levels(self.config.restart, self.last_level, sigma_max)
 
@@ -141,12 +136,12 @@ class Sampler:
     @property
     def last_level(self) -> float:
         """The level of the final denoising: sigma_min, or a little above if the solver's grid says so."""
-        return self.solver.last_level(self.sigma_data, self.sigma_max, self.sigma_min)
+        return self.solver.grid.last(self.coordinates, self.sigma_max, self.sigma_min)
 
     @property
     def plan(self) -> Plan:
         """The levels of a draw from sigma_max to `last_level`, as falling runs between which noise is added."""
-        levels, config = self.solver.levels(self.sigma_data, self.sigma_max, self.last_level), self.config
+        levels, config = self.solver.grid.levels(self.coordinates, self.sigma_max, self.last_level), self.config
         if config.s_churn:
             return churn(levels, config.s_churn, config.s_tmin, config.s_tmax)
         return restart(levels, config.restart) if config.restart else [levels]
@@ -165,7 +160,7 @@ class Sampler:
         seeds: Sequence[int] | None = None,
         labels: Tensor | Sequence[int] | None = None,
         max_calls: int | None = None,
-        on_call: Callable[[int, float], None] | None = None,
+        on_call: OnCall | None = None,
     ) -> Samples:
         """Draw `n` samples of one seed, or one sample for each of `seeds`.
 
@@ -184,13 +179,13 @@ class Sampler:
             ValueError: an argument is out of range.
             SolverError: the denoiser's values are not finite, or the tolerance cannot be met.
         """
-        pairs, conditions = seed_pairs(n, seed, seeds), {}
-        if labels is not None:
-            conditions["label"] = torch.as_tensor(labels, dtype=torch.long)
-            if conditions["label"].shape != (len(pairs),):
-                shape = tuple(conditions["label"].shape)
-                raise ValueError(f"labels has shape {shape}. Give one label for each of the {len(pairs)} samples.")
-        return self.draw(pairs, conditions, max_calls, on_call)
+        pairs = seed_pairs(n, seed, seeds)
+        if labels is None:
+            return self.draw(pairs, None, max_calls, on_call)
+        label = torch.as_tensor(labels, dtype=torch.long)
+        if label.shape != (len(pairs),):
+            raise ValueError(f"labels has shape {tuple(label.shape)}. Give one label for each of the {len(pairs)} samples.")
+        return self.draw(pairs, {"label": label}, max_calls, on_call)
 
     @torch.no_grad()
     def draw(
@@ -198,7 +193,7 @@ class Sampler:
         pairs: Sequence[tuple[int, int]],
         conditions: Conditions = None,
         max_calls: int | None = None,
-        on_call: Callable[[int, float], None] | None = None,
+        on_call: OnCall | None = None,
         source: Tensor | None = None,
     ) -> Samples:
         """Draw one sample for each (seed, index) of `pairs`; see `sample`.
@@ -212,16 +207,16 @@ class Sampler:
         denoise = self._counted(conditions, torch.float32, on_call)
         if len(pairs) == 0:
             return Samples(torch.empty(0, *self.shape, dtype=denoise.dtype, device=self._device), 0, 0.0)
-        latent = self.prior(pairs)
-        x, ratio = self._lift(latent)
+        x, ratio = self._lift(self.prior(pairs))
         if source is not None:
             x = x + source.to(x)
-        level: float | Tensor = latent.level
-        denoise.max_calls, stats, complete = math.inf if max_calls is None else max_calls - final, SolverStats(), True
+        level: float | Tensor = self.sigma_max
+        stats, complete = SolverStats(), True
+        denoise.max_calls = math.inf if max_calls is None else max_calls - final
         try:
             for k, run in enumerate(self._runs(denoise, x, ratio, pairs)):
                 if run.complete or k == 0:  # otherwise the state before the last lift is nearer to the data
-                    x, level = run.end, run.level
+                    x, level = run.states[-1], run.level
                 stats, complete = stats + run.stats, run.complete
         except OutOfCalls:
             complete = False
@@ -242,11 +237,11 @@ class Sampler:
                 source = x if math.isinf(self.kernel.D) else denoise(x, level, ratio)
                 noise = [rng.generator(*pair, 0, k, rng.RENOISING) for pair in pairs]
                 x = self.kernel.renoise(x, source, level / ratio, levels[0] / ratio, noise)
-            solution = self._follow(denoise, x, levels, ratio, max(2, points // len(plan)))
+            solution = follow(denoise, x, levels, self.solver, self.coordinates, ratio, max(2, points // len(plan)))
             yield solution
             if not solution.complete:
                 return
-            x, level = solution.end, levels[-1]
+            x, level = solution.states[-1], levels[-1]
 
     def prior(self, pairs: Sequence[tuple[int, int]]) -> Latent:
         """Return the latents of (seed, index) `pairs`. Directions are drawn on the CPU in float64, from one generator each."""
@@ -258,9 +253,8 @@ class Sampler:
     @torch.no_grad()
     def decode(self, latent: Latent, conditions: Conditions = None) -> Tensor:
         """Follow the flow from `latent` down to sigma_min, without denoising: [n, ...] in the dtype of latent.t."""
-        denoise = self._counted(conditions, latent.t.dtype)
         x, ratio = self._lift(latent)
-        return self._flow(denoise, x, latent.level, self.sigma_min, ratio).to(latent.t.dtype)
+        return self._flow(x, latent.level, self.sigma_min, conditions, latent.t.dtype, ratio)
 
     def encode(self, x: Tensor, conditions: Conditions = None) -> Latent:
         """Follow the flow on the plane from `x` [n, ...] at sigma_min up to sigma_max; `decode` inverts it."""
@@ -272,7 +266,7 @@ class Sampler:
         """Map `x` [n, ...] from the plane sigma_from to the plane sigma_to, in either direction."""
         check_positive("sigma_from", sigma_from)
         check_positive("sigma_to", sigma_to)
-        return self._flow(self._counted(conditions, x.dtype), x, sigma_from, sigma_to, None).to(x.dtype)
+        return self._flow(x, sigma_from, sigma_to, conditions, x.dtype)
 
     @torch.no_grad()
     def trajectory(self, pairs: Sequence[tuple[int, int]], points: int, conditions: Conditions = None) -> Trajectory:
@@ -282,8 +276,8 @@ class Sampler:
         """
         if len(pairs) == 0:
             raise ValueError("pairs is empty: a trajectory needs at least one sample.")
-        denoise, latent = self._counted(conditions, torch.float32), self.prior(pairs)
-        x, ratio = self._lift(latent)
+        denoise = self._counted(conditions, torch.float32)
+        x, ratio = self._lift(self.prior(pairs))
         runs = list(self._runs(denoise, x, ratio, pairs, points))
         states, levels = torch.cat([run.states for run in runs]), torch.cat([run.levels for run in runs])
         denoised = torch.stack([denoise(state, float(level), ratio) for state, level in zip(states, levels, strict=True)])
@@ -292,26 +286,25 @@ class Sampler:
     def _lift(self, latent: Latent) -> tuple[Tensor, Tensor]:
         """Return the points x [n, ...] of a latent and their ratios level/sigma [n]."""
         t = latent.t.to(self._device, torch.float64)
-        ones = torch.ones(len(t), dtype=torch.float64, device=t.device)
-        ratio = ones if latent.surface == "plane" else self.kernel.effective_level(norm(t), ones, t[0].numel())
+        ratio = torch.ones(len(t), dtype=torch.float64, device=t.device)
+        if latent.surface == "hemisphere":
+            ratio = self.kernel.effective_level(norm(t), ratio, t[0].numel())
         return expand(latent.level / ratio, t) * t, ratio
 
-    def _flow(self, denoise: CountedDenoiser, x: Tensor, start: float, end: float, ratio: Tensor | None) -> Tensor:
+    def _flow(
+        self, x: Tensor, start: float, end: float, conditions: Conditions, dtype: torch.dtype, ratio: Tensor | None = None
+    ) -> Tensor:
         """Map `x` from level `start` to level `end`. Raise ValueError if the config adds noise, which is not invertible."""
         if self.config.s_churn or self.config.restart:
             raise ValueError(
                 "s_churn, restart: only samples have noise added, not encode, decode and integrate. Leave them out."
             )
-        if start == end:
-            return x
-        return self._follow(denoise, x, self.solver.levels(self.sigma_data, start, end), ratio).end
+        if start != end:
+            levels = self.solver.grid.levels(self.coordinates, start, end)
+            x = follow(self._counted(conditions, dtype), x, levels, self.solver, self.coordinates, ratio).states[-1]
+        return x.to(dtype)
 
-    def _follow(
-        self, denoise: CountedDenoiser, x: Tensor, levels: Sequence[float], ratio: Tensor | None, points: int = 2
-    ) -> Solution:
-        return follow(denoise, x, levels, solver=self.solver, sigma_data=self.sigma_data, ratio=ratio, points=points)
-
-    def _counted(self, conditions: Conditions, dtype: torch.dtype, on_call: Any = None) -> CountedDenoiser:
+    def _counted(self, conditions: Conditions, dtype: torch.dtype, on_call: OnCall | None = None) -> CountedDenoiser:
         tensors = {name: value.to(self._device) for name, value in (conditions or {}).items()}
         return CountedDenoiser(self.denoiser, tensors, dtype=dtype, on_call=on_call)
 
@@ -322,11 +315,7 @@ class Sampler:
 
 
 def seed_pairs(n: int | None = None, seed: int | None = None, seeds: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """Return (seed, 0), ..., (seed, n-1) for `n` samples of `seed` (default 0), or (k, 0) for each k of `seeds`.
-
-    Raises:
-        ValueError: neither or both of n and seeds are given, or a number is negative.
-    """
+    """Return (seed, 0), ..., (seed, n-1) for `n` samples of `seed` (default 0), or (k, 0) for each k of `seeds`."""
     if (n is None) == (seeds is None) or (seeds is not None and seed is not None):
         raise ValueError(f"n = {n}, seed = {seed}, seeds = {seeds}: give either a number n (and a seed for all), or seeds.")
     if seeds is None:

@@ -4,19 +4,16 @@ The methods come from the registry of `pfgm.sampling.methods`, which the files i
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
-
-from torch import Tensor
 
 from pfgm.core.arguments import check_types
 from pfgm.core.tensors import check_positive
 from pfgm.sampling import multistep, torchdiffeq_solvers  # noqa: F401 (they register their methods)
-from pfgm.sampling.coordinates import Coordinates
 from pfgm.sampling.grids import Grid, make_grid
-from pfgm.sampling.methods import BOTH, METHODS, MakeCoordinates, Method, OnStep, Problem, Slope, SolverStats
+from pfgm.sampling.methods import BOTH, METHODS, Integrator, MakeCoordinates, Method
 
 ADAPTIVE = tuple(name for name, method in METHODS.items() if method.adaptive)
 FIXED = tuple(name for name, method in METHODS.items() if not method.adaptive)
@@ -30,98 +27,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 Start = Literal["hemisphere", "hyperplane"]  # surfaces on which samples start; `Sampler.prior` draws on them
 RTOL, ATOL = 0.05, 0.05  # default tolerances, for a state of unit variance
-FIRST_STEP = 0.05  # first step of the adaptive methods, as a fraction of the whole interval
-MAX_STEPS = 10_000  # number of steps after which an adaptive method gives up
 Interval = tuple[float, float, int]
 
 
 @dataclass(frozen=True)
 class Solver:
-    """Solve the flow with a method of the registry.
-
-    Args:
-        method: entry of the registry.
-        coordinates: makes the coordinates for data of a given sigma_data.
-    """
+    """Describe how the flow is solved: what a `SolverConfig` resolves to."""
 
     method: Method
     coordinates: MakeCoordinates
-
-    def last_level(self, sigma_data: float, start: float, end: float) -> float:
-        """Return the level at which a draw from level `start` to `end` hands over to the final denoising."""
-        return end
-
-    def levels(self, sigma_data: float, start: float, end: float) -> list[float]:
-        """Return the levels that the solution from level `start` to `end` has to pass through."""
-        return [start, end]
-
-    def follow(
-        self, slope: Slope, state: Tensor, coordinates: Coordinates, levels: Sequence[float], at: Tensor, on_step: OnStep
-    ) -> tuple[Tensor, SolverStats]:
-        """Solve for the state from levels[0] through `levels` to the last.
-
-        Args:
-            slope: derivative of the state over the coordinates' time.
-            state: state [B, ...] at levels[0], float64.
-            coordinates: what `self.coordinates` makes.
-            levels: levels to pass through, in order.
-            at: times [points] of the states to return, from that of levels[0] to that of the last level.
-            on_step: called with the time (float, or [B] for independent steps) and the state of each step.
-
-        Returns:
-            The states [points, B, ...] and the statistics.
-
-        Raises:
-            StepError: an adaptive method gave up.
-        """
-        return self._integrate(Problem(slope, state, [coordinates.time(level) for level in levels], at, on_step))
-
-    def _integrate(self, problem: Problem) -> tuple[Tensor, SolverStats]:
-        return self.method.integrate(problem)
-
-
-@dataclass(frozen=True)
-class Adaptive(Solver):
-    """Solve with steps chosen to meet a tolerance.
-
-    Args:
-        rtol: relative tolerance of the state.
-        atol: absolute tolerance of the state.
-        independent: whether each sample has steps of its own.
-    """
-
-    rtol: float
-    atol: float
-    independent: bool = False
-
-    def _integrate(self, problem: Problem) -> tuple[Tensor, SolverStats]:
-        integrate = self.method.per_sample if self.independent and self.method.per_sample else self.method.integrate
-        return integrate(replace(problem, rtol=self.rtol, atol=self.atol, first_step=FIRST_STEP, max_steps=MAX_STEPS))
-
-
-@dataclass(frozen=True)
-class Fixed(Solver):
-    """Solve with steps along a grid; between its levels the states are interpolated linearly.
-
-    Args:
-        grid: levels at which the steps begin and end.
-    """
-
+    integrate: Integrator  # one of the method's two
     grid: Grid
-
-    def last_level(self, sigma_data: float, start: float, end: float) -> float:
-        return self.grid.last(self.coordinates(sigma_data), start, end)
-
-    def levels(self, sigma_data: float, start: float, end: float) -> list[float]:
-        return self.grid.levels(self.coordinates(sigma_data), start, end)
+    rtol: float = 0.0  # tolerances of adaptive methods
+    atol: float = 0.0
 
 
 @dataclass(frozen=True)
 class SolverConfig:
     """Choose how the flow is solved, where a draw starts, and whether noise is added on its way down.
 
-    Without any of the first eight fields the preset is "balanced". Noise is added by `s_churn` or by `restart`, at every D. For
-    D < inf each addition costs one network call. All levels are effective noise levels in model units.
+    Without any of the first eight fields the preset is "balanced". For D < inf each addition of noise costs one network call.
+    All levels are effective noise levels in model units.
 
     Args:
         preset: fast (6 network calls), balanced (10 calls) or reference (dopri5 at tolerance 1e-4). It excludes method,
@@ -192,47 +118,38 @@ class SolverConfig:
         choices = {name: getattr(self, name) for name in SOLVER_FIELDS} | {"independent": self.independent or None}
         chosen = {name: value for name, value in choices.items() if value is not None}
         if self.preset is not None or not chosen:
-            return self._preset_solver(chosen)
+            preset = chosen.pop("preset", "balanced")
+            check_choice("preset", preset, PRESETS)
+            if chosen:
+                raise ValueError(f"preset = {preset!r} excludes other choices. Leave out either preset or {', '.join(chosen)}.")
+            return SolverConfig(**PRESETS[preset]).solver
         name = self.method or ("bosh3" if chosen.keys() & {"rtol", "atol", "independent"} else "ab3")
-        if name not in METHODS:
-            raise ValueError(f"method = {name!r} is unknown. Choose one of {', '.join(METHODS)}.")
+        check_choice("method", name, METHODS)
         method = METHODS[name]
-        coordinates = self._make_coordinates(method)
-        return (self._adaptive if method.adaptive else self._fixed)(method, coordinates)
-
-    def _preset_solver(self, chosen: dict[str, Any]) -> Solver:
-        preset = chosen.pop("preset", "balanced")
-        if preset not in PRESETS:
-            raise ValueError(f"preset = {preset!r} is unknown. Choose one of {', '.join(PRESETS)}.")
-        if chosen:
-            raise ValueError(f"preset = {preset!r} excludes other choices. Leave out either preset or {', '.join(chosen)}.")
-        return SolverConfig(**PRESETS[preset]).solver
-
-    def _make_coordinates(self, method: Method) -> MakeCoordinates:
         default = next(iter(method.coordinates))
-        name = self.coordinates or default
-        if name not in BOTH:
-            raise ValueError(f"coordinates = {name!r} is unknown. Choose one of {', '.join(BOTH)}.")
-        if name not in method.coordinates:
-            raise ValueError(f"coordinates = {name!r}: {method.name} exists in {default} coordinates only. Leave it out.")
-        return method.coordinates[name]
+        coordinates = self.coordinates or default
+        check_choice("coordinates", coordinates, BOTH)
+        if coordinates not in method.coordinates:
+            raise ValueError(f"coordinates = {coordinates!r}: {name} exists in {default} coordinates only. Leave it out.")
+        return (self._adaptive if method.adaptive else self._fixed)(method, method.coordinates[coordinates])
 
-    def _adaptive(self, method: Method, coordinates: MakeCoordinates) -> Adaptive:
+    def _adaptive(self, method: Method, coordinates: MakeCoordinates) -> Solver:
         if self.steps is not None or self.grid is not None:
             raise ValueError(
                 f"steps = {self.steps}, grid = {self.grid}: {method.name} chooses its own steps. Give rtol and atol, "
                 f"or one of {', '.join(FIXED)}."
             )
-        if self.independent and method.per_sample is None:
+        integrate = method.per_sample if self.independent else method.integrate
+        if integrate is None:
             raise ValueError(
                 f"independent = True: {method.name} has no steps for each sample. Choose one of {', '.join(PER_SAMPLE)}."
             )
         rtol, atol = RTOL if self.rtol is None else self.rtol, ATOL if self.atol is None else self.atol
         check_positive("rtol", rtol)
         check_positive("atol", atol)
-        return Adaptive(method, coordinates, rtol, atol, bool(self.independent))
+        return Solver(method, coordinates, integrate, Grid(), rtol, atol)
 
-    def _fixed(self, method: Method, coordinates: MakeCoordinates) -> Fixed:
+    def _fixed(self, method: Method, coordinates: MakeCoordinates) -> Solver:
         tolerances = [f"{name} = {value}" for name in ("rtol", "atol") if (value := getattr(self, name)) is not None]
         if tolerances:
             raise ValueError(
@@ -247,7 +164,8 @@ class SolverConfig:
             if steps < 2:
                 raise ValueError(f"steps = {steps}: {method.name} needs at least 2, since the last is the final denoising.")
             steps -= 1
-        return Fixed(method, coordinates, make_grid(method.grid if self.grid is None else self.grid, steps, method.name))
+        grid = make_grid(method.grid if self.grid is None else self.grid, steps, method.name)
+        return Solver(method, coordinates, method.integrate, grid)
 
     def _check_churn(self) -> None:
         if not 0 <= self.s_churn < math.inf:
@@ -267,7 +185,7 @@ class SolverConfig:
 
     def _check_restart(self) -> None:
         for t_min, t_max, repeats in self.restart:
-            if not 0 < t_min < t_max < math.inf or repeats < 1 or repeats % 1:
+            if not 0 < t_min < t_max < math.inf or repeats < 1:
                 raise ValueError(
                     f"restart has {[t_min, t_max, repeats]}: give positive finite levels t_min < t_max and a whole K >= 1."
                 )
@@ -279,7 +197,12 @@ SolverConfig.__doc__ = (SolverConfig.__doc__ or "").format(
 SOLVER_FIELDS = ("preset", "method", "coordinates", "rtol", "atol", "independent", "steps", "grid")  # those of `config.solver`
 
 
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of the `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r} is unknown. Choose one of {', '.join(choices)}.")
+
+
 def check_start(start: str) -> None:
     """Raise ValueError unless `start` is a `Start`."""
-    if start not in get_args(Start):
-        raise ValueError(f"start = {start!r} is unknown. Choose one of {', '.join(get_args(Start))}.")
+    check_choice("start", start, get_args(Start))

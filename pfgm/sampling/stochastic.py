@@ -1,13 +1,9 @@
 """Plans of stochastic draws, in which noise lifts the samples between runs down the flow.
 
 A plan is a list of runs, and a run a list of falling levels in model units. Where a run begins above the end of the previous
-one, the kernel's noise lifts the samples (`StudentTKernel.renoise`). Two samplers are available at every D:
-
-    churn      lift before each step by the factor 1 + gamma: EDM's stochastic sampler (arXiv 2206.00364, algorithm 2);
-    restart    lift from t_min to t_max several times (arXiv 2306.14878).
-
-For D < inf the source of a lift is the denoised point, whereas exact renoising would sample the source from the posterior. With
-few dimensions and small D, many lifts from a level at which the source is still uncertain shift the weights of the data.
+one, the kernel's noise lifts the samples (`StudentTKernel.renoise`), at every D. For D < inf the source of a lift is the
+denoised point, whereas exact renoising would sample it from the posterior. With few dimensions and small D, many lifts from a
+level at which the source is still uncertain shift the weights of the data.
 """
 
 import math
@@ -21,7 +17,7 @@ Plan = list[list[float]]
 
 
 def churn(levels: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float) -> Plan:
-    """Plan one run for each step, begun (1 + gamma) times higher at levels from s_tmin to s_tmax.
+    """Plan one run for each step, begun (1 + gamma) times higher at levels from s_tmin to s_tmax (arXiv 2206.00364, alg. 2).
 
     As published, gamma = min(s_churn / len(levels), sqrt(2) - 1). The last run has a single level, that of the final denoising.
     """
@@ -31,7 +27,7 @@ def churn(levels: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float)
 
 
 def restart(levels: Sequence[float], intervals: Sequence[Interval]) -> Plan:
-    """Plan runs that pass each interval (t_min, t_max, K) K times more, with steps as dense as those of `levels`."""
+    """Plan runs that pass each interval (t_min, t_max, K) K times more, as densely as `levels` (arXiv 2306.14878)."""
     plan, top = [], levels[0]
     for low, high, repeats in sorted(intervals, key=tuple, reverse=True):
         plan += [_between(levels, top, low)] + [_between(levels, high, low)] * (int(repeats) - 1)

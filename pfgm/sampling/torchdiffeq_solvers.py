@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from pfgm.sampling.coordinates import Sigma
-from pfgm.sampling.methods import BOTH, Method, Problem, SolverStats, register, rms
-from pfgm.sampling.runge_kutta import GROW, TABLEAUS, StepError, per_sample
+from pfgm.sampling.methods import BOTH, Method, Problem, SolverStats, StepError, register, rms
+from pfgm.sampling.runge_kutta import GROW, TABLEAUS, integrate_per_sample
 
 # First words of the AssertionErrors with which torchdiffeq gives up.
 GAVE_UP = ("underflow in dt", "max_num_steps exceeded", "non-finite values in state")
 
 
 class _RightHandSide:
-    """Slope over a rescaled time, as torchdiffeq calls it; reports the start of each step."""
+    """Call the slope over a rescaled time, and report the start of each step."""
 
     def __init__(self, unit: Problem):
         self.unit = unit
@@ -33,7 +33,7 @@ class _RightHandSide:
 
 
 class _AdaptiveRightHandSide(_RightHandSide):
-    """Right-hand side that also provides the error norm and collects the statistics."""
+    """Provide the error norm too, and collect the statistics."""
 
     def __init__(self, unit: Problem):
         super().__init__(unit)
@@ -78,15 +78,11 @@ def _fixed(method: str, problem: Problem) -> tuple[Tensor, SolverStats]:
     return states, SolverStats(len(grid) - 1)
 
 
-register(Method("dopri5", 5, BOTH, partial(_adaptive, "dopri5"), adaptive=True, per_sample=per_sample(TABLEAUS["dopri5"])))
-register(Method("dopri8", 8, BOTH, partial(_adaptive, "dopri8"), adaptive=True))
-register(Method("bosh3", 3, BOTH, partial(_adaptive, "bosh3"), adaptive=True, per_sample=per_sample(TABLEAUS["bosh3"])))
-HEUN_EULER = per_sample(TABLEAUS["adaptive_heun"])
-register(Method("adaptive_heun", 2, BOTH, partial(_adaptive, "adaptive_heun"), adaptive=True, per_sample=HEUN_EULER))
-register(Method("euler", 1, BOTH, partial(_fixed, "euler"), one_step=True))
-register(Method("midpoint", 2, BOTH, partial(_fixed, "midpoint"), one_step=True))
-register(Method("heun2", 2, BOTH, partial(_fixed, "heun2"), one_step=True))
-register(Method("rk4", 4, BOTH, partial(_fixed, "rk4"), one_step=True))
+for name, order in {"dopri5": 5, "dopri8": 8, "bosh3": 3, "adaptive_heun": 2}.items():
+    per_sample = partial(integrate_per_sample, TABLEAUS[name]) if name in TABLEAUS else None
+    register(Method(name, order, BOTH, partial(_adaptive, name), adaptive=True, per_sample=per_sample))
+for name, order in {"euler": 1, "midpoint": 2, "heun2": 2, "rk4": 4}.items():
+    register(Method(name, order, BOTH, partial(_fixed, name), one_step=True))
 # EDM's sampler (arXiv 2206.00364, algorithm 1): Heun's method over sigma itself. Its state is x, as in log_sigma coordinates.
 EDM = {"log_sigma": lambda sigma_data: Sigma()}
 register(Method("edm_heun", 2, EDM, partial(_fixed, "heun2"), grid="rho", one_step=True, counts_denoising=True))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pfgm.sampling import ode, solvers
+from pfgm.sampling import ode
 from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, GaussianBlob, PointCharge
 from tests.helpers import F64, TIGHT, make_sampler
 
@@ -85,7 +85,7 @@ def test_nan_from_the_network_is_reported():
 
 
 def test_a_tolerance_that_cannot_be_met_is_reported_with_advice(monkeypatch):
-    monkeypatch.setattr(solvers, "MAX_STEPS", 50)
+    monkeypatch.setattr(ode, "MAX_STEPS", 50)
 
     def denoiser(x, sigma, label=None):
         return torch.rand_like(x)

@@ -8,7 +8,8 @@ from scipy import integrate
 
 from pfgm.nn import UNet
 from pfgm.nn.preconditioning import PreconditionedDenoiser
-from pfgm.sampling import ode, solvers
+from pfgm.sampling import ode
+from pfgm.sampling.methods import Problem
 from pfgm.sampling.runge_kutta import TABLEAUS, integrate_per_sample
 from pfgm.sampling.sampler import Sampler, seed_pairs
 from pfgm.theory.analytic import CauchyBlob, EmpiricalDenoiser, PointCharge
@@ -110,23 +111,15 @@ def test_step_sizes_follow_the_published_controller(tolerance, first_step):
     def slope(t, state):
         return torch.tensor([[bump(float(t), float(state))]], dtype=F64)
 
-    seen = []
-    each = integrate_per_sample(
-        slope,
-        torch.zeros(1, 1, dtype=F64),
-        torch.tensor([0.0, 1.0], dtype=F64),
-        TABLEAUS["bosh3"],
-        rtol=tolerance,
-        atol=tolerance,
-        first_step=first_step,
-        max_steps=1000,
-        on_step=lambda t, state: seen.append(float(t)),
-    )
+    seen, ends = [], [0.0, 1.0]
+    state, at = torch.zeros(1, 1, dtype=F64), torch.tensor(ends, dtype=F64)
+    problem = Problem(slope, state, ends, at, lambda t, state: seen.append(float(t)), tolerance, tolerance, first_step, 1000)
+    states, stats = integrate_per_sample(TABLEAUS["bosh3"], problem)
     times = [time + h if good else time for time, h, good, _ in tried]
     assert seen == pytest.approx(times)
-    assert float(each.states[-1]) == pytest.approx(end)
-    assert (int(each.accepted), int(each.rejected)) == (sum(t[2] for t in tried), sum(not t[2] for t in tried))
-    assert float(each.error) == pytest.approx(sum(gap for _, _, good, gap in tried if good))
+    assert float(states[-1]) == pytest.approx(end)
+    assert (stats.accepted, stats.rejected) == (sum(t[2] for t in tried), sum(not t[2] for t in tried))
+    assert float(stats.error) == pytest.approx(sum(gap for _, _, good, gap in tried if good))
 
 
 def test_steps_are_counted_per_sample():
@@ -136,17 +129,25 @@ def test_steps_are_counted_per_sample():
         level = 40 ** (1 - t) * 0.05**t
         return -math.log(40 / 0.05) * (state - denoiser(state, level))
 
-    at, seen = torch.tensor([0.0, 1.0], dtype=F64), []
-    options = {"rtol": 1e-3, "atol": 1e-3, "first_step": 0.05, "max_steps": 1000}
-    each = integrate_per_sample(slope, x, at, TABLEAUS["bosh3"], **options, on_step=lambda t, state: seen.append(t))
-    alone = [
-        integrate_per_sample(slope, row[None], at, TABLEAUS["bosh3"], **options, on_step=lambda t, state: None) for row in x
-    ]
-    assert each.accepted.tolist() == [int(one.accepted) for one in alone]
-    assert each.rejected.tolist() == [int(one.rejected) for one in alone]
-    assert len(set(each.accepted.tolist())) > 1
-    assert len(seen) == int((each.accepted + each.rejected).max())
-    assert torch.equal(seen[-1], torch.ones(3, dtype=F64))
+    def integrate_steps(state):
+        """Return the statistics, the times [steps, B] after each step, and the steps that each sample accepts and rejects."""
+        seen, ends = [], [0.0, 1.0]
+        at = torch.tensor(ends, dtype=F64)
+        problem = Problem(slope, state, ends, at, lambda t, state: seen.append(t), 1e-3, 1e-3, 0.05, 1000)
+        stats = integrate_per_sample(TABLEAUS["bosh3"], problem)[1]
+        after = torch.stack(seen)
+        before = torch.cat([torch.zeros(1, len(state), dtype=F64), after[:-1]])
+        moved = after > before
+        return stats, after, moved.sum(0).tolist(), (~moved & (before < 1)).sum(0).tolist()
+
+    stats, times, accepted, rejected = integrate_steps(x)
+    alone = [integrate_steps(row[None])[0] for row in x]
+    assert accepted == [one.accepted for one in alone]
+    assert rejected == [one.rejected for one in alone]
+    assert (stats.accepted, stats.rejected) == (max(accepted), max(rejected))
+    assert len(set(accepted)) > 1
+    assert len(times) == max(a + r for a, r in zip(accepted, rejected, strict=True))
+    assert torch.equal(times[-1], torch.ones(3, dtype=F64))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_fixed_runge_kutta_steps_have_no_error_estimate():
 
 @pytest.mark.parametrize("independent", [True, False])
 def test_unreachable_tolerance_raises_an_error_with_advice(monkeypatch, independent):
-    monkeypatch.setattr(solvers, "MAX_STEPS", 50)
+    monkeypatch.setattr(ode, "MAX_STEPS", 50)
     s = sampler(lambda x, sigma, label=None: torch.rand_like(x), rtol=1e-12, atol=1e-12, independent=independent)
     with pytest.raises(ode.SolverError, match=r"bosh3 could not meet its tolerance at level \d.* after \d+ calls .*Raise rtol"):
         s.sample(2)
