@@ -382,7 +382,7 @@ def test_a_missing_checkpoint_ends_in_one_line(capsys):
     error = capsys.readouterr().err.strip()
     assert (
         error
-        == "sample.py: error: none.ckpt does not exist or is no file; give a .ckpt file, a run folder or an exported folder"
+        == "sample.py: error: none.ckpt does not exist or is not a file. Pass a .ckpt file, a run folder or an exported folder."
     )
 
 
