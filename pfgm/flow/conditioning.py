@@ -125,11 +125,15 @@ def check_conditioning(flow: "PoissonFlow", n: int, labels: Any, options: Mappin
         label = check_labels(flow, labels, n)
     if guidance is None and (guide is not None or interval is not None):
         raise ValueError("guidance = None: guide and guidance_interval need a strength. Pass guidance, such as 2.")
-    strength = None if guidance is None else _one_or_each("guidance", guidance, n, flow.device).double()
-    if strength is not None and not bool(torch.isfinite(strength).all()):
-        raise ValueError(f"guidance = {guidance}: the strength must be finite; 1 is none.")
+    strength = (
+        None
+        if guidance is None
+        else _numbers(f"guidance = {reprlib.repr(guidance)}", guidance, (), n, flow.device).double().expand(n)
+    )
+    if classifier is not None and guide is not None:
+        raise ValueError("guide, classifier: they exclude each other. Leave one of them out.")
     if classifier is not None:
-        _check_classifier(flow, label, guide)
+        _check_classifier(flow, label)
     elif guide is not None:
         _check_guide(flow, guide, label)
     elif guidance is not None and (label is None or not flow.unconditional):
@@ -179,50 +183,35 @@ def _check_conditions(flow: "PoissonFlow", condition: Any, n: int) -> dict[str, 
     values = condition if isinstance(condition, Mapping) else {next(iter(shapes)): condition}
     if values.keys() != shapes.keys():
         raise ValueError(f"condition has {sorted(values)}, this model needs {sorted(shapes)}. Pass a tensor for each.")
-    checked = {}
-    for key, shape in shapes.items():
-        c = _numbers("condition", values[key], flow.device).float()
-        c = c[None] if c.ndim == len(shape) else c
-        if c.shape[1:] != shape or len(c) not in (1, n) or not bool(torch.isfinite(c).all()):
-            raise ValueError(
-                f"condition has shape {tuple(c.shape)}. Pass finite numbers {shape} as {key}, one for all or one for each of "
-                f"{n} samples."
-            )
-        checked[key] = c
+    checked = {key: _numbers(f"{key} condition", values[key], shape, n, flow.device).float() for key, shape in shapes.items()}
     return {key: value.expand(n, *value.shape[1:]) for key, value in flow.summary.normalize(checked).items()}
 
 
-def _numbers(name: str, value: Any, device: torch.device) -> Tensor:
+def _numbers(name: str, value: Any, shape: tuple[int, ...], n: int, device: torch.device) -> Tensor:
+    """Return finite numbers of `shape`, one for all or one for each of `n` samples, as [1 or n, *shape]."""
     try:
         tensor = torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} = {value!r}: expected numbers. Pass a list or an array.") from error
+        raise ValueError(f"{name}: expected numbers. Pass a list or an array.") from error
     if tensor.is_complex():
         raise ValueError(f"{name}: complex numbers are not supported. Pass real ones.")
-    return tensor
-
-
-def _one_or_each(name: str, value: Any, n: int, device: torch.device) -> Tensor:
-    """Return one number for all samples, or one for each, as [n]."""
-    tensor = _numbers(name, value, device)
-    if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) != n):
+    each = tensor[None] if tensor.ndim == len(shape) else tensor
+    if each.shape[1:] != shape or len(each) not in (1, n) or not bool(torch.isfinite(each.float()).all()):
         raise ValueError(
-            f"{name} = {reprlib.repr(value)}: shape {tuple(tensor.shape)}. Pass one number, or one for each of the {n} samples."
+            f"{name} has shape {tuple(tensor.shape)}. Pass finite numbers {shape} for all, or one for each of the {n} samples."
         )
-    return tensor.expand(n)
+    return each
 
 
 def _class_indices(labels: Any, n: int, classes: int, device: torch.device) -> Tensor:
-    given = _one_or_each("labels", labels, n, device)
+    given = _numbers(f"labels = {reprlib.repr(labels)}", labels, (), n, device)
     label = given.long()
     if given.is_floating_point() or given.dtype == torch.bool or not bool(((label >= 0) & (label < classes)).all()):
         raise ValueError(f"labels = {labels}: this model's labels are the integers 0..{classes - 1}.")
-    return label
+    return label.expand(n)
 
 
-def _check_classifier(flow: "PoissonFlow", label: Tensor | None, guide: Any) -> None:
-    if guide is not None:
-        raise ValueError("guide, classifier: they exclude each other. Leave one of them out.")
+def _check_classifier(flow: "PoissonFlow", label: Tensor | None) -> None:
     if label is None:
         raise ValueError("labels = None: a classifier guides towards labels. Pass them.")
     N = math.prod(flow.shape)

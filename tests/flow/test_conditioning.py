@@ -84,7 +84,7 @@ def test_a_classifier_is_asked_in_the_users_units():
         (labelled, {"labels": "abc"}, "labels = 'abc': expected a 64-bit integer"),
         (labelled, {"labels": True}, "labels = True: expected a 64-bit integer"),
         (labelled, {"labels": [1, None, 2]}, r"labels = \[1, None, 2\]: expected a 64-bit integer"),
-        (labelled, {"labels": 1, "guidance": 1j}, "guidance: complex numbers"),
+        (labelled, {"labels": 1, "guidance": 1j}, "guidance = 1j: complex numbers"),
         (labelled, {"labels": 1, "guidance": 2.0, "guidance_interval": (None, 2)}, r"guidance_interval = \(None, 2\)"),
         (labelled, {"labels": 1, "guidance": 2.0, "guide": "path"}, "guide = 'path': expected a flow"),
         (make_flow, {"measurement": 3}, "measurement = 3: expected a pfgm.sampling.Measurement"),
@@ -100,7 +100,7 @@ def test_a_classifier_is_asked_in_the_users_units():
         (labelled, {"labels": 3}, r"labels = 3: this model's labels are the integers 0..2"),
         (make_flow, {"condition": torch.zeros(3)}, "trained without conditions"),
         (conditional, {}, r"condition = None: this model needs conditions: vector \(3,\)"),
-        (conditional, {"condition": torch.zeros(2, 3)}, r"condition has shape \(2, 3\)\. .* for each of 3 samples"),
+        (conditional, {"condition": torch.zeros(2, 3)}, r"condition has shape \(2, 3\)\. .* for each of the 3 samples"),
         (conditional, {"condition": torch.full((3,), math.nan)}, "condition has shape"),
         (
             make_flow,
