@@ -125,11 +125,9 @@ def check_conditioning(flow: "PoissonFlow", n: int, labels: Any, options: Mappin
         label = check_labels(flow, labels, n)
     if guidance is None and (guide is not None or interval is not None):
         raise ValueError("guidance = None: guide and guidance_interval need a strength. Pass guidance, such as 2.")
-    strength = (
-        None
-        if guidance is None
-        else _numbers(f"guidance = {reprlib.repr(guidance)}", guidance, (), n, flow.device).double().expand(n)
-    )
+    strength = None
+    if guidance is not None:
+        strength = _numbers(f"guidance = {reprlib.repr(guidance)}", guidance, (), n, flow.device).double().expand(n)
     if classifier is not None and guide is not None:
         raise ValueError("guide, classifier: they exclude each other. Leave one of them out.")
     if classifier is not None:
@@ -245,7 +243,6 @@ def _check_measurement(flow: "PoissonFlow", n: int, measurement: Measurement | N
     if not isinstance(measurement, Measurement):
         raise ValueError(f"measurement = {measurement!r}: expected a pfgm.sampling.Measurement.")
     like = input_dtype(flow.denoiser, torch.float32)
-    values = measurement.values.to(flow.device, like)
     try:
         tried = measurement.operator(torch.zeros(2, *flow.shape, device=flow.device, dtype=like))
         two, *expected = tried.shape
@@ -255,11 +252,6 @@ def _check_measurement(flow: "PoissonFlow", n: int, measurement: Measurement | N
         ) from error
     if two != 2:
         raise ValueError(f"measurement: its operator returns {tuple(tried.shape)} for 2 samples. Keep samples apart.")
-    if values.ndim == len(expected):
-        values = values[None]
-    if [*values.shape[1:]] != expected or len(values) not in (1, n):
-        raise ValueError(
-            f"measurement: values has shape {tuple(values.shape)}, its operator returns {tuple(expected)} for each of {n} "
-            "samples. Pass one value for all, or one for each."
-        )
-    return replace(measurement, values=values.expand(n, *expected))
+    name = f"measurement: its operator returns {tuple(expected)}, values"
+    values = _numbers(name, measurement.values, tuple(expected), n, flow.device)
+    return replace(measurement, values=values.to(like).expand(n, *expected))
