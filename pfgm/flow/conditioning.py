@@ -193,12 +193,12 @@ def _numbers(name: str, value: Any, shape: tuple[int, ...], n: int, device: torc
         raise ValueError(f"{name}: expected numbers. Pass a list or an array.") from error
     if tensor.is_complex():
         raise ValueError(f"{name}: complex numbers are not supported. Pass real ones.")
-    each = tensor[None] if tensor.ndim == len(shape) else tensor
-    if each.shape[1:] != shape or len(each) not in (1, n) or not bool(torch.isfinite(each.float()).all()):
+    for_all = (shape, (1, *shape)) if shape else (shape,)  # a list of one label is for one sample
+    if tensor.shape not in (*for_all, (n, *shape)) or not bool(torch.isfinite(tensor.float()).all()):
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}. Pass finite numbers {shape} for all, or one for each of the {n} samples."
         )
-    return each
+    return tensor[None] if tensor.shape == shape else tensor
 
 
 def _class_indices(labels: Any, n: int, classes: int, device: torch.device) -> Tensor:

@@ -89,6 +89,7 @@ def test_labels_are_checked_and_used():
         ([0, 3], r"0\.\.2"),
         (-1, r"0\.\.2"),
         ([1, 1, 1], "each of the 2"),
+        ([1], "each of the 2"),
         ([0.5, 1.0], "labels = .*64-bit integer"),
     ):
         with pytest.raises(ValueError, match=message):
