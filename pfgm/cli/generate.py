@@ -33,9 +33,9 @@ from pfgm.cli.outputs import (
 )
 from pfgm.cli.trajectories import write_trajectory
 from pfgm.core.configurable import to_json
-from pfgm.flow.conditioning import check_conditioning, check_labels
+from pfgm.flow.conditioning import check_batch_size, check_conditioning, check_labels
 from pfgm.flow.integrity import digest
-from pfgm.flow.poisson_flow import PoissonFlow, check_batch_size
+from pfgm.flow.poisson_flow import PoissonFlow
 from pfgm.flow.tuned_solvers import grid_file, optimize_grid, store_grid, stored_grid
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.sampler import Samples, check_max_calls
@@ -93,7 +93,7 @@ def draw(
         "guide": guided.guide and model.load(guided.guide, share.local_rank),
         "measurement": read_inpainting(guided.inpaint, guided.measurement_noise, flow),
     }
-    bound = check_conditioning(flow, len(pairs), labels, conditioning)  # type: ignore[arg-type]
+    bound = check_conditioning(flow, len(pairs), labels, conditioning)
     check_max_calls(output.max_calls, cost(bound.denoiser()))
     _ = flow.sampler(_without_search(solver)).plan
     _check_pairs(pairs, output.out)

@@ -71,11 +71,6 @@ class Inception(nn.Module):
     """Compute the 2048 features of FID and KID with the Inception-v3 of 2015, by torch-fidelity, including its resizing.
 
     The weights are downloaded once to $TORCH_HOME/hub/checkpoints.
-
-    Raises:
-        ImportError: If torch-fidelity is not installed.
-        OSError: If the weights are missing and cannot be downloaded; the message says where to put them.
-        ValueError: If the file of weights cannot be read.
     """
 
     def __init__(self) -> None:
@@ -120,28 +115,26 @@ def load_features(value: str | Path | nn.Module) -> nn.Module:
         value: "inception", a classifier file written by `train.py features`, or a network, which is returned itself.
 
     Raises:
+        ImportError: If torch-fidelity, which Inception needs, is not installed.
         OSError: If there is no such file, or if Inception's weights cannot be downloaded.
-        ValueError: If the file does not contain a classifier.
+        ValueError: If the file does not contain a classifier or readable weights.
     """
     if isinstance(value, nn.Module):
         return value.eval()
     if value == "inception":
         return Inception().eval()
-    path = Path(value)
-    if not path.is_file():
+    if not Path(value).is_file():
         raise FileNotFoundError(
-            f'features = {value}: there is no such file. Use "inception", a file of python train.py features, or the class of '
-            "a network."
+            f'features = {value}: there is no such file. Use "inception", a file of python train.py features, or a class path.'
         )
-    header = checkpoints.read_header(path)
-    if not isinstance(header.get("classifier"), Mapping):
+    header = checkpoints.read_header(value)
+    spec = header.get("classifier")
+    if not isinstance(spec, Mapping):
         raise ValueError(
             f"features = {value}: the file contains {sorted(header)}, no classifier. Make one with python train.py features."
         )
-    state = checkpoints.read_tensors(path)
-    net: Classifier = checkpoints.restore_module(
-        lambda: build(header["classifier"], kind=Classifier), state, f"features = {value}"
-    )
+    state, place = checkpoints.read_tensors(value), f"features = {value}"
+    net: Classifier = checkpoints.restore_module(lambda: build(spec, kind=Classifier), state, place)
     net.digest = header["digest"]
     return net.eval()
 
@@ -154,17 +147,7 @@ def describe_features(net: nn.Module) -> str:
 
 @torch.no_grad()
 def extract(net: nn.Module, x: Tensor, value_range: Sequence[float], device: torch.device) -> Tensor:
-    """Compute features of images.
-
-    Args:
-        net: Feature network.
-        x: Images [n, C, H, W] in the user's units.
-        value_range: Black and white in the user's units; values outside are clipped.
-        device: Where to compute.
-
-    Returns:
-        Features [n, F] on `device`.
-    """
+    """Compute features [n, F] of images [n, C, H, W] in the user's units, clipped to `value_range`, on `device`."""
     low, high = value_range
     images = (x.to(device, torch.float32) - low) / (high - low)
     return net.to(device)(images.clamp(0, 1)).flatten(1)
@@ -181,10 +164,9 @@ def fit_classifier(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Classifier:
-    """Train a classifier of images, by their labels or else by which of four rotations was applied.
+    """Train a classifier of images, by their labels or else by which of four rotations was applied (arXiv 1803.07728).
 
-    The result depends only on the data, the arguments and the machine. Source of the rotations: Gidaris et al.
-    (arXiv 1803.07728).
+    The result depends only on the data, the arguments and the machine.
 
     Args:
         train: Images, in the user's units, and their labels if there are any.
@@ -219,10 +201,7 @@ def fit_classifier(
 
 
 def classification_batch(batch: Batch | SampleSet, value_range: Sequence[float], seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Convert a batch to images in [0, 1] and their labels.
-
-    Without labels, cut the central squares, rotate each by a random number of quarter turns, and use that as its label.
-    """
+    """Convert a batch to images in [0, 1] and their labels, or else to rotated central squares and their quarter turns."""
     x = (batch.x.float() - value_range[0]) / (value_range[1] - value_range[0])
     if "label" in batch.conditions:
         return x, batch.conditions["label"]
@@ -237,12 +216,12 @@ def classification_batch(batch: Batch | SampleSet, value_range: Sequence[float],
 def accuracy(
     net: Classifier, part: SampleSet, value_range: Sequence[float], seed: int, device: torch.device | str = "cpu"
 ) -> float:
-    """Compute the share of `part` that `net` classifies correctly; see `fit_classifier` for the other arguments."""
-    correct = []
+    """Compute the share of `part` that `net` classifies correctly. For other arguments see `fit_classifier`."""
+    correct = 0
     for i in range(0, len(part), 250):
         x, label = classification_batch(part[slice(i, i + 250)], value_range, seed, i)
-        correct.append(net.out(net(x.to(device))).argmax(1).cpu() == label)
-    return float(torch.cat(correct).double().mean())
+        correct += int((net.out(net(x.to(device))).argmax(1).cpu() == label).sum())
+    return correct / len(part)
 
 
 def save_classifier(path: str | Path, net: Classifier, made: Mapping[str, Any]) -> None:

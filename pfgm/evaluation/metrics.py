@@ -1,8 +1,7 @@
 """Distances between two sets of samples, computed on their values or on features of them (see `pfgm.evaluation.features`).
 
-`MEASURES` lists the distances that `test` reports. Its table, test.json and the benchmark of metrics derive from this list, so
-a new metric is a function and one entry here. All distances are computed in float64 on flattened samples, in blocks of pairs
-that bound the memory.
+The table of `test`, test.json and the benchmark of metrics derive from `MEASURES`, so a new metric is a function and one entry
+there. All distances are computed in float64 on flattened samples, in blocks of pairs that bound the memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -69,21 +68,19 @@ class FeatureSet:
     @cached_property
     def mean_kernel(self) -> Tensor:
         """Mean polynomial kernel of two different samples, a scalar."""
-        n, diagonal = len(self), _polynomial(self.x.square().mean(1)).mean()
+        n, diagonal = len(self), ((self.x.square().mean(1) + 1) ** 3).mean()
         return (n * _mean(self, self, _kernel) - diagonal) / (n - 1)
 
     @cached_property
     def radii(self) -> Tensor:
         """Distance [n] of each sample to its third nearest neighbour, or to the furthest one in a set of fewer than four."""
-        k = min(4, len(self))  # the first neighbour is the sample itself
-        return torch.cat([block.kthvalue(k, dim=1).values for block in _blocks(self, self, _distances)])
+        return nearest(self, self, min(4, len(self)))[0][:, -1]  # the first neighbour is the sample itself
 
 
 def energy_distance(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
-    """Compute the energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'|.
+    """Compute the energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'| (Székely and Rizzo, Energy statistics, 2013).
 
     The estimate is unbiased. It is about 0, and can be slightly negative, for two sets from one distribution.
-    Source: Székely and Rizzo, Energy statistics (2013).
 
     Args:
         x: Samples [n, ...].
@@ -102,8 +99,8 @@ def energy_distance(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
 def frechet_distance(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
     """Compute the squared 2-Wasserstein distance of Gaussians that are fitted to each set.
 
-    It is |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^½) with the means m and covariances C. On Inception features it is the FID
-    (arXiv 1706.08500). It is biased upwards for small sets. See `energy_distance` for arguments and errors.
+    It is |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^½) with the means m and covariances C, biased upwards for small sets. On
+    Inception features it is the FID (arXiv 1706.08500). See `energy_distance` for arguments and errors.
     """
     a, b = FeatureSet.pair(x, y)
     (m_a, C_a), (m_b, C_b) = a.moments, b.moments
@@ -114,9 +111,8 @@ def frechet_distance(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
 def kernel_distance(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
     """Compute the squared maximum mean discrepancy under the kernel (a·b/F + 1)³ for F features.
 
-    The estimate is unbiased, so its mean is 0 for two sets from one distribution. On Inception features it is the KID
-    (arXiv 1801.01401). The kernel expects features of order 1 around zero; a shift common to both sets changes the result. See
-    `energy_distance` for arguments and errors.
+    The estimate is unbiased. On Inception features it is the KID (arXiv 1801.01401). The kernel expects features of order 1
+    around zero; a shift common to both sets changes the result. See `energy_distance` for arguments and errors.
     """
     a, b = FeatureSet.pair(x, y)
     return float(a.mean_kernel + b.mean_kernel - 2 * _mean(a, b, _kernel))
@@ -125,13 +121,10 @@ def kernel_distance(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
 def precision(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
     """Compute the share of samples x that lie on the manifold of the data y.
 
-    A sample lies on it if it is nearer to some y than the third nearest neighbour of that y in y. The value depends on the
-    number of samples, so both sets are cut to the smaller size. Source: Kynkäänniemi et al. (arXiv 1904.06991). See
-    `energy_distance` for arguments and errors.
+    A sample lies on it if it is nearer to some y than the third nearest neighbour of that y in y (arXiv 1904.06991). The value
+    depends on the number of samples, so both sets are cut to the smaller size. See `energy_distance` for arguments and errors.
     """
-    a, b = FeatureSet.pair(x, y)
-    n = min(len(a), len(b))
-    a, b = a.first(n), b.first(n)
+    a, b = _equal_sizes(x, y)
     return float(torch.cat([(block <= b.radii).any(1) for block in _blocks(a, b, _distances)]).double().mean())
 
 
@@ -143,19 +136,17 @@ def recall(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
 def nearest_neighbour_accuracy(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> float:
     """Compute the share of samples in the joint set whose nearest neighbour is from their own set.
 
-    It is .5 for two sets from one distribution and 1 for sets that are far apart. Both sets are cut to the smaller size.
-    Source: Lopez-Paz and Oquab, Revisiting classifier two-sample tests (arXiv 1610.06545). See `energy_distance` for arguments
-    and errors.
+    It is .5 for two sets from one distribution and 1 for sets that are far apart (arXiv 1610.06545). Both sets are cut to the
+    smaller size. See `energy_distance` for arguments and errors.
     """
-    a, b = FeatureSet.pair(x, y)
-    n = min(len(a), len(b))
-    joint = FeatureSet(torch.cat([a.x[:n], b.x[:n]]))
+    a, b = _equal_sizes(x, y)
+    joint = FeatureSet(torch.cat([a.x, b.x]))
     index, row = [], 0
     for block in _blocks(joint, joint, _distances):
         block.diagonal(row).fill_(torch.inf)
         index.append(block.argmin(1))
         row += len(block)
-    is_x = torch.arange(2 * n, device=joint.x.device) < n
+    is_x = torch.arange(len(joint), device=joint.x.device) < len(a)
     return float((is_x == is_x[torch.cat(index)]).double().mean())
 
 
@@ -180,20 +171,12 @@ MEASURES = (
 
 
 def compare(sets: list[FeatureSet], reference: FeatureSet) -> dict[str, list[float]]:
-    """Apply all `MEASURES` to each set against `reference`.
-
-    Returns:
-        By the name of each measure, its values, one per set.
-    """
+    """Return the values of all `MEASURES` by name, one for each set against `reference`."""
     return {measure.name: [measure.function(features, reference) for features in sets] for measure in MEASURES}
 
 
 def nearest(x: Tensor | FeatureSet, y: Tensor | FeatureSet, k: int = 1) -> tuple[Tensor, Tensor]:
-    """Find the `k` nearest neighbours in y of each sample x.
-
-    Returns:
-        Distances [n, k] and indices [n, k] into y, nearest first.
-    """
+    """Find the `k` nearest neighbours in y of each sample x: distances and indices into y, [n, k] each, nearest first."""
     a, b = FeatureSet.pair(x, y)
     neighbours = [block.topk(k, largest=False) for block in _blocks(a, b, _distances)]
     return torch.cat([block.values for block in neighbours]), torch.cat([block.indices for block in neighbours])
@@ -202,13 +185,19 @@ def nearest(x: Tensor | FeatureSet, y: Tensor | FeatureSet, k: int = 1) -> tuple
 def copying(x: Tensor | FeatureSet, train: Tensor | FeatureSet, held_out: Tensor | FeatureSet) -> float:
     """Compute the probability that a sample is nearer to the training data than a held-out sample is.
 
-    It is .5 for samples that are as new as held-out data, 1 for copies, and lower for samples far from the data. It is the
-    statistic of the Mann-Whitney test, as in Meehan et al. (arXiv 2004.05675), taken over the whole space. See
-    `energy_distance` for errors.
+    It is .5 for samples that are as new as held-out data, 1 for copies, and lower for samples far from the data: the statistic
+    of the Mann-Whitney test over the whole space (arXiv 2004.05675). See `energy_distance` for arguments and errors.
     """
     ours, others = nearest(x, train)[0][:, 0], nearest(held_out, train)[0][:, 0].sort().values
     below, upto = (torch.searchsorted(others, ours, right=right) for right in (False, True))
     return float(1 - (below + upto).double().mean() / (2 * len(others)))
+
+
+def _equal_sizes(x: Tensor | FeatureSet, y: Tensor | FeatureSet) -> tuple[FeatureSet, FeatureSet]:
+    """Convert two sets, and cut both to the smaller size."""
+    a, b = FeatureSet.pair(x, y)
+    n = min(len(a), len(b))
+    return a.first(n), b.first(n)
 
 
 def _blocks(a: FeatureSet, b: FeatureSet, function: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
@@ -227,8 +216,4 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    return _polynomial(a @ b.T / a.shape[1])
-
-
-def _polynomial(product: Tensor) -> Tensor:
-    return (product + 1) ** 3
+    return (a @ b.T / a.shape[1] + 1) ** 3

@@ -1,13 +1,13 @@
 """Draw grids, scatter plots, trajectories from the hemisphere to the data, field lines and loss curves.
 
-Each function writes a whole PNG or GIF file at `path`. Tensors are in the user's units and on any device. `value_range` gives
-black and white in these units; by default it is the range of the tensor.
+Each function writes a whole PNG or GIF file at `path`. Tensors are in the user's units and on any device. States come from the
+highest level to the data. `value_range` is black and white in the user's units, by default the range of the tensor.
 """
 
 import csv
-import functools
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,21 @@ from pfgm.files.atomic import atomic_write
 ValueRange = Sequence[float] | None
 
 
-def free_figures(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate `draw` so that it leaves no figures in memory.
+@contextmanager
+def free_figures() -> Iterator[None]:
+    """Decorate a function so that it leaves no figures in memory.
 
     Figures are reference cycles of megabytes, which a process with many objects seldom collects. Garbage collection is disabled
-    while `draw` runs, so that all its objects stay in the youngest generation. Collecting that alone takes milliseconds.
+    while one is drawn, so that all its objects stay in the youngest generation. Collecting that alone takes milliseconds.
     """
-
-    @functools.wraps(draw)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            return draw(*args, **kwargs)
-        finally:
-            gc.collect(0)
-            if enabled:
-                gc.enable()
-
-    return wrapper
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect(0)
+        if enabled:
+            gc.enable()
 
 
 def is_image(shape: Sequence[int]) -> bool:
@@ -74,7 +70,7 @@ def _grid(x: Tensor, value_range: ValueRange, columns: int | None = None) -> Ten
     return make_grid(large, nrow=columns or int(np.ceil(np.sqrt(len(x)))), padding=2, pad_value=128)
 
 
-@free_figures
+@free_figures()
 def save_scatter(path: Path, x: Tensor) -> None:
     """Save a scatter plot of points [n, 2]."""
     figure = _figure(5, 5)
@@ -85,31 +81,21 @@ def save_scatter(path: Path, x: Tensor) -> None:
 
 
 def save_samples(path: Path, x: Tensor, value_range: ValueRange = None) -> None:
-    """Save a grid of images [n, C, H, W] or a scatter plot of points [n, 2].
-
-    Raises:
-        ValueError: If samples of this shape cannot be drawn.
-    """
+    """Save a grid of images [n, C, H, W] or a scatter plot of points [n, 2]. Raise ValueError for other shapes."""
     if is_image(x.shape[1:]):
         save_grid(path, x, value_range)
     elif x.shape[1:] == (2,):
         save_scatter(path, x)
     else:
         raise ValueError(
-            f"x has samples of shape {tuple(x.shape[1:])}, but only images (1 or 3, H, W) and points (2,) can be drawn. Write "
-            "a .npz or .pt file."
+            f"x has samples of shape {tuple(x.shape[1:])}; only images (1 or 3, H, W) and points (2,) can be drawn. Write .npz."
         )
 
 
 def save_strip(path: Path, states: Tensor, value_range: ValueRange = None) -> None:
-    """Save the trajectories of images as a strip with a row per sample, whose last column is the generated image.
+    """Save the trajectories of images [points, n, C, H, W] as a strip with a row per sample.
 
     Each column is scaled to the spread of the data, since the noise at high levels is far larger than the image.
-
-    Args:
-        path: PNG file.
-        states: States [points, n, C, H, W] from the highest level to the data.
-        value_range: Black and white.
     """
     end = states[-1].double().std()
     scaled = states.double() * (end / states.double().flatten(2).std(2).clamp(min=end))[..., None, None, None]
@@ -120,11 +106,7 @@ def save_strip(path: Path, states: Tensor, value_range: ValueRange = None) -> No
 def save_animation(path: Path, noisy: Tensor, denoised: Tensor, value_range: ValueRange = None) -> None:
     """Save an animated GIF of noisy states on the left and denoised ones on the right; the last frame stays for 2 s.
 
-    Args:
-        path: GIF file.
-        noisy: Images [points, n, C, H, W] or 2-D points [points, n, 2], from the highest level to the data.
-        denoised: Output of the denoiser for each state, of the same shape.
-        value_range: Black and white of images.
+    Both are images [points, n, C, H, W] or points [points, n, 2].
     """
     from PIL import Image
 
@@ -141,8 +123,10 @@ def save_animation(path: Path, noisy: Tensor, denoised: Tensor, value_range: Val
         first.save(temporary, format="GIF", save_all=True, append_images=others, duration=duration, loop=0)
 
 
-@free_figures
+@free_figures()
 def _scatter_frames(noisy: Tensor, denoised: Tensor) -> list[np.ndarray]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     low, high = (end.cpu().numpy() for end in (denoised[-1].amin(0), denoised[-1].amax(0)))
     low, high = low - (high - low) / 2, high + (high - low) / 2
     frames = []
@@ -151,25 +135,19 @@ def _scatter_frames(noisy: Tensor, denoised: Tensor) -> list[np.ndarray]:
         for axes, points in zip(figure.subplots(1, 2), pair, strict=True):
             axes.scatter(*points.cpu().T.numpy(), s=4, alpha=0.6, linewidths=0)
             axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[])
-        frames.append(_pixels(figure))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        frames.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
     return frames
 
 
-def _pixels(figure: Any) -> np.ndarray:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-@free_figures
+@free_figures()
 def save_field_lines(path: Path, states: Tensor, heights: Tensor, charges: Tensor) -> None:
-    """Save the field lines of 2-D data in the augmented space, inside a hemisphere of 2.5 times the radius of the charges.
+    """Save field lines in the augmented space, inside a hemisphere of 2.5 times the radius of the charges.
 
     Args:
         path: PNG file.
-        states: Points [points, n, 2] of n lines, from the highest level to the data.
+        states: Points [points, n, 2] of n lines.
         heights: Augmented coordinate r [points, n] of each.
         charges: Data [m, 2], drawn at r = 0.
     """
@@ -189,13 +167,13 @@ def save_field_lines(path: Path, states: Tensor, heights: Tensor, charges: Tenso
     _save(figure, path)
 
 
-@free_figures
+@free_figures()
 def save_loss_curve(path: Path, log: Path) -> None:
     """Save training and validation loss over steps, from the metrics.csv file `log` of a run.
 
     The scale is logarithmic unless a loss is not positive; a learned log-variance makes training losses negative.
     """
-    figure = _figure(6, 4)
+    figure, positive = _figure(6, 4), True
     axes = figure.add_subplot()
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -203,10 +181,9 @@ def save_loss_curve(path: Path, log: Path) -> None:
         points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, **style)
-    positive = all(float(row[name]) > 0 for row in rows for name in ("train_loss", "val_loss") if row.get(name))
+            axes.legend()
+        positive = positive and all(loss > 0 for _, loss in points)
     axes.set(xlabel="step", ylabel="loss", yscale="log" if positive else "linear")
-    if axes.lines:
-        axes.legend()
     _save(figure, path)
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints and exports: writing them, reading them, and naming the reason why one cannot be read.
+"""Checkpoints and exports: write them, read them, and say why one cannot be read.
 
-A flipped bit passes torch.load unnoticed. Checkpoints therefore end in the SHA-256 of their bytes, and exports hold one of
-their content.
+torch.load does not notice a flipped bit. Checkpoints therefore end in the SHA-256 of their bytes, and safetensors files come
+with one of their content.
 """
 
 import errno
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pfgm.files.atomic import atomic_write, atomic_write_all, save_torch
@@ -35,19 +37,21 @@ class DamagedCheckpointError(CheckpointError):
 
 
 def describe(checkpoint: dict[str, Any], flow: Mapping[str, Any], data: Mapping[str, Any] | None) -> None:
-    """Add to a Lightning `checkpoint` the descriptions of its flow and its data."""
+    """Add the descriptions of a flow and its data to a Lightning `checkpoint`."""
     checkpoint[KEY] = {"format": FORMAT, "flow": flow, "data": data}
 
 
-def check_format(checkpoint: Mapping[str, Any], path: object = "the checkpoint") -> None:
-    """Raise CheckpointError unless `checkpoint` was written by this package in a format that it reads."""
-    if not all(isinstance(checkpoint.get(name), Mapping) for name in (KEY, "state_dict", "hyper_parameters")):
+def check_format(checkpoint: Any, path: object = "the checkpoint") -> None:
+    """Raise CheckpointError unless `checkpoint` was written by this package in a readable format."""
+    parts = (KEY, "state_dict", "hyper_parameters")
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), Mapping) for name in parts):
         raise CheckpointError(
-            f"{path} is not a checkpoint of this package; give a .ckpt written by train.py or an exported folder"
+            f"{path} is not a checkpoint of this package: it holds a {type(checkpoint).__name__}. Pass a .ckpt file written by "
+            "train.py, or an exported folder."
         )
     found = checkpoint[KEY].get("format")
     if found not in READABLE:
-        raise CheckpointError(f"{path} has format {found!r}, this version reads {READABLE}; install the version that wrote it")
+        raise CheckpointError(f"{path} has format {found!r}, this version reads {READABLE}. Install the version that wrote it.")
 
 
 def checkpoint_path(run_dir: str | Path, name: str = LAST) -> Path:
@@ -56,76 +60,41 @@ def checkpoint_path(run_dir: str | Path, name: str = LAST) -> Path:
 
 
 def write_checkpoint(path: str | Path, checkpoint: Mapping[str, Any], previous: str | Path | None = None) -> None:
-    """Write a Lightning `checkpoint` as a whole, with its digest. What was at `path` becomes `previous`, if that is given."""
+    """Write a Lightning `checkpoint` and its digest to `path`, and move what was there to `previous` if that is given."""
     with atomic_write(path, previous) as temporary:
         save_torch(temporary, checkpoint)
         append_digest(temporary)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read the Lightning checkpoint at `path` to the CPU, in today's format. No code of the file is run (weights_only).
+    """Read a Lightning checkpoint to the CPU, in the present format. No code of the file is run.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no such file.
         DamagedCheckpointError: If it is truncated or altered.
         CheckpointError: If it is refused or of another format.
-        OSError: If it cannot be read now, as MemoryError.
+        OSError: If the machine cannot read it now; likewise MemoryError.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist or is no file; give a .ckpt file, a run folder or an exported folder")
-    try:
-        verify_digest(Path(path))
-        checkpoint = load_torch(Path(path), path)
-    except RefusedError as error:
-        raise CheckpointError(str(error)) from error
-    except DamagedError as error:
-        raise DamagedCheckpointError(f"{error}; {_remedy(path)}") from error
-    except UNREADABLE as error:
-        if _is_machine_error(error):
-            raise
-        # Not torch's own words: they advise to load the file without weights_only.
-        raise DamagedCheckpointError(
-            f"{path} cannot be read: truncated, altered or not a checkpoint ({type(error).__name__}); {_remedy(path)}"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(checkpoint).__name__}, not a checkpoint of this package; give a .ckpt written by train.py"
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist or is not a file. Pass a .ckpt file, a run folder or an exported folder."
         )
+    previous = path.with_name(PREVIOUS)
+    example = f", such as {previous}" if previous != path and previous.exists() else ""
+    with _reading(path, f"Use another copy{example}.", DamagedCheckpointError):
+        verify_digest(path)
+        checkpoint = load_torch(path, path)
     check_format(checkpoint, path)
-    with _named(path):
+    with _interpreting(path):
         return checkpoint if checkpoint[KEY]["format"] == FORMAT else upgrade_checkpoint(checkpoint, KEY)
 
 
-@contextmanager
-def _named(place: object) -> Iterator[None]:
-    """Turn what goes wrong while a description of an earlier format is read into a CheckpointError about `place`."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{place}: its description cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _is_machine_error(error: Exception) -> bool:
-    """Return whether the machine is to blame, so that the file may be whole."""
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL))
-
-
-def _remedy(path: Any) -> str:
-    beside = Path(str(path)).with_name(PREVIOUS)
-    return f"use another copy, such as {beside}" if beside.exists() and beside != Path(str(path)) else "use another copy"
-
-
 def restore_module(make: Callable[[], M], state: Mapping[str, Tensor], place: object) -> M:
-    """Make the module that a file describes, and load its weights.
+    """Make the module that the file `place` describes, and load its weights.
 
-    Args:
-        make: Makes the module from the description.
-        state: The weights.
-        place: The file, for messages.
-
-    Raises:
-        CheckpointError: If weights and network do not match, weights are not finite, or the module cannot be made.
-        ValueError: If a class is not trusted.
+    Raise CheckpointError if it cannot be made, if `state` does not fit it, or if weights are not finite. The ValueError of a
+    class that is not trusted passes.
     """
     try:
         check_network(make, state, place)
@@ -141,105 +110,111 @@ def restore_module(make: Callable[[], M], state: Mapping[str, Tensor], place: ob
 def write_export(folder: str | Path, flow: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write `folder`/config.json (strict JSON) and `folder`/model.safetensors.
 
-    Both are on the disk before they replace older files, one right after the other. If the process is killed between the two,
-    the digest in config.json does not match, and loading says so.
+    Both are on the disk before they replace older files. If the process is killed between the two replacements, the digest in
+    config.json does not match, and loading says so.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"folder = {folder} cannot be made: {error.strerror}; give another") from error
-    tensors, parts = _plain(state), {"format": FORMAT, "flow": flow}
-    config = json.dumps(parts | {"digest": digest(parts | {"tensors": tensors})}, indent=2, allow_nan=False)
+        raise OSError(f"folder = {folder} cannot be made: {error.strerror}. Choose another.") from error
+    tensors = _to_cpu(state)
+    config = json.dumps(_with_digest({"format": FORMAT, "flow": flow}, tensors), indent=2, allow_nan=False)
     with atomic_write_all([folder / "config.json", folder / "model.safetensors"]) as (text, weights):
         _save(weights, tensors)
         text.write_text(config + "\n")
 
 
 def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the description of a flow and its tensors from an exported `folder`. Errors as for `read_checkpoint`."""
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}; give a folder written by save_pretrained, or a .ckpt file")
-    with _readable(folder, "use another copy"):
-        config = json.loads(read_text(folder / "config.json", folder / "config.json"))
-    if not isinstance(config, dict) or config.get("format") not in READABLE or not isinstance(config.get("flow"), dict):
-        raise CheckpointError(f"{folder}/config.json is not an export of this package in format {FORMAT}")
-    state = _load(folder / "model.safetensors", folder, "use another copy")
-    found = digest({name: value for name, value in config.items() if name != "digest"} | {"tensors": state})
-    if config.get("digest") != found:
-        raise CheckpointError(
-            f"{folder} has been altered: its content does not have the digest in config.json; use another copy"
-        )
-    if config["format"] == FORMAT:
-        return config["flow"], state
-    with _named(folder):
-        return upgrade_flow(config["flow"]), upgrade_weights(state, config["flow"]["condition_shape"])
+    """Read the description of a flow and its tensors from an exported `folder`. For errors see `read_checkpoint`."""
+    text, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    for path in (text, weights):
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no {path.name}. Pass a folder written by save_pretrained, or a .ckpt file.")
+    with _reading(folder, "Use another copy."):
+        config = json.loads(read_text(text, text))
+        if not isinstance(config, dict) or config.get("format") not in READABLE or not isinstance(config.get("flow"), dict):
+            raise RefusedError(f"{text} is not an export of this package in format {FORMAT}")
+        state = _load(weights, config, folder)
+    flow = config["flow"]
+    with _interpreting(folder):
+        return (flow, state) if config["format"] == FORMAT else (upgrade_flow(flow), upgrade_weights(state, flow))
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write `tensors` to a safetensors file, as a whole, with a JSON `header` and a digest of both."""
-    plain, parts = _plain(tensors), {"format": FORMAT} | dict(header)
-    parts["digest"] = digest(parts | {"tensors": plain})
+    """Write `tensors` to a safetensors file with a JSON `header` and a digest of both."""
+    tensors = _to_cpu(tensors)
+    metadata = {KEY: json.dumps(_with_digest({"format": FORMAT, **header}, tensors))}
     with atomic_write(path) as temporary:
-        _save(temporary, plain, {KEY: json.dumps(parts)})
+        _save(temporary, tensors, metadata)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """Read the header of a file of `write_tensors`. Raise CheckpointError if it has none, or one of another format."""
-    from safetensors import safe_open
-
-    with _readable(path, "delete it"):
+    """Read the header of a file of `write_tensors`. Raise CheckpointError if there is none, or one of another format."""
+    with _reading(path, "Delete it."):
         check_safetensors(Path(path), path)
         with safe_open(path, framework="pt") as file:
             header = dict(json.loads((file.metadata() or {})[KEY]))
-    if header.get("format") not in READABLE:
-        raise CheckpointError(f"{path} has format {header.get('format')!r}, this version reads {READABLE}")
+        if header.get("format") not in READABLE:
+            raise RefusedError(f"{path} has format {header.get('format')!r}, this version reads {READABLE}. Delete it.")
     return header
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a file of `write_tensors`. Raise CheckpointError if it is damaged or altered."""
-    header, tensors = read_header(path), _load(Path(path), path, "delete it")
-    found = digest({name: value for name, value in header.items() if name != "digest"} | {"tensors": tensors})
-    if header.get("digest") != found:
-        raise CheckpointError(f"{path} has been altered: its content does not have the digest in it; delete it")
-    return tensors
+    header = read_header(path)
+    with _reading(path, "Delete it."):
+        return _load(Path(path), header, path)
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def _with_digest(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return `content` with the digest of itself and of `tensors`."""
+    plain = {name: value for name, value in content.items() if name != "digest"}
+    return plain | {"digest": digest(plain | {"tensors": tensors})}
 
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # which hides the system's reason in its text
         raise OSError(errno.EIO, f"not all could be written ({error})") from error
 
 
-def _load(path: Path, place: object, remedy: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    with _readable(place, remedy):
-        check_safetensors(path, path)
-        return load_file(path)
+def _load(path: Path, content: Mapping[str, Any], place: object) -> dict[str, Tensor]:
+    """Load a safetensors file, and verify the digest of its tensors and `content`."""
+    check_safetensors(path, path)
+    tensors = load_file(path)
+    if content != _with_digest(content, tensors):
+        raise DamagedError(f"{place} has been altered: its content does not have the digest in it")
+    return tensors
 
 
 @contextmanager
-def _readable(place: object, remedy: str) -> Iterator[None]:
-    """Turn what goes wrong in the block into a CheckpointError about `place`."""
-    from safetensors import SafetensorError
-
+def _reading(place: object, remedy: str, damaged: type[CheckpointError] = CheckpointError) -> Iterator[None]:
+    """Convert the errors of reading a file to CheckpointErrors about `place`. Errors of the machine pass."""
     try:
         yield
     except RefusedError as error:
         raise CheckpointError(str(error)) from error
+    except DamagedError as error:
+        raise damaged(f"{error}. {remedy}") from error
     except (*UNREADABLE, SafetensorError) as error:
-        if _is_machine_error(error):
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
             raise
-        raise CheckpointError(f"{place} cannot be read: truncated or altered ({type(error).__name__}); {remedy}") from error
+        # Not torch's own words: they advise to load the file without weights_only.
+        raise damaged(
+            f"{place} cannot be read: truncated, altered or of another kind ({type(error).__name__}). {remedy}"
+        ) from error
+
+
+@contextmanager
+def _interpreting(place: object) -> Iterator[None]:
+    """Convert the errors of reading a description of an earlier format to CheckpointErrors about `place`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{place}: its description cannot be read ({type(error).__name__}: {error})") from error

@@ -1,4 +1,4 @@
-"""Digests, which show that a file is bit for bit what was written."""
+"""Digests show whether a file is, bit for bit, what was written."""
 
 import hashlib
 import os
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 STAMP = b"pfgm-sha256:"  # precedes the digest in the comment of an archive
-EMPTY_END = b"PK\x05\x06"  # begins the end record of a zip archive, the last 22 bytes of one without a comment
+LENGTH = len(STAMP) + 64  # bytes of the comment
+END = 22  # bytes of the end record of a zip archive without a comment
 
 
 class DamagedError(ValueError):
@@ -19,38 +20,31 @@ class DamagedError(ValueError):
 
 
 def append_digest(path: Path) -> None:
-    """Append the SHA-256 of the zip archive at `path` as its comment. Raise ValueError if it has one."""
+    """Append the SHA-256 of the zip archive at `path`, which has no comment, as its comment."""
     with path.open("r+b") as file:
-        file.seek(-22, os.SEEK_END)
-        end = file.read()
-        if not _uncommented(end):
-            raise ValueError(f"{path} is no zip archive without a comment")
-        length = len(STAMP) + 2 * hashlib.sha256().digest_size
         file.seek(-2, os.SEEK_END)
-        file.write(length.to_bytes(2, "little"))
+        file.write(LENGTH.to_bytes(2, "little"))
         file.seek(0)
         total = hashlib.file_digest(file, "sha256")
-        file.seek(0, os.SEEK_END)
         file.write(STAMP + total.hexdigest().encode())
 
 
 def verify_digest(path: Path) -> None:
     """Raise DamagedError unless the zip archive at `path` is, bit for bit, what was written.
 
-    Archives of this package end in the SHA-256 of all their bytes. Of others the CRC-32 of each entry is verified.
+    Archives of this package end in the SHA-256 of all their bytes. In others the CRC-32 of each entry is verified.
     """
-    length = len(STAMP) + 2 * hashlib.sha256().digest_size
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - length))
+        file.seek(max(0, size - LENGTH))
         end = file.read()
-        if _uncommented(end[-22:]):
+        if end[-END:].startswith(b"PK\x05\x06") and end.endswith(b"\0\0"):  # an end record without a comment
             _verify_checksums(path)
             return
         if not end.startswith(STAMP):
-            raise DamagedError(f"{path} is {'empty' if not size else 'truncated, altered or not a checkpoint'}")
+            raise DamagedError(f"{path} is {'truncated, altered or not a checkpoint' if size else 'empty'}")
         file.seek(0)
-        total, rest = hashlib.sha256(), size - length
+        total, rest = hashlib.sha256(), size - LENGTH
         while block := file.read(min(rest, 2**20)):
             total.update(block)
             rest -= len(block)
@@ -64,11 +58,6 @@ def _verify_checksums(path: Path) -> None:
         wrong = archive.testzip() if stored else None  # compressed entries are refused later, unread
     if wrong is not None:
         raise DamagedError(f"{path} has been altered: the checksum of its entry {wrong} is wrong")
-
-
-def _uncommented(end: bytes) -> bool:
-    """Return whether these 22 bytes end a zip archive without a comment."""
-    return end.startswith(EMPTY_END) and end.endswith(b"\0\0")
 
 
 def digest(content: Any) -> str:

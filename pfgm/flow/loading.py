@@ -18,8 +18,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", ema: bool = True,
 
     Args:
         path: A checkpoint (`.ckpt`), a run folder that has one, or a folder written by `save_pretrained`.
-        device: The device of the flow.
-        ema: Whether to take the averaged weights of a checkpoint rather than the raw ones.
+        device: Device of the flow.
+        ema: Whether to take the averaged weights of a checkpoint, not the raw ones.
         trust: Modules outside this package whose networks the file may name.
 
     Raises:

@@ -1,12 +1,11 @@
-"""PoissonFlow: a trained model as its users meet it, in their own units.
+"""PoissonFlow: a denoiser joined with what is known of its data.
 
-A flow joins a denoiser with what is known of its data. Everything below it works in centred model space; here, and only here,
-samples come and go in the user's units.
+Here, and only here, samples are in the user's units. Everything below works in centred model space.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,24 @@ from pfgm.core.arguments import Array, checked
 from pfgm.core.configurable import build, to_json
 from pfgm.core.tensors import check_finite_samples, check_levels, per_sample
 from pfgm.flow import checkpoints
-from pfgm.flow.conditioning import BoundConditions, Conditioning, check_conditioning
+from pfgm.flow.conditioning import check_batch_size, check_conditioning, check_options
 from pfgm.sampling.guidance import cost
 from pfgm.sampling.latents import Latent, check_points, interpolate
 from pfgm.sampling.likelihood import LogProb, estimate_log_prob
 from pfgm.sampling.progress import SamplingProgress
 from pfgm.sampling.sampler import Sampler, Samples, Trajectory, check_max_calls, seed_pairs
-from pfgm.sampling.solvers import SOLVER_FIELDS, SolverConfig, Start, check_start
+from pfgm.sampling.solvers import SOLVER_FIELDS, SolverConfig, Start
 from pfgm.theory.data_summary import DataSummary, level_spacing
 from pfgm.theory.kernel import StudentTKernel
-
-CONFIG_FIELDS = [field.name for field in dataclasses.fields(SolverConfig)]
 
 
 class PoissonFlow(nn.Module):
     """Sample, encode, edit and score with a denoiser, in the user's units.
 
-    Methods that solve the flow's ODE take the fields of `SolverConfig` as keywords, or a `config`; those that call the network
-    take `labels` and the entries of `pfgm.flow.conditioning.Conditioning` (condition, guidance, measurement, ...).
+    Samples are [B, *shape], and `labels` one class for all samples, or one for each. The options of methods that solve the
+    flow's ODE are the fields of `SolverConfig`, or a `config`, and the entries of `pfgm.flow.conditioning.Conditioning`
+    (condition, guidance, measurement, ...). encode, decode and interpolate use the preset "reference" by default; tolerances of
+    1e-5 make the round trip more accurate still.
 
     Args:
         denoiser: A denoiser in centred model space; its attribute `kernel` holds D.
@@ -42,7 +41,7 @@ class PoissonFlow(nn.Module):
         sigma_min: Lowest noise level, in model units.
         sigma_max: Highest noise level, in model units.
         unconditional: Whether a model with classes also draws without labels.
-        start: "hemisphere" or "hyperplane": where samples start by default, see `Sampler`.
+        start: Surface where samples start by default, see `Sampler`.
 
     Raises:
         ValueError: If the denoiser has no kernel or another sigma_data than the summary, or if levels are out of range.
@@ -61,13 +60,11 @@ class PoissonFlow(nn.Module):
     ):
         super().__init__()
         check_levels(sigma_min, sigma_max)
-        check_start(start)
-        if getattr(denoiser, "sigma_data", summary.sigma_data) != summary.sigma_data:
-            raise ValueError(
-                f"summary.sigma_data = {summary.sigma_data}: the denoiser was made with sigma_data = {denoiser.sigma_data}; "
-                "they must be equal"
-            )
+        used = getattr(denoiser, "sigma_data", summary.sigma_data)
+        if used != summary.sigma_data:
+            raise ValueError(f"sigma_data = {summary.sigma_data}: the denoiser was made with sigma_data = {used}")
         self.denoiser, self.summary = denoiser, summary
+        self.shape, self.class_names = summary.shape, summary.class_names
         self.sigma_min, self.sigma_max, self.unconditional, self.start = sigma_min, sigma_max, unconditional, start
         self.kernel  # noqa: B018 (a denoiser without one is refused now, not at the first sample)
 
@@ -76,21 +73,8 @@ class PoissonFlow(nn.Module):
         """The perturbation kernel of the denoiser, which is the only place that knows D."""
         kernel = getattr(self.denoiser, "kernel", None)
         if not isinstance(kernel, StudentTKernel):
-            raise ValueError(
-                f"denoiser = {type(self.denoiser).__name__}: it has no StudentTKernel as its attribute kernel; set it to that "
-                "of the D for which it denoises"
-            )
+            raise ValueError(f"denoiser = {type(self.denoiser).__name__}: it has no StudentTKernel. Set its attribute kernel.")
         return kernel
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one sample."""
-        return self.summary.shape
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The name of each class; empty if classes have none."""
-        return self.summary.class_names
 
     @property
     def device(self) -> torch.device:
@@ -106,18 +90,21 @@ class PoissonFlow(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], trust: Sequence[str] = ()) -> "PoissonFlow":
         """Make a flow with fresh weights. Raise ValueError for classes outside this package and the modules `trust`."""
-        settings = {name: value for name, value in config.items() if name not in ("denoiser", "summary")}
-        summary = build(config["summary"], kind=DataSummary)
-        return cls(build(config["denoiser"], trust, nn.Module), summary, **settings)
+        parts = {"denoiser": build(config["denoiser"], trust, nn.Module), "summary": build(config["summary"], kind=DataSummary)}
+        return cls(**(config | parts))
 
     def to_model(self, x: Array) -> Tensor:
-        """Convert samples [B, *shape], also as a numpy array, from the user's units to centred model space."""
+        """Convert samples from the user's units to centred model space."""
         x = torch.as_tensor(x)
         if x.shape[1:] != self.shape or x.is_complex():
-            raise ValueError(
-                f"x has samples of shape {tuple(x.shape[1:])} and type {x.dtype}; this flow's are real, {self.shape}"
-            )
+            raise ValueError(f"x has samples of shape {tuple(x.shape[1:])} of {x.dtype}; this flow's are real, {self.shape}")
         return self.summary.to_model(x if x.is_floating_point() else x.float())
+
+    def _finite_in_model(self, x: Array) -> Tensor:
+        """Convert samples to model space. Raise ValueError if there are none, or any is not finite."""
+        model = self.to_model(x)
+        check_finite_samples("x", model)
+        return model
 
     def sampler(self, config: SolverConfig | None = None, sigma_max: float | None = None, **fields: Any) -> Sampler:
         """Return the `Sampler` of this flow, in model space, for a `config` or its fields."""
@@ -129,7 +116,7 @@ class PoissonFlow(nn.Module):
             sigma_min=self.sigma_min,
             sigma_max=self.sigma_max if sigma_max is None else sigma_max,
             sigma_data=self.summary.sigma_data,
-            config=config if config.start else dataclasses.replace(config, start=self.start),
+            config=dataclasses.replace(config, start=config.start or self.start),
         )
 
     @checked
@@ -155,7 +142,7 @@ class PoissonFlow(nn.Module):
             batch_size: Samples drawn at a time.
             max_calls: Network calls after which a batch ends where it is.
             progress: Whether to show a progress bar.
-            **options: Fields of `SolverConfig` (by default the preset "balanced", 10 calls) and of `Conditioning`.
+            **options: Solver (by default the preset "balanced", 10 calls) and conditions, see `PoissonFlow`.
 
         Returns:
             Samples x [n, *shape] in the user's units, with their costs.
@@ -174,21 +161,18 @@ class PoissonFlow(nn.Module):
     ) -> Samples:
         """Draw a variation of each sample: noise up to an effective level, and the flow back (arXiv 2108.01073).
 
-        Near sigma_min a sample stays what it is, far above sigma_data a new one is drawn.
+        Near sigma_min a sample stays what it is, far above sigma_data a new one is drawn. For other arguments see `sample`.
 
         Args:
-            x: Samples [n, *shape] in the user's units.
+            x: Samples [n, *shape].
             level: Effective noise level in the user's units.
             seed: Seed; variation i is a function of (seed, i).
-            labels: One class for all samples, or one for each.
-            batch_size: Samples drawn at a time.
-            **options: As for `sample`.
         """
-        source = self.to_model(x)
-        check_finite_samples("x", source)
+        source = self._finite_in_model(x)
         self.check_level(level)
-        settings: Any = {"labels": labels, "batch_size": batch_size, "source": source, "sigma_max": level / self.summary.scale}
-        return Samples.joined([samples for _, samples in self.sample_batches(seed_pairs(len(x), seed), **settings, **options)])
+        pairs, sigma_max = seed_pairs(len(x), seed), level / self.summary.scale
+        settings: Any = {"labels": labels, "batch_size": batch_size, "source": source, "sigma_max": sigma_max}
+        return Samples.joined([samples for _, samples in self.sample_batches(pairs, **settings, **options)])
 
     def sample_batches(
         self,
@@ -200,34 +184,27 @@ class PoissonFlow(nn.Module):
         progress: bool = False,
         source: Tensor | None = None,
         sigma_max: float | None = None,
-        only: Sequence[int] | None = None,
+        only: Iterable[int] | None = None,
         **options: Any,
     ) -> Iterator[tuple[int, Samples]]:
-        """Draw batch by batch, and yield each with its number.
+        """Draw batch by batch, and yield each with its number. For other arguments see `sample`.
 
         Args:
             pairs: (seed, index) of each sample.
-            labels: One class for all samples, or one for each.
-            batch_size: Samples of a batch.
-            max_calls: Network calls after which a batch ends where it is.
-            progress: Whether to show a progress bar.
             source: Centres of the noise [n, *shape] in model space; 0 by default.
             sigma_max: Where to start, in model units; the flow's own sigma_max by default.
             only: Numbers of the batches to draw; all by default.
-            **options: As for `sample`.
         """
-        bound, config = self._prepare(len(pairs), labels, options)
-        sampler = self.sampler(config, sigma_max)
-        check_batch_size(batch_size)
+        bound, config = check_options(self, len(pairs), labels, options)
+        sampler, batches = self.sampler(config, sigma_max), _batches(len(pairs), batch_size)
         check_max_calls(max_calls, cost(bound.denoiser()))
-        numbers = range(max(1, -(-len(pairs) // batch_size))) if only is None else only
-        chunks = {k: slice(k * batch_size, (k + 1) * batch_size) for k in numbers}
-        with SamplingProgress(sum(len(pairs[rows]) for rows in chunks.values()), sampler, progress) as bar:
-            for number, rows in chunks.items():
+        chosen = {k: batches[k] for k in (range(len(batches)) if only is None else only)}
+        with SamplingProgress(sum(len(pairs[rows]) for rows in chosen.values()), sampler, progress) as bar:
+            for number, rows in chosen.items():
                 bar.batch(len(pairs[rows]))
                 one = sampler.with_denoiser(bound[rows].denoiser())
-                centre = None if source is None else source[rows]
-                samples = one.draw(pairs[rows], max_calls=max_calls, on_call=bar, source=centre)
+                centres = None if source is None else source[rows]
+                samples = one.draw(pairs[rows], max_calls=max_calls, on_call=bar, source=centres)
                 error = None if samples.error is None else samples.error * self.summary.scale
                 yield number, dataclasses.replace(samples, x=self.summary.to_user(samples.x), error=error)
 
@@ -235,16 +212,13 @@ class PoissonFlow(nn.Module):
     def trajectory(
         self, pairs: Sequence[tuple[int, int]], points: int, *, labels: Any = None, batch_size: int = 256, **options: Any
     ) -> Trajectory:
-        """Return the states of the samples (seed, index) of `pairs` on their way down, in the user's units; see `Sampler`."""
-        bound, config = self._prepare(len(pairs), labels, options)
-        sampler, parts = self.sampler(config), []
-        check_batch_size(batch_size)
-        for i in range(0, max(1, len(pairs)), batch_size):
-            rows = slice(i, i + batch_size)
-            parts.append(sampler.with_denoiser(bound[rows].denoiser()).trajectory(pairs[rows], points))
+        """Return the states of the samples (seed, index) of `pairs` at `points` times; see `Sampler.trajectory`."""
+        bound, config = check_options(self, len(pairs), labels, options)
+        sampler, batches = self.sampler(config), _batches(len(pairs), batch_size)
+        parts = [sampler.with_denoiser(bound[rows].denoiser()).trajectory(pairs[rows], points) for rows in batches]
+        x, denoised, sigma = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("x", "denoised", "sigma"))
         to_user, scale = self.summary.to_user, self.summary.scale
-        x, denoised = (to_user(torch.cat([getattr(part, name) for part in parts], 1)) for name in ("x", "denoised"))
-        return Trajectory(x, denoised, torch.cat([part.sigma for part in parts], 1) * scale, parts[0].level * scale)
+        return Trajectory(to_user(x), to_user(denoised), sigma * scale, parts[0].level * scale)
 
     @checked
     @torch.no_grad()
@@ -252,7 +226,7 @@ class PoissonFlow(nn.Module):
         """Return E[y | x, sigma], like `x`.
 
         Args:
-            x: Noisy samples [B, *shape] in the user's units.
+            x: Noisy samples.
             sigma: Noise level > 0 in the user's units, a float or [B].
             label: One class for all samples, or one for each.
             **options: Entries of `Conditioning`.
@@ -260,70 +234,49 @@ class PoissonFlow(nn.Module):
         Raises:
             ValueError: If x or sigma is not finite, sigma not positive, or labels or conditions do not fit.
         """
-        model = self.to_model(x)
-        _check_names(options, Conditioning.__annotations__)
-        level, bound = per_sample(sigma, model), check_conditioning(self, len(model), label, options)  # type: ignore[arg-type]
+        model = self._finite_in_model(x)
+        level, bound = per_sample(sigma, model), check_conditioning(self, len(model), label, options)
         if not bool(((level > 0) & torch.isfinite(level)).all()):
             raise ValueError(f"sigma = {sigma} must be positive and finite, in the units of x")
-        check_finite_samples("x", model)
         return self.summary.to_user(bound.denoiser()(model, level / self.summary.scale))
 
     @checked
     def encode(self, x: Array, *, labels: Any = None, **options: Any) -> Latent:
-        """Return the latents on the plane sigma_max that flow to `x` [B, *shape] (user's units, read at sigma_min).
-
-        The options are those of `sample`, with the preset "reference" by default; tolerances of 1e-5 make the round trip
-        through `decode` more accurate still.
-        """
-        model = self.to_model(x)
-        check_finite_samples("x", model)
+        """Return the latents on the plane sigma_max that flow to `x`, read at sigma_min."""
+        model = self._finite_in_model(x)
         latent = self._map_sampler(len(x), labels, options).encode(model)
         return dataclasses.replace(latent, level=latent.level * self.summary.scale)
 
     @checked
     def decode(self, latent: Latent, *, labels: Any = None, **options: Any) -> Tensor:
-        """Follow the flow from `latent`, on the surface that it names, to sigma_min: [B, *shape] in the user's units.
-
-        There is no final denoising, which sampling has: decode inverts encode. The options are those of `encode`.
-        """
-        if latent.t.shape[1:] != self.shape or not latent.t.is_floating_point():
-            raise ValueError(
-                f"latent.t has shape {tuple(latent.t.shape)} and type {latent.t.dtype}; "
-                f"this flow's latents are floating-point and of shape (n, *{self.shape})"
-            )
-        check_finite_samples("latent.t", latent.t)
-        sampler = self._map_sampler(len(latent.t), labels, options)
+        """Follow the flow from `latent` to sigma_min, without the final denoising of samples: decode inverts encode."""
+        t = latent.t
+        if t.shape[1:] != self.shape or not t.is_floating_point():
+            raise ValueError(f"latent.t has shape {tuple(t.shape)} of {t.dtype}; this flow's are floats, (n, *{self.shape})")
+        check_finite_samples("latent.t", t)
+        sampler = self._map_sampler(len(t), labels, options)
         return self.summary.to_user(sampler.decode(dataclasses.replace(latent, level=latent.level / self.summary.scale)))
 
     @checked
     def interpolate(self, a: Array, b: Array, points: int, *, labels: Any = None, **options: Any) -> Tensor:
-        """Interpolate from `a` to `b` [B, *shape] along great circles of their latents: [points, B, *shape], ends included.
-
-        See `pfgm.sampling.interpolate`; the options are those of `encode`.
-        """
+        """Interpolate from `a` to `b` by `pfgm.sampling.interpolate` of their latents: [points, B, *shape], ends included."""
         check_points(points)
         if len(a) != len(b):
-            raise ValueError(f"a, b: {len(a)} and {len(b)} samples; give as many of both")
+            raise ValueError(f"a, b: {len(a)} and {len(b)} samples. Pass as many of both.")
         first, last = (self.encode(x, labels=labels, **options) for x in (a, b))
         return torch.stack([self.decode(latent, labels=labels, **options) for latent in interpolate(first, last, points)])
 
-    @checked
     def log_prob(self, x: Array, *, labels: Any = None, condition: Any = None, **options: Any) -> Tensor:
-        """Return the log-density of `x` [B, *shape], blurred by the noise of sigma_min: [B] in nats in the user's units.
+        """Return the log-density of `x`, blurred by the noise of sigma_min: [B] in nats in the user's units.
 
-        The options are those of `pfgm.sampling.estimate_log_prob`, which also returns the error of the estimate: exact, probes,
-        seed, method, rtol, atol, differentiable.
-
-        Raises:
-            ValueError: If x is not finite or of another shape.
+        The options are those of `pfgm.sampling.estimate_log_prob`: exact, probes, seed, method, rtol, atol, differentiable.
         """
         return self.estimate_log_prob(x, labels=labels, condition=condition, **options).value
 
     @checked
     def estimate_log_prob(self, x: Array, *, labels: Any = None, condition: Any = None, **options: Any) -> LogProb:
         """Return `log_prob` with the standard error of each estimate and the network calls."""
-        model, summary = self.to_model(x), self.summary
-        check_finite_samples("x", model)
+        model, summary = self._finite_in_model(x), self.summary
         bound = check_conditioning(self, len(x), labels, {"condition": condition})
         levels: Any = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "sigma_data": summary.sigma_data}
         out = estimate_log_prob(bound.denoiser(), self.kernel, model, **levels, **options)
@@ -333,17 +286,10 @@ class PoissonFlow(nn.Module):
         """Estimate -log2 P(x)/N of discrete samples: [B], unbiased estimates of an upper bound.
 
         The bound is the mean over the noise that fills the gaps between levels (variational dequantisation with uniform noise,
-        arXiv 1511.01844), drawn from (seed, i).
-
-        Args:
-            x: Samples [B, *shape] in the user's units.
-            labels: One class for all samples, or one for each.
-            seed: Seed of the noise.
-            **options: As for `log_prob`.
+        arXiv 1511.01844), drawn from (seed, i). The options are those of `log_prob`.
 
         Raises:
-            ValueError: For a model of continuous data, and for one trained without that noise: its density may grow without
-                bound at the levels, which is no likelihood.
+            ValueError: For a model of continuous data, and for one trained without that noise, whose density is no likelihood.
         """
         self.summary.check_discrete()
         self.to_model(x)  # its checks
@@ -358,36 +304,22 @@ class PoissonFlow(nn.Module):
         if not low < level <= high:
             raise ValueError(f"level = {level} must lie above {low:g}, up to {high:g}, the model's range in the data's units")
 
-    def _prepare(self, n: int, labels: Any, options: dict[str, Any]) -> tuple[BoundConditions, SolverConfig]:
-        """Separate and check the conditions of `n` samples and the solver's settings."""
-        _check_names(options, [*Conditioning.__annotations__, "config", *CONFIG_FIELDS])
-        conditioning: Any = {name: options[name] for name in Conditioning.__annotations__ if name in options}
-        bound = check_conditioning(self, n, labels, conditioning)
-        fields = {name: value for name, value in options.items() if name not in conditioning and value is not None}
-        return bound, SolverConfig.resolve(fields.pop("config", None), fields)
-
-    def _map_sampler(self, n: int, labels: Any, options: dict[str, Any]) -> Sampler:
-        """Return the sampler of a map between planes, accurate unless a solver is chosen."""
-        bound, config = self._prepare(n, labels, options)
-        if config.temperature != 1:
-            raise ValueError(f"temperature = {config.temperature}: only samples are drawn from the prior; leave it out")
-        if all(getattr(config, name) is None for name in SOLVER_FIELDS):
-            config = dataclasses.replace(config, preset="reference")
-        return self.sampler(config).with_denoiser(bound.denoiser())
-
     @checked
     def save_pretrained(self, folder: str | Path) -> None:
         """Export the flow to `folder`: config.json (valid JSON, also for D = inf) and model.safetensors."""
         checkpoints.write_export(folder, self.config, self.state_dict())
 
+    def _map_sampler(self, n: int, labels: Any, options: dict[str, Any]) -> Sampler:
+        """Return the sampler of a map between planes, accurate unless a solver is chosen."""
+        bound, config = check_options(self, n, labels, options)
+        if config.temperature != 1:
+            raise ValueError(f"temperature = {config.temperature}: only samples are drawn from the prior. Leave it out.")
+        if all(getattr(config, name) is None for name in SOLVER_FIELDS):
+            config = dataclasses.replace(config, preset="reference")
+        return self.sampler(config).with_denoiser(bound.denoiser())
 
-def _check_names(options: dict[str, Any], known: Any) -> None:
-    unknown = sorted(options.keys() - set(known))
-    if unknown:
-        raise TypeError(f"{unknown[0]!r} is no option here; there are {', '.join(known)}")
 
-
-def check_batch_size(batch_size: int) -> None:
-    """Raise ValueError unless `batch_size` is at least 1."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size} must be at least 1")
+def _batches(n: int, batch_size: int) -> list[slice]:
+    """Split the rows of `n` samples; no samples are one empty batch."""
+    check_batch_size(batch_size)
+    return [slice(i, i + batch_size) for i in range(0, max(1, n), batch_size)]

@@ -1,8 +1,8 @@
 """Averages of the weights whose width is chosen after training (arXiv 2312.02696, section 3).
 
 A power-function average at step t weighs the weights of step tau by tau^gamma, 0 < tau <= t. Its width sigma_rel is the
-standard deviation of that profile over t. Training keeps the averages of two widths and saves snapshots of both
-(`PowerAverages`); the profile of any other width and step is nearly a combination of theirs, and so is the average.
+standard deviation of that profile over t. Training saves averages of two widths (`PowerAverages`); that of any other width and
+step is nearly a combination of theirs.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,7 @@ WIDEST = 12**-0.5  # sigma_rel of gamma = 0, at which all steps weigh the same
 
 @checked
 def exponent(sigma_rel: float) -> float:
-    """Return gamma of the profile of width `sigma_rel`, the root of (gamma+1) = sigma_rel² (gamma+2)² (gamma+3).
-
-    Raises:
-        ValueError: Unless gamma >= 0.
-    """
+    """Solve (gamma+1) = sigma_rel² (gamma+2)² (gamma+3) for gamma. Raise ValueError unless gamma >= 0."""
     if not 0.001 <= sigma_rel <= WIDEST:
         raise ValueError(f"sigma_rel = {sigma_rel} must lie between .001 and 12^-1/2 = .2887, the width of the plain mean")
     t = sigma_rel**-2
@@ -45,11 +41,7 @@ def overlap(gamma: np.ndarray, step: np.ndarray, other_gamma: np.ndarray, other_
 
 
 def combination(gammas: Sequence[float], steps: Sequence[int], gamma: float, step: int) -> tuple[np.ndarray, float]:
-    """Combine the snapshots of `gammas` and `steps` to the average (gamma, step), by least squares over their profiles.
-
-    Returns:
-        The coefficient of each snapshot, and the relative error of the combined profile.
-    """
+    """Fit the profile (gamma, step) by those of snapshots: return their coefficients and the relative error."""
     g, t = np.array(gammas, dtype=float), np.array(steps, dtype=float)
     one = np.array([float(gamma)]), np.array([float(step)])
     gram, target, power = overlap(g[:, None], t[:, None], g, t), overlap(g, t, *one), overlap(*one, *one)[0]
@@ -70,19 +62,16 @@ def _header(path: Path) -> tuple[int, list[float]]:
     header = checkpoints.read_header(path)
     step: Any = header.get("step")
     widths: Any = header.get("sigma_rel")
-    plain = isinstance(step, int) and step > 0 and isinstance(widths, list)
-    if not plain or not all(isinstance(width, float) and 0.001 <= width <= WIDEST for width in widths):
-        raise checkpoints.CheckpointError(f"{path}: step = {step}, sigma_rel = {widths} is no step and its widths; delete it")
+    valid = isinstance(step, int) and step > 0 and isinstance(widths, list)
+    if not valid or not all(isinstance(width, float) and 0.001 <= width <= WIDEST for width in widths):
+        raise checkpoints.CheckpointError(f"{path}: step = {step}, sigma_rel = {widths} is no step and its widths. Delete it.")
     return step, widths
 
 
 def reconstruct(run_dir: str | Path, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], int, float]:
     """Reconstruct the average of width `sigma_rel` of a run (arXiv 2312.02696, section 3).
 
-    Args:
-        run_dir: Folder of the run.
-        sigma_rel: Width of the average, as a share of the training up to `step`.
-        step: Training step; by default the last one saved.
+    The width is a share of the training up to `step`, by default the last one saved.
 
     Returns:
         The weights, the step, and the relative error of the profile.
@@ -94,7 +83,7 @@ def reconstruct(run_dir: str | Path, sigma_rel: float, step: int | None = None) 
     gamma = exponent(sigma_rel)
     files = sorted((Path(run_dir) / FOLDER).glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"run_dir = {run_dir} has no snapshots of averages; train with --averages.every_n_steps")
+        raise FileNotFoundError(f"run_dir = {run_dir} has no snapshots of averages. Train with --averages.every_n_steps.")
     headers = {path: _header(path) for path in files}
     saved = [at for at, _ in headers.values()]
     step = saved[-1] if step is None else step

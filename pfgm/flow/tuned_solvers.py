@@ -25,18 +25,17 @@ def optimize_grid(flow: PoissonFlow, steps: int, n: int = 64, condition: Tensor 
     """Search for the step placement of ab3 that suits this flow best.
 
     Starting from the paced grid, each level is moved up and down as long as the mean root mean square error of the samples
-    falls, against converged ones (preset "reference") of the same starts: a pattern search in the coordinate's time, of about
-    6 steps (steps + 2) network calls. Samples are of all classes in turn.
+    falls, against converged ones (preset "reference") of the same starts. This pattern search in the coordinate's time takes
+    about 6 steps (steps + 2) network calls.
 
     Args:
-        flow: The flow.
+        flow: A trained flow.
         steps: Number of steps, at least 1.
-        n: Number of samples, at least 1.
+        n: Number of samples, at least 1, of all classes in turn.
         condition: For models with conditions, [m, ...], used in turn.
 
     Returns:
-        Falling levels from sigma_max to where the final denoising takes over, in model units: the argument `grid` of
-        `PoissonFlow.sample`.
+        Falling levels in model units, for the argument `grid` of `PoissonFlow.sample`.
     """
     if n < 1:
         raise ValueError(f"n = {n} must be at least 1")
@@ -70,14 +69,10 @@ def grid_file(checkpoint: Path) -> Path:
 
 
 def stored_grid(path: Path, flow: PoissonFlow, steps: int) -> list[float] | None:
-    """Return the grid of `steps` in the file `path`; None if there is none for this flow and its weights.
-
-    Raises:
-        ValueError: If the file holds no grids.
-    """
+    """Return the grid of `steps` for this flow in a file, None if there is none. Raise ValueError for another file."""
     levels = _read(path).get(_name(flow), {}).get(str(steps))
     if levels is not None and len(levels) != steps + 1:
-        raise ValueError(f"{path} has a grid of {len(levels) - 1} steps for {steps}; delete it and it will be made again")
+        raise ValueError(f"{path} has a grid of {len(levels) - 1} steps for {steps}. Delete it, and it will be made again.")
     return levels
 
 
@@ -100,4 +95,4 @@ def _read(path: Path) -> dict[str, dict[str, list[float]]]:
         grids = json.loads(read_text(path, path))
         return {name: {steps: [*map(float, found)] for steps, found in table.items()} for name, table in grids.items()}
     except (ValueError, TypeError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is no file of grids ({error}); delete it and it will be made again") from error
+        raise ValueError(f"{path} is no file of grids ({error}). Delete it, and it will be made again.") from error

@@ -51,7 +51,7 @@ def test_an_export_is_replaced_only_when_both_files_are_written(tmp_path, monkey
     with pytest.raises(OSError, match=r"config\.json, .*model\.safetensors cannot be written: .*unchanged"):
         hostile.flow().save_pretrained(tmp_path / "a")
     assert draws.content(tmp_path / "a") == before
-    with pytest.raises(OSError, match=r"folder = .*config\.json/b cannot be made: Not a directory; give another"):
+    with pytest.raises(OSError, match=r"folder = .*config\.json/b cannot be made: Not a directory\. Choose another"):
         hostile.flow().save_pretrained(tmp_path / "a" / "config.json" / "b")
 
 

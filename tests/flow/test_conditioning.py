@@ -84,11 +84,11 @@ def test_a_classifier_is_asked_in_the_users_units():
         (labelled, {"labels": "abc"}, "labels = 'abc': expected a 64-bit integer"),
         (labelled, {"labels": True}, "labels = True: expected a 64-bit integer"),
         (labelled, {"labels": [1, None, 2]}, r"labels = \[1, None, 2\]: expected a 64-bit integer"),
-        (labelled, {"labels": 1, "guidance": 1j}, "guidance: complex numbers"),
+        (labelled, {"labels": 1, "guidance": 1j}, "guidance = 1j: complex numbers"),
         (labelled, {"labels": 1, "guidance": 2.0, "guidance_interval": (None, 2)}, r"guidance_interval = \(None, 2\)"),
-        (labelled, {"labels": 1, "guidance": 2.0, "guide": "path"}, "guide = 'path': give a flow"),
-        (make_flow, {"measurement": 3}, "measurement = 3: give a pfgm.sampling.Measurement"),
-        (conditional, {"condition": torch.tensor([1e300] * 3, dtype=torch.float64)}, "give finite numbers"),
+        (labelled, {"labels": 1, "guidance": 2.0, "guide": "path"}, "guide = 'path': expected a flow"),
+        (make_flow, {"measurement": 3}, "measurement = 3: expected a pfgm.sampling.Measurement"),
+        (conditional, {"condition": torch.tensor([1e300] * 3, dtype=torch.float64)}, "Pass finite numbers"),
         (lambda: make_flow(classes=3), {"labels": 1, "guidance": 2.0}, r"label_dropout > 0 \(this one: no\)"),
         (make_flow, {"guidance": 2.0}, "classifier-free guidance needs labels"),
         (labelled, {"labels": 1, "guidance": [1.0, 2.0]}, "guidance = .*one for each of the 3 samples"),
@@ -100,18 +100,18 @@ def test_a_classifier_is_asked_in_the_users_units():
         (labelled, {"labels": 3}, r"labels = 3: this model's labels are the integers 0..2"),
         (make_flow, {"condition": torch.zeros(3)}, "trained without conditions"),
         (conditional, {}, r"condition = None: this model needs conditions: vector \(3,\)"),
-        (conditional, {"condition": torch.zeros(2, 3)}, r"condition has shape \(2, 3\); .* for each of 3 samples"),
+        (conditional, {"condition": torch.zeros(2, 3)}, r"condition has shape \(2, 3\)\. .* for each of the 3 samples"),
         (conditional, {"condition": torch.full((3,), math.nan)}, "condition has shape"),
         (
             make_flow,
             {"measurement": Measurement(Mask(torch.ones(8, 8, dtype=torch.bool)), torch.zeros(64), 0.1)},
             r"known has shape \(8, 8\)",
         ),
-        (make_flow, {"measurement": Measurement(lambda x: x[:, 0, 0], torch.zeros(9), 0.1)}, r"its operator gives \(8,\)"),
+        (make_flow, {"measurement": Measurement(lambda x: x[:, 0, 0], torch.zeros(9), 0.1)}, r"its operator returns \(8,\)"),
         (
             make_flow,
             {"measurement": Measurement(lambda x: x @ torch.zeros(3, 3), torch.zeros(9), 0.1)},
-            "operator does not take",
+            "operator does not map",
         ),
     ],
 )
@@ -138,7 +138,7 @@ def test_guides_of_other_data_are_refused(options, message):
     other.summary.mean += 1
     with pytest.raises(ValueError, match="guide: its mean"):
         labelled().sample(1, labels=0, guide=other, guidance=2.0)
-    with pytest.raises(ValueError, match="guide, classifier: give one of them"):
+    with pytest.raises(ValueError, match="guide, classifier: they exclude each other"):
         labelled().sample(1, labels=0, guide=labelled(), guidance=2.0, classifier=lambda x, s: x)
 
 
@@ -361,5 +361,5 @@ def test_one_number_of_each_sample_can_be_measured():
     matrix = torch.randn(3, 64)
     double = Measurement(lambda x: x.flatten(1) @ matrix.T, torch.zeros(3, dtype=torch.float64), 0.1)
     assert flow.sample(1, measurement=double, **CALLS).x.dtype == torch.float32
-    with pytest.raises(ValueError, match=r"for 2 samples; keep samples apart"):
+    with pytest.raises(ValueError, match=r"for 2 samples\. Keep samples apart"):
         flow.sample(1, measurement=Measurement(lambda x: x.mean(0), torch.zeros(1, 8, 8), 0.1))

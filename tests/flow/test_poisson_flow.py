@@ -89,6 +89,7 @@ def test_labels_are_checked_and_used():
         ([0, 3], r"0\.\.2"),
         (-1, r"0\.\.2"),
         ([1, 1, 1], "each of the 2"),
+        ([1], "each of the 2"),
         ([0.5, 1.0], "labels = .*64-bit integer"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -382,7 +383,7 @@ def test_a_missing_checkpoint_ends_in_one_line(capsys):
     error = capsys.readouterr().err.strip()
     assert (
         error
-        == "sample.py: error: none.ckpt does not exist or is no file; give a .ckpt file, a run folder or an exported folder"
+        == "sample.py: error: none.ckpt does not exist or is not a file. Pass a .ckpt file, a run folder or an exported folder."
     )
 
 

@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-import safetensors.torch
 import scipy.integrate
 import torch
 
@@ -159,7 +158,7 @@ def test_what_cannot_be_averaged_is_named(tmp_path, capsys):
 
 def test_an_average_that_was_interrupted_is_made_again(tmp_path, monkeypatch):
     fit(tmp_path / "a", "--trainer.max_steps=60", *AVERAGES, FAST)
-    out, save = tmp_path / "out", safetensors.torch.save_file
+    out, save = tmp_path / "out", checkpoints.save_file
     arguments = ["average", str(tmp_path / "a"), "0.1", "--out", str(out)]
 
     def die(tensors, path, metadata):
@@ -168,7 +167,7 @@ def test_an_average_that_was_interrupted_is_made_again(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", die)
+        patch.setattr(checkpoints, "save_file", die)
         with pytest.raises(SystemExit, match="130"):
             main.sample(arguments)
     assert [path.name for path in out.iterdir()] == [".partial-of-a-killed-process"]

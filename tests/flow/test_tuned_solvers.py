@@ -106,7 +106,7 @@ def test_grids_are_kept_beside_the_checkpoint(export, tmp_path, capsys):
             stored_grid(path, model, 2)
     store_grid(path := tmp_path / "other.json", model, [9.0, 3.0, 1.0])
     path.write_text(path.read_text().replace('"2": ', '"3": '))
-    with pytest.raises(ValueError, match=r"other\.json has a grid of 2 steps for 3; delete it"):
+    with pytest.raises(ValueError, match=r"other\.json has a grid of 2 steps for 3\. Delete it"):
         stored_grid(path, model, 3)
     with pytest.raises(SystemExit, match="2"):
         main.sample(arguments)
