@@ -146,7 +146,7 @@ class PFGM(Configurable, pl.LightningModule):
         limit, epochs = trainer.num_training_batches, trainer.fit_loop.epoch_progress.current
         progress, total = trainer.fit_loop.epoch_loop.batch_progress, trainer.global_step * trainer.accumulate_grad_batches
         pending = progress.current.completed >= limit and epochs.completed < epochs.ready  # the end of an epoch
-        current = total if limit == math.inf else total % limit
+        current = total if limit == math.inf else limit if pending else total % limit
         for counts, batches in ((progress.total, total), (progress.current, current)):
             counts.ready = counts.started = counts.processed = counts.completed = batches
 
